@@ -1,0 +1,36 @@
+# Two commands do all the set-up on a machine with Python, a C++ compiler and a package registry:
+#   make tune   tunes the kernels for this machine, compares them with torch and exports them to build/
+#   make test   lint, types and tests
+PYTHON ?= python3
+BIN := .venv/bin
+CACHE := build/cache
+PACK := build/kernels.mhcpack
+PROBLEM := --target auto --streams 4 --width 1280 --tokens 2048 --dtype bfloat16 --dtype float32
+
+.PHONY: tune test clean
+.DELETE_ON_ERROR:
+
+tune: .venv/installed
+	mkdir -p build
+	$(BIN)/mhc-tune tune $(PROBLEM) --minutes 8 --cache $(CACHE)
+	$(BIN)/mhc-tune export $(PACK) --cache $(CACHE)
+	$(BIN)/mhc-tune bench $(PROBLEM) --cache $(CACHE) --json > build/bench.json
+	@echo "kernels: $(PACK)   measurements: build/bench.json   cache: $(CACHE)"
+
+test: .venv/installed-for-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e '.[peers]'
+	touch $@
+
+.venv/installed-for-tests: .venv/installed
+	$(BIN)/python -m pip install -e '.[test,plot]'
+	touch $@
+
+clean:
+	rm -rf .venv build

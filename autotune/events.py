@@ -1,0 +1,79 @@
+"""What the tuner reports while it works: plain data that a display renders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tiles.cache import Record
+from tiles.family import Problem
+
+
+@dataclass(frozen=True)
+class ProblemStarted:
+    """A search begins, or goes on: `settled` of `trials` trials were done by earlier runs, `pool` schedules exist."""
+
+    problem: Problem
+    pool: int
+    trials: int
+    settled: int
+    copy_gb_per_s: float
+
+
+@dataclass(frozen=True)
+class TrialDone:
+    """A schedule was verified and timed.
+
+    `ratio` is the default's time over this one's, measured together (above 1 is faster than the default);
+    `percent_of_copy` is the rate of the bytes it must move against the device's copy bandwidth. The `best_` fields are
+    those of the best trial so far. `same_as` is the number of the trial that had generated the same code, if any: its
+    timing holds and nothing was run.
+    """
+
+    problem: Problem
+    number: int
+    schedule: Mapping[str, Any]
+    ms: float
+    ratio: float
+    percent_of_copy: float
+    best_ms: float
+    best_ratio: float
+    best_percent_of_copy: float
+    same_as: int | None = None
+
+
+@dataclass(frozen=True)
+class TrialFailed:
+    """A schedule did not compile, was wrong, crashed or hung; it is never asked again."""
+
+    problem: Problem
+    number: int
+    schedule: Mapping[str, Any]
+    reason: str
+
+
+@dataclass(frozen=True)
+class FinalistsMeet:
+    """The fastest schedules meet the default in a paired comparison."""
+
+    problem: Problem
+    schedules: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class ProblemFinished:
+    """A record is in the cache (`record` is None when the search was interrupted before anything was verified).
+
+    `stopped` says why the search ended: "trials", "pool swept", "time", "copy bandwidth", "interrupted", or
+    "finished before" where nothing was left to do.
+    """
+
+    problem: Problem
+    record: Record | None
+    stopped: str
+    failed: int
+    seconds: float
+
+
+Event = ProblemStarted | TrialDone | TrialFailed | FinalistsMeet | ProblemFinished

@@ -1,0 +1,112 @@
+"""Timing on this machine's CPU: cold data, interleaved calls, medians, and what a difference is worth."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+FALLBACK_CACHE_BYTES = 32 * 2**20
+"""Taken as the size of the last-level cache where the system does not tell."""
+
+
+@cache
+def last_level_cache_bytes() -> int:
+    """The size of the largest cache of the first CPU."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    texts = [path.read_text(encoding="ascii").strip() for path in sizes]
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    known = [int(text[:-1]) * units[text[-1]] for text in texts if text and text[-1] in units]
+    return max(known, default=FALLBACK_CACHE_BYTES)
+
+
+@cache
+def _eviction_buffer() -> torch.Tensor:
+    # Not zeros: those may all be one page that is mapped many times.
+    return torch.ones(2 * last_level_cache_bytes() // 4)
+
+
+def evict_caches() -> None:
+    """Read twice the last-level cache. Reading leaves clean lines: writing would leave write-backs to the next call."""
+    _eviction_buffer().sum()
+
+
+def copy_bandwidth(*, repeats: int = 9) -> float:
+    """GB/s of `Tensor.copy_` with torch's threads, read and write bytes counted: the median over `repeats` copies."""
+    size = max(4 * last_level_cache_bytes(), 64 * 2**20)
+    source, target = torch.ones(size // 4), torch.ones(size // 4)
+    target.copy_(source)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    return 2 * size / statistics.median(times) / 1e9
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 20,
+    seconds: float = math.inf,
+    least: int = 5,
+    warmup: int = 1,
+    cold: bool = True,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Time calls against each other: {name: milliseconds of each round}, all lists equally long.
+
+    Each round runs every call once, in an order shuffled by `seed`, so that what slows the machine for a while slows
+    all of them. `cold` evicts the caches before each call. Stops after `rounds`, or after `seconds` once there are
+    `least` rounds. `warmup` rounds are run first and not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(seed)
+    for _ in range(warmup):
+        for name in order:
+            calls[name]()
+    deadline = time.perf_counter() + seconds
+    for done in range(rounds):
+        if done >= least and time.perf_counter() > deadline:
+            break
+        shuffle.shuffle(order)
+        for name in order:
+            if cold:
+                evict_caches()
+            start = time.perf_counter_ns()
+            calls[name]()
+            times[name].append((time.perf_counter_ns() - start) / 1e6)
+    return times
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster: the median of paired ratios, and the bounds of its 95 % confidence interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+def paired_ratio(slow_ms: Sequence[float], fast_ms: Sequence[float]) -> Ratio:
+    """slow/fast over rounds timed together.
+
+    The bounds are the exact, distribution-free ones of the sign test: the k-th smallest and the k-th largest ratio,
+    with k the largest number for which fewer than k heads in n fair flips have a probability of at most 2.5 %.
+    Fewer than six rounds bound nothing.
+    """
+    ratios = sorted(slow / fast for slow, fast in zip(slow_ms, fast_ms, strict=True))
+    outside, below = -1, 0.0
+    while (below := below + math.comb(len(ratios), outside + 1) / 2 ** len(ratios)) <= 0.025:
+        outside += 1
+    median = statistics.median(ratios)
+    if outside < 0:
+        return Ratio(median, 0.0, math.inf)
+    return Ratio(median, ratios[outside], ratios[-1 - outside])

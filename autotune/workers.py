@@ -1,0 +1,111 @@
+"""The worker processes of a tuner: two that compile side by side, one that measures while they rest."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from autotune import tasks
+from autotune.worker import TaskFailed, Worker
+from tiles.compile import Artifact, compile_kernel
+from tiles.family import Problem
+from tiles.target import Target
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+COMPILERS = 2
+
+
+class Workers:
+    """Compile and measure kernels in processes that stay alive from one problem to the next.
+
+    A kernel that takes longer than `compile_seconds` or `measure_seconds` is given up. Kernels are measured with
+    `threads` threads, by default as many as torch has in this process. As a context manager it ends them on leaving.
+    """
+
+    def __init__(
+        self, *, threads: int | None = None, compile_seconds: float = 120, measure_seconds: float = 60
+    ) -> None:
+        import torch
+
+        self.threads = threads or torch.get_num_threads()
+        self._compile_seconds = compile_seconds
+        self._measure_seconds = measure_seconds
+        self._compilers = [Worker() for _ in range(COMPILERS)]
+        self._measurer = Worker()
+        self._scratch = tempfile.TemporaryDirectory(prefix="mhc-tune-")
+        self._copy_gb_per_s: float | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all processes and remove their files."""
+        for worker in (*self._compilers, self._measurer):
+            worker.kill()
+        self._scratch.cleanup()
+
+    def compile(self, problem: Problem, schedules: Sequence[Any], target: Target) -> list[Artifact | TaskFailed]:
+        """Compile every schedule, at most `COMPILERS` at a time; a failure takes the artifact's place."""
+        done: list[Artifact | TaskFailed] = []
+        for first in range(0, len(schedules), COMPILERS):
+            done += self._compile_some(problem, schedules[first : first + COMPILERS], target)
+        return done
+
+    def _compile_some(self, problem: Problem, schedules: Sequence[Any], target: Target) -> list[Artifact | TaskFailed]:
+        busy = self._compilers[: len(schedules)]
+        done: list[Artifact | TaskFailed] = []
+        try:
+            for worker, schedule in zip(busy, schedules, strict=True):
+                worker.start(compile_kernel, problem, schedule, target)
+            for worker in busy:
+                try:
+                    done.append(worker.finish(self._compile_seconds))
+                except TaskFailed as failure:
+                    done.append(failure)
+        except BaseException:
+            for worker in busy:
+                worker.kill()
+            raise
+        return done
+
+    def copy_gb_per_s(self) -> float:
+        """The copy bandwidth of this machine, measured once."""
+        if self._copy_gb_per_s is None:
+            self._copy_gb_per_s = self._measure(1, tasks.copy_bandwidth)
+        assert self._copy_gb_per_s
+        return self._copy_gb_per_s
+
+    def assess(self, problem: Problem, tuned: bytes, default: bytes, seed: int) -> dict[str, list[float]]:
+        """Verify a kernel and time it against the default; see `tasks.assess`. Raises `TaskFailed`."""
+        paths = self._file(tuned), self._file(default)
+        times: dict[str, list[float]] = self._measure(1, tasks.assess, problem, *paths, seed)
+        return times
+
+    def compare(
+        self, problem: Problem, binaries: Mapping[str, bytes], unverified: Sequence[str], seed: int
+    ) -> dict[str, list[float]]:
+        """Time kernels against each other; see `tasks.compare`. Raises `TaskFailed`."""
+        paths = {name: self._file(binary) for name, binary in binaries.items()}
+        times: dict[str, list[float]] = self._measure(len(paths), tasks.compare, problem, paths, unverified, seed)
+        return times
+
+    def _measure(self, kernels: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a task that has so many `kernels` to measure."""
+        return self._measurer.call(kernels * self._measure_seconds, function, *arguments, self.threads)
+
+    def _file(self, binary: bytes) -> Path:
+        path = Path(self._scratch.name) / f"{hashlib.sha256(binary).hexdigest()}.so"
+        if not path.exists():
+            path.write_bytes(binary)
+        return path

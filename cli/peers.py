@@ -1,0 +1,66 @@
+"""Public implementations to compare with, where they are installed and run on this device."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from cli.baselines import EPS, ROUNDS, Form
+from cli.cases import Case
+
+NAMES = ("tile-kernels",)
+
+
+def form(name: str, case: Case) -> Form | str:
+    """The peer's form of a case, or why there is none."""
+    assert name in NAMES
+    if case.dtype != "bfloat16":
+        return "computes in bfloat16 only"
+    if case.op in ("project", "coefficients"):
+        return "cuts the work differently between these ops; see aggregate, merge and layer"
+    module = _tile_kernels()
+    if isinstance(module, str):
+        return module
+    return _form(module, case.op, case.streams)
+
+
+@cache
+def _tile_kernels() -> ModuleType | str:
+    """The torch reference of DeepSeek's TileKernels, one file that stands by itself: its kernels need a GPU."""
+    package = importlib.util.find_spec("tile_kernels")
+    if package is None or not package.submodule_search_locations:
+        return "not installed: pip install tile-kernels"
+    path = Path(package.submodule_search_locations[0]) / "torch" / "mhc.py"
+    spec = importlib.util.spec_from_file_location("tile_kernels_torch_mhc", path)
+    if spec is None or spec.loader is None or not path.exists():
+        return f"this release has no {path.name}: install tile-kernels==1.0.0"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _form(module: ModuleType, op: str, streams: int) -> Form:
+    """Its functions take [batch, T, n, C] and store res transposed; its epsilons are set to our maths."""
+    n = streams
+    transposed = [*range(2 * n), *(2 * n + i * n + j for j in range(n) for i in range(n))]
+
+    def aggregate(x: torch.Tensor, pre: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (module.mhc_pre_apply_mix_ref(x, pre[..., None]),)
+
+    def merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (module.mhc_post_ref(f[None], x[None], post[None, ..., None], res.mT[None])[0],)
+
+    def layer(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        batch = x[None]
+        mixes = module.mhc_pre_norm_fn_ref(batch, phi[transposed], None, EPS)
+        pre, post, comb = module.mhc_pre_split_mixes_ref(mixes, alpha, bias[transposed], n, 2.0, 0.0)
+        comb = module.sinkhorn_normalize_ref(comb, repeat=ROUNDS, eps=0.0)
+        u = module.mhc_pre_apply_mix_ref(batch, pre)
+        return (module.mhc_post_ref(u, batch, post, comb)[0],)
+
+    chosen: dict[str, Form] = {"aggregate": aggregate, "merge": merge, "layer": layer}
+    return chosen[op]

@@ -1,0 +1,86 @@
+"""Tables for people, as rich renderables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from tiles.family import Problem
+from tiles.record import Record
+from tiles.target import Device
+
+SHAPE = ("op", "direction", "streams", "width", "tokens", "dtype")
+
+
+def table(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table whose first columns are text and whose others are numbers, aligned right."""
+    made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE)
+    for name in text:
+        made.add_column(name, no_wrap=True)
+    for name in numbers:
+        made.add_column(name, justify="right", no_wrap=True)
+    return made
+
+
+def records_table(records: Sequence[Record], title: str) -> Table:
+    """One row a kernel: shape, time tuned and default (ms), share of copy bandwidth, schedule, device."""
+    devices = sorted({device_text(record.key.device) for record in records})
+    several = len(devices) > 1
+    about = f"{title}: {len(records)} kernels" + (f", {devices[0]}" if len(devices) == 1 else "")
+    made = table(about, SHAPE, ("default ms", "tuned ms", "gain", "% of copy"))
+    for name in ("schedule", "device") if several else ("schedule",):
+        made.add_column(name, overflow="fold")
+    for record in sorted(records, key=lambda record: shape_of(record.key.problem)):
+        measured = record.measurement
+        made.add_row(
+            *map(str, shape_of(record.key.problem)),
+            *(number(measured.get(name)) for name in ("default_ms", "tuned_ms", "ratio", "percent_of_copy")),
+            schedule_text(record.schedule),
+            *([device_text(record.key.device)] if several else []),
+        )
+    return made
+
+
+def bench_table(rows: Sequence[Mapping[str, Any]], title: str, impls: Sequence[str]) -> Table:
+    """One row an op, direction and shape; a column of median times (ms) an implementation."""
+    columns = [f"{impl} ms" for impl in impls]
+    made = table(title, SHAPE, [*columns, "tuned GB/s", "vs eager", "vs compile"])
+    cells: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault(tuple(row[name] for name in SHAPE), {})[row["impl"]] = row
+    for shape, by_impl in cells.items():
+        times = {impl: row["median_ms"] for impl, row in by_impl.items()}
+        tuned = times.get("tuned")
+        gains = [times[impl] / tuned if tuned and impl in times else None for impl in ("eager", "compile")]
+        made.add_row(
+            *map(str, shape),
+            *(number(times.get(impl)) for impl in impls),
+            number(by_impl["tuned"]["gb_per_s"] if tuned else None),
+            *(f"{gain:.1f}x" if gain else "-" for gain in gains),
+        )
+    return made
+
+
+def shape_of(problem: Problem) -> tuple[str, str, int, int, int, str]:
+    """A problem's values for the columns `SHAPE`."""
+    return (problem.op, problem.direction, problem.streams, problem.width, problem.tokens, problem.dtype)
+
+
+def device_text(device: Device) -> str:
+    """A device's name and architecture."""
+    return f"{device.name} ({device.arch})"
+
+
+def schedule_text(schedule: Mapping[str, Any]) -> str:
+    """A schedule on one line."""
+    return " ".join(f"{name}={value}" for name, value in schedule.items())
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, or a dash where nothing was measured."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

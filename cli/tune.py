@@ -1,0 +1,146 @@
+"""`mhc-tune tune`: search the fastest correct schedule of every kernel for the given shapes on this device."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from autotune.events import Event, ProblemFinished, ProblemStarted
+from autotune.tuner import TuneFailed
+from autotune.tuner import tune as tune_kernel
+from autotune.workers import Workers
+from cli.options import (
+    DEFAULT_DTYPE,
+    DEFAULT_STREAMS,
+    DEFAULT_TOKENS,
+    DEFAULT_WIDTH,
+    CacheOption,
+    DtypeOption,
+    JsonOption,
+    StreamsOption,
+    TargetOption,
+    TokensOption,
+    WidthOption,
+    cache_at,
+    measured_device,
+    problems,
+)
+from cli.output import say, show, show_json, stdout_kept_free
+from cli.progress import TuneProgress
+from cli.render import device_text, records_table
+from tiles.cache import KernelCache
+from tiles.compile import why_no_compiler
+from tiles.errors import BadInput
+from tiles.family import Problem
+from tiles.record import record_dict
+from tiles.target import Device
+
+INTERRUPTED = 130
+
+
+def tune(
+    target: TargetOption = "auto",
+    streams: StreamsOption = DEFAULT_STREAMS,
+    width: WidthOption = DEFAULT_WIDTH,
+    tokens: TokensOption = DEFAULT_TOKENS,
+    dtype: DtypeOption = DEFAULT_DTYPE,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Most schedules to try for each kernel.")] = 40,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", min=0.0, help="Time for the whole run, shared by its kernels.")
+    ] = None,
+    cache: CacheOption = None,
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", help="Database URL where trials are kept; default: a journal in the cache folder."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the search's random choices.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Tune all kernels, forward and backward, for the given shapes on this device.
+
+    Every schedule is checked against a float64 reference before it is timed, and a kernel whose default schedule
+    nothing beats keeps it. What is finished is in the cache at once: after Ctrl-C the same command goes on from there.
+    """
+    device = measured_device(target)
+    if why := why_no_compiler(device.target):
+        raise BadInput(f"tuning compiles kernels for {device.target}: {why}")
+    todo, kernels = problems(streams, width, tokens, dtype), cache_at(cache)
+    say(f"tuning {len(todo)} kernels on {device_text(device)}, {torch.get_num_threads()} threads")
+    with stdout_kept_free(json):
+        run = _Run(todo, device, kernels)
+        run.go(trials=trials, seconds=None if minutes is None else 60 * minutes, storage=storage, seed=seed)
+    if json:
+        show_json(run.as_dict())
+    else:
+        show(records_table([event.record for event in run.finished if event.record], str(kernels.folder)))
+    if run.interrupted:
+        kept = sum(event.record is not None for event in run.finished)
+        say(f"interrupted: {kept} of {len(todo)} kernels are kept in {kernels.folder}; run the same command to go on")
+        raise typer.Exit(INTERRUPTED)
+    if run.failed:
+        raise typer.Exit(1)
+
+
+class _Run:
+    """One run over several problems: passes events to the display and remembers how each problem ended."""
+
+    def __init__(self, todo: list[Problem], device: Device, cache: KernelCache) -> None:
+        self.todo, self.device, self.cache = todo, device, cache
+        self.finished: list[ProblemFinished] = []
+        self.failed: dict[str, str] = {}
+        self.interrupted = False
+        self.copy_gb_per_s: float | None = None
+
+    def go(self, *, trials: int, seconds: float | None, storage: str | None, seed: int) -> None:
+        """Tune one problem after the other; what remains of `seconds` is shared evenly by the problems that remain."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        options: dict[str, Any] = {"trials": trials, "storage": storage, "seed": seed}
+        try:
+            with TuneProgress(len(self.todo)) as display, Workers() as workers:
+
+                def on_event(event: Event) -> None:
+                    self._remember(event)
+                    display(event)
+
+                for done, problem in enumerate(self.todo):
+                    if deadline is not None:
+                        options["seconds"] = max(0.0, deadline - time.monotonic()) / (len(self.todo) - done)
+                    try:
+                        tune_kernel(problem, self.device, self.cache, on_event=on_event, workers=workers, **options)
+                    except TuneFailed as error:
+                        self.failed[problem.describe()] = str(error)
+                        say(f"FAILED: {error}")
+        except KeyboardInterrupt:
+            self.interrupted = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {
+            "device": self.device.as_dict(),
+            "threads": torch.get_num_threads(),
+            "copy_gb_per_s": self.copy_gb_per_s,
+            "cache": str(Path(self.cache.folder)),
+            "interrupted": self.interrupted,
+            "failed": self.failed,
+            "results": [
+                {
+                    **asdict(event.problem),
+                    "stopped": event.stopped,
+                    "failed_trials": event.failed,
+                    "seconds": event.seconds,
+                    "record": None if event.record is None else record_dict(event.record),
+                }
+                for event in self.finished
+            ],
+        }
+
+    def _remember(self, event: Event) -> None:
+        if isinstance(event, ProblemStarted):
+            self.copy_gb_per_s = event.copy_gb_per_s
+        if isinstance(event, ProblemFinished):
+            self.finished.append(event)

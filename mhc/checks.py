@@ -1,0 +1,38 @@
+"""Shape, dtype and device rules of the functional ops, each broken rule said in one line."""
+
+from __future__ import annotations
+
+import torch
+
+from tiles.errors import BadInput
+from tiles.family import WIDTH_MULTIPLE, why_bad_streams, why_bad_width
+from tiles.reference import DTYPES
+
+STREAM_DTYPES = frozenset(DTYPES.values())
+
+
+def stream_shape(x: torch.Tensor) -> tuple[int, int]:
+    """n and C of x [..., n, C]; raises `BadInput` where a rule of DESIGN's problem does not hold."""
+    if x.dim() < 2:
+        raise BadInput(f"x must be [..., streams, width], got {tuple(x.shape)}: give it a dimension of streams")
+    if x.dtype not in STREAM_DTYPES:
+        raise BadInput(f"x must be one of {', '.join(DTYPES)}, got {x.dtype}: cast the streams to one of them")
+    streams, width = x.shape[-2:]
+    check_problem(streams, width)
+    return streams, width
+
+
+def check_problem(streams: int, width: int = WIDTH_MULTIPLE) -> None:
+    """Raise `BadInput` for a stream count or a width that no kernel takes."""
+    why = why_bad_streams(streams) or why_bad_width(width)
+    if why:
+        raise BadInput(why)
+
+
+def expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise `BadInput` unless `tensor` has this shape, dtype and device."""
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+        raise BadInput(
+            f"{name} must be {dtype} {tuple(shape)} on {device}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}: reshape, cast or move it"
+        )

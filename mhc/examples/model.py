@@ -1,0 +1,75 @@
+"""A small byte-level transformer whose residual connections are to choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from mhc import HyperConnection, expand_streams, reduce_streams
+
+BYTES = 256
+
+Residual = Literal["plain", "hc", "mhc"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """The transformer's measures; `context` is in bytes, `width` a multiple of 8 and of 4 heads."""
+
+    blocks: int = 4
+    width: int = 256
+    heads: int = 4
+    context: int = 256
+    streams: int = 4
+
+
+class Attention(nn.Module):
+    """Causal self-attention, [batch, context, C] -> the same."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.mix_in = nn.Linear(width, 3 * width, bias=False)
+        self.mix_out = nn.Linear(width, width, bias=False)
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        """Every position attends to itself and to what came before it."""
+        query, key, value = self.mix_in(u).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.mix_out(mixed.transpose(1, 2).flatten(-2))
+
+
+class ByteTransformer(nn.Module):
+    """Bytes [batch, context] -> logits of the next byte [batch, context, 256].
+
+    `plain` is the usual pre-norm network: one stream and h + sublayer(h).
+    """
+
+    def __init__(self, size: Size, residual: Residual) -> None:
+        super().__init__()
+        width = size.width
+        self.streams = 1 if residual == "plain" else size.streams
+        mode: Literal["residual", "hc", "mhc"] = "residual" if residual == "plain" else residual
+        self.embed = nn.Embedding(BYTES, width)
+        self.place = nn.Embedding(size.context, width)
+        layers: list[nn.Module] = []
+        for _ in range(size.blocks):
+            attention = nn.Sequential(nn.RMSNorm(width), Attention(width, size.heads))
+            up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+            mlp = nn.Sequential(nn.RMSNorm(width), up, nn.GELU(), down)
+            layers += [HyperConnection(width, self.streams, sublayer, mode=mode) for sublayer in (attention, mlp)]
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, BYTES, bias=False)
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        """Streams are made once after the embedding and reduced once before the head."""
+        h = self.embed(text) + self.place.weight[: text.shape[1]]
+        x = expand_streams(h, self.streams)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(reduce_streams(x)))

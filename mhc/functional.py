@@ -1,0 +1,144 @@
+"""The ops of manifold-constrained hyper-connections (arXiv 2512.24880) as differentiable functions.
+
+Shapes: `...` are any leading dimensions (batch, sequence), which are flattened to tokens; n streams, width C, a
+multiple of 8; K = nC, N = n² + 2n. N is packed [pre (n) | post (n) | res (n², row-major)]; res[i, j] weighs input
+stream j in output stream i. Streams are float32, bfloat16 or float16; coefficients and parameters are float32. All
+functions raise `BadInput` (a `ValueError`) for other shapes, mixed dtypes or mixed devices, make inputs contiguous,
+and work with `torch.compile(fullgraph=True)`. Gradients of gradients are not offered.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mhc.checks import check_problem, expect, stream_shape
+from mhc.operators import OPERATORS
+from tiles.errors import BadInput
+from tiles.family import PAPER_ROUNDS, WIDTH_MULTIPLE
+
+ROUNDS = PAPER_ROUNDS
+"""Sinkhorn rounds where none are given."""
+
+EPS = 1e-6
+"""Added to the mean square of a token's streams before its root is taken."""
+
+ANY_WIDTH = WIDTH_MULTIPLE
+"""Stands in for the width where an op has none."""
+
+
+def project(x: torch.Tensor, phi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """z = x̄ · phiᵀ and s = Σ x̄², with x̄ the flattened streams of a token.
+
+    x [..., n, C], phi [N, K] float32 -> z [..., N], s [...], float32.
+    """
+    n, width = stream_shape(x)
+    expect("phi", phi, (n * n + 2 * n, n * width), torch.float32, x.device)
+    leading = x.shape[:-2]
+    z, s = OPERATORS["project"](x.reshape(-1, n, width), phi, n, width, ROUNDS)
+    return z.view(*leading, n * n + 2 * n), s.view(leading)
+
+
+def coefficients(
+    z: torch.Tensor,
+    s: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    streams: int,
+    width: int,
+    rounds: int = ROUNDS,
+    eps: float = EPS,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """pre = σ(h_pre), post = 2σ(h_post), res = Sinkhorn(h_res) of h = alpha∘z·rsqrt(s/K + eps) + bias.
+
+    z [..., N], s [...], alpha [3] (pre, post, res), bias [N], all float32
+    -> pre [..., n], post [..., n], res [..., n, n], float32. Rows of res sum to one.
+    """
+    check_problem(streams, width)
+    n, outputs = streams, streams * streams + 2 * streams
+    leading = s.shape
+    expect("s", s, leading, torch.float32, z.device)
+    expect("z", z, (*leading, outputs), torch.float32, z.device)
+    expect("alpha", alpha, (3,), torch.float32, z.device)
+    expect("bias", bias, (outputs,), torch.float32, z.device)
+    flat = z.reshape(-1, outputs), s.reshape(-1)
+    pre, post, res = OPERATORS["coefficients"](*flat, alpha, bias, eps, n, width, rounds)
+    return pre.view(*leading, n), post.view(*leading, n), res.view(*leading, n, n)
+
+
+def sinkhorn(logits: torch.Tensor, rounds: int = ROUNDS) -> torch.Tensor:
+    """exp(logits), then `rounds` times divided by its column sums and then by its row sums (Sinkhorn-Knopp).
+
+    logits [..., n, n] float32 -> res [..., n, n] float32; rows sum to one.
+    """
+    if logits.dim() < 2:
+        raise BadInput(f"logits must be [..., n, n], got {tuple(logits.shape)}: pass square matrices")
+    n = logits.shape[-1]
+    check_problem(n)
+    expect("logits", logits, (*logits.shape[:-2], n, n), torch.float32, logits.device)
+    return OPERATORS["sinkhorn"](logits.reshape(-1, n, n), n, ANY_WIDTH, rounds).view(logits.shape)
+
+
+def aggregate(x: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
+    """u = Σ_i pre_i x_i, the sublayer's input.
+
+    x [..., n, C], pre [..., n] float32 -> u [..., C] in x's dtype.
+    """
+    n, width = stream_shape(x)
+    leading = x.shape[:-2]
+    expect("pre", pre, (*leading, n), torch.float32, x.device)
+    u = OPERATORS["aggregate"](x.reshape(-1, n, width), pre.reshape(-1, n), n, width, ROUNDS)
+    return u.view(*leading, width)
+
+
+def merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: torch.Tensor) -> torch.Tensor:
+    """x'_i = Σ_j res_ij x_j + post_i f, the streams after a sublayer with output f.
+
+    x [..., n, C], f [..., C] in x's dtype, res [..., n, n] and post [..., n] float32 -> x' like x.
+    """
+    n, width = stream_shape(x)
+    leading = x.shape[:-2]
+    expect("f", f, (*leading, width), x.dtype, x.device)
+    expect("res", res, (*leading, n, n), torch.float32, x.device)
+    expect("post", post, (*leading, n), torch.float32, x.device)
+    flat = x.reshape(-1, n, width), f.reshape(-1, width), res.reshape(-1, n, n), post.reshape(-1, n)
+    return OPERATORS["merge"](*flat, n, width, ROUNDS).view(x.shape)
+
+
+def pre(
+    x: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    rounds: int = ROUNDS,
+    eps: float = EPS,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All that precedes a sublayer: project, coefficients, aggregate.
+
+    x [..., n, C], phi [N, K], alpha [3], bias [N] -> u [..., C] in x's dtype, post [..., n], res [..., n, n].
+    """
+    n, width = stream_shape(x)
+    z, s = project(x, phi)
+    weights, post, res = coefficients(z, s, alpha, bias, streams=n, width=width, rounds=rounds, eps=eps)
+    return aggregate(x, weights), post, res
+
+
+def step(
+    x: torch.Tensor,
+    f: torch.Tensor,
+    post: torch.Tensor,
+    res: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    rounds: int = ROUNDS,
+    eps: float = EPS,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From one sublayer's output f to the next sublayer's input: merge with post and res, then `pre` of the next.
+
+    phi, alpha and bias belong to the next sublayer -> x' [..., n, C], u' [..., C], post' [..., n], res' [..., n, n].
+    """
+    x_next = merge(x, f, res, post)
+    return (x_next, *pre(x_next, phi, alpha, bias, rounds=rounds, eps=eps))

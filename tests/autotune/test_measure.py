@@ -1,0 +1,78 @@
+"""Timing: what is called how often, and what a difference is worth."""
+
+import math
+import random
+
+import pytest
+
+from autotune import measure
+from autotune.measure import Ratio, copy_bandwidth, interleaved, last_level_cache_bytes, paired_ratio
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Records calls in order, with an eviction as "evict"."""
+    log = []
+    monkeypatch.setattr(measure, "evict_caches", lambda: log.append("evict"))
+    return log, {name: (lambda name=name: log.append(name)) for name in "abc"}
+
+
+def test_each_round_runs_every_call_once_on_cold_caches(calls):
+    log, functions = calls
+    times = interleaved(functions, rounds=8, warmup=2, seed=1)
+    assert [len(times[name]) for name in "abc"] == [8, 8, 8]
+    assert all(ms >= 0 for name in "abc" for ms in times[name])
+    assert log[:6] == list("abcabc")
+    timed = log[6:]
+    assert timed[::2] == ["evict"] * 24
+    rounds = ["".join(timed[first + 1 : first + 6 : 2]) for first in range(0, 48, 6)]
+    assert all(sorted(order) == list("abc") for order in rounds)
+    assert len(set(rounds)) > 1, "the order is shuffled"
+
+
+def test_warm_caches_are_left_alone(calls):
+    log, functions = calls
+    interleaved(functions, rounds=2, cold=False)
+    assert "evict" not in log
+
+
+def test_time_limit_leaves_the_least_number_of_rounds(calls):
+    _, functions = calls
+    assert len(interleaved(functions, rounds=50, seconds=-1, least=6)["a"]) == 6
+    assert len(interleaved(functions, rounds=4, seconds=-1, least=6)["a"]) == 4
+
+
+def test_eviction_reads_more_than_the_last_level_cache():
+    assert last_level_cache_bytes() >= 2**18
+    measure.evict_caches()
+    assert measure._eviction_buffer().nbytes >= 2 * last_level_cache_bytes() - 8
+
+
+def test_copy_bandwidth_is_a_rate(monkeypatch):
+    monkeypatch.setattr(measure, "last_level_cache_bytes", lambda: 2**20)
+    assert 0.01 < copy_bandwidth(repeats=3) < 100_000
+
+
+def test_paired_ratio_bounds_are_the_sign_tests():
+    ratios = list(range(1, 16))
+    # For n = 15 the 4th smallest and largest: P(at most 3 heads of 15) = 1.76 %, at most 4: 5.9 %.
+    assert paired_ratio(ratios, [1.0] * 15) == Ratio(8, 4, 12)
+    assert paired_ratio([2.0] * 6, [1.0] * 6) == Ratio(2, 2, 2)
+    assert paired_ratio([2.0] * 5, [1.0] * 5) == Ratio(2, 0.0, math.inf)
+
+
+def test_paired_ratio_covers_the_truth_as_often_as_it_says():
+    draw, covered = random.Random(0), 0
+    for _ in range(400):
+        fast = [draw.lognormvariate(0, 0.2) for _ in range(21)]
+        slow = [1.1 * draw.lognormvariate(0, 0.2) for _ in range(21)]
+        found = paired_ratio(slow, fast)
+        covered += found.low <= 1.1 <= found.high
+    assert covered / 400 > 0.93
+
+
+def test_pairing_takes_out_what_slows_both():
+    drift = [1 + 10 * (step % 7) for step in range(21)]
+    found = paired_ratio([1.1 * slow for slow in drift], drift)
+    assert found.low == pytest.approx(1.1)
+    assert found.high == pytest.approx(1.1)

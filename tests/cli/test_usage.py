@@ -1,0 +1,154 @@
+"""Help, bad input and exit codes of every command."""
+
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from tiles.cache import KernelCache
+
+COMMANDS = ("tune", "export", "import", "inspect", "verify", "bench", "doctor", "compile")
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MHC_TUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_help_names_every_command() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert all(command in result.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "mentioned"),
+    [
+        ("tune", ["--target", "--streams", "--width", "--tokens", "--dtype", "--trials", "--cache", "--storage"]),
+        ("tune", ["--seed", "--json", "--minutes"]),
+        ("export", ["OUT.mhcpack", "--cache"]),
+        ("import", ["IN.mhcpack", "--cache", "--trust-binaries"]),
+        ("inspect", ["--json"]),
+        ("verify", ["float64"]),
+        ("bench", ["--target", "--streams", "--width", "--tokens", "--dtype", "--cache", "--json"]),
+        ("doctor", ["cache"]),
+        ("compile", ["--target", "--streams", "--width", "--tokens", "--dtype"]),
+    ],
+)
+def test_help_of_a_command_names_its_options(command: str, mentioned: list[str]) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert [word for word in mentioned if word not in result.stdout] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tune", "--width", "100"], "width must be a positive multiple of 8, got 100"),
+        (["tune", "--streams", "0"], "streams must be in 1..16, got 0"),
+        (["tune", "--streams", "4", "--streams", "17"], "got 17"),
+        (["tune", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got int8"),
+        (["tune", "--tokens", "-1"], "tokens must not be negative, got -1"),
+        (["tune", "--target", "tpu"], "target must be auto, cpu"),
+        (["tune", "--target", "cuda:sm_90a"], "runs kernels on CPUs only, got cuda:sm_90a"),
+        (["tune", "--json", "--width", "7"], "got 7: pad to 8"),
+        (["bench", "--width", "100"], "the kernel cache must hold tuned kernels"),
+        (["bench", "--json"], "run mhc-tune tune"),
+        (["export", "out.mhcpack"], "the kernel cache must hold tuned kernels"),
+        (["import", "missing.mhcpack"], "missing.mhcpack"),
+        (["inspect", "missing"], "found nothing at missing"),
+        (["verify", "missing"], "found nothing at missing"),
+        (["compile", "--target", "cuda:sm_1"], "got cuda:sm_1"),
+        (["tune", "--trials", "0"], "--trials"),
+        (["tune", "--widht", "8"], "--widht"),
+        (["tuna"], "Did you mean 'tune'?"),
+        (["inspect"], "Missing argument"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a pack" * 50])
+@pytest.mark.parametrize("command", ["inspect", "verify", "import"])
+def test_what_is_no_pack_is_refused(command: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "odd.mhcpack"
+    path.write_bytes(content)
+    result = CliRunner().invoke(app, [command, str(path)])
+    assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
+    assert "odd.mhcpack" in result.stderr
+
+
+def test_verify_of_an_empty_folder_is_bad_input(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "found none" in result.stderr
+
+
+def test_inspect_says_which_entries_are_corrupt(tmp_path: Path) -> None:
+    (tmp_path / "0123.json").write_text("{", encoding="utf-8")
+    assert KernelCache(tmp_path).records() == []
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert result.exit_code == 0
+    assert "warning: 0123.json" in result.stderr
+
+
+def test_doctor_reports_what_is_here() -> None:
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    for what in ("Python", "torch", "TileLang", "CPU", "threads", "compiler", "cache folder"):
+        assert what in result.stdout
+
+
+def test_doctor_names_the_remedy_for_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "install g++ or set CXX" in result.stdout
+
+
+def test_doctor_names_the_remedy_for_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "set MHC_TUNE_CACHE" in result.stdout
+
+
+def test_compile_without_a_compiler_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = CliRunner().invoke(app, ["compile", "--streams", "2", "--width", "64"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "install g++ or set CXX" in result.stderr
+
+
+def test_compile_reports_every_kernel_and_fails_when_one_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cli import compile as command
+    from tiles.compile import Artifact, CompileError
+    from tiles.family import Problem
+    from tiles.registry import kernel_specs
+    from tiles.target import Target
+
+    def fake(problem: Problem, schedule: object, target: Target) -> Artifact:
+        if (problem.op, problem.direction) == ("merge", "backward"):
+            raise CompileError("merge backward: the compiler's words")
+        details = {"registers": 77, "spill_stores": 0, "spill_loads": 0, "static_shared_bytes": 1234}
+        return Artifact(target, "", b"cubin", details)
+
+    monkeypatch.setattr(command, "compile_kernel", fake)
+    monkeypatch.setattr(command, "why_no_compiler", lambda target: None)
+    result = CliRunner().invoke(app, ["compile", "--target", "cuda:sm_90a", "--streams", "2", "--width", "64"])
+    assert result.exit_code == 1
+    assert "the compiler's words" in result.stderr
+    assert result.stdout.count("1234") == len(kernel_specs()) - 1
+    assert "registers" in result.stdout

@@ -1,0 +1,95 @@
+"""The training example, small."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import mhc
+from mhc.examples import plot_loss, train_bytes
+from mhc.examples.model import ByteTransformer, Size
+from mhc.examples.train_bytes import Run, train
+
+TINY = Size(blocks=2, width=16, heads=2, context=32)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """More threads only get in each other's way at this size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return train_bytes.standard_library()
+
+
+def test_text_is_the_standard_library_and_splits_apart(text):
+    training, held_out = train_bytes.split(text)
+    assert len(text) > 1_000_000
+    assert b"import " in bytes(text[:100_000].tolist())
+    assert torch.equal(torch.cat((training, held_out)), text)
+
+
+@pytest.mark.parametrize("residual", ["plain", "hc", "mhc"])
+def test_the_loss_falls(on_compiled, residual, text):
+    outcome = train(Run(residual, steps=60, batch=4, size=TINY), text)
+    assert len(outcome.losses) == 60
+    assert outcome.losses[-1] < outcome.losses[0] - 0.4
+    assert outcome.validation_loss < outcome.losses[0] - 0.4
+    assert outcome.tokens_per_s > 0
+    assert outcome.report == on_compiled.report()
+
+
+def test_a_seed_repeats_and_compiled_kernels_follow_the_reference(compiled, text):
+    run = Run("mhc", steps=5, batch=4, size=TINY)
+    expected = train(run, text).losses
+    assert train(run, text).losses == expected
+    with mhc.using(compiled):
+        found = train(run, text).losses
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_plain_is_the_usual_pre_norm_network():
+    model = ByteTransformer(TINY, "plain")
+    text = torch.randint(256, (2, 32))
+    h = model.embed(text) + model.place.weight
+    for layer in model.layers:
+        h = h + layer.sublayer(h)
+    torch.testing.assert_close(model(text), model.head(model.norm(h)))
+
+
+def test_no_byte_sees_the_future():
+    model, text = ByteTransformer(TINY, "mhc"), torch.randint(256, (1, 32))
+    changed = text.clone()
+    changed[0, 20] = (changed[0, 20] + 1) % 256
+    differs = (model(text) != model(changed)).any(-1)[0]
+    assert differs.nonzero().min() == 20
+
+
+def test_command_writes_losses_and_prints_the_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_bytes, "train", lambda run, text: train(replace(run, batch=2, size=TINY), text))
+    out = tmp_path / "run.json"
+    assert train_bytes.main(["--kernels", "none", "--residual", "mhc", "--steps", "3", "--json", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "step     3 of 3" in said
+    assert "asked for" in said
+    assert "tokens/s" in said.splitlines()[-1]
+    written = json.loads(out.read_text())
+    assert len(written["losses"]) == 3
+    assert written["run"]["residual"] == "mhc"
+    assert {row["runs"] for row in written["kernels"]} == {"reference"}
+    plot_loss.main(str(tmp_path / "loss.png"), str(out))
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("bad", [["--kernels", "missing.mhcpack"], ["--steps", "0"]])
+def test_bad_input_is_one_line_and_exit_code_2(bad, capsys):
+    assert train_bytes.main(bad) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1
+    assert bad[1] in captured.err

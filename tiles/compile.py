@@ -1,0 +1,173 @@
+"""Family + problem + schedule + target -> artifact. With the programs, the only place that imports TileLang.
+
+A CPU artifact is a shared library that exports one C function (`tiles.launcher`); a CUDA artifact is a cubin.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tiles.errors import BadInput
+from tiles.family import KernelSpec, Problem
+from tiles.launcher import with_launcher
+from tiles.prelude import PRELUDE
+from tiles.registry import kernel_spec
+from tiles.target import Target
+
+# -ffast-math less what would break us: it assumes away NaN and infinity, and linking with it makes every thread of
+# the process flush subnormals. What stays lets sums be vectorised, in an order that is fixed at compile time.
+CPU_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-strict-aliasing",  # TileLang reinterprets floats through pointers
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+    "-freciprocal-math",
+    "-ffp-contract=fast",
+)
+
+_RESOURCES = re.compile(
+    r"(?P<stack>\d+) bytes stack frame, "
+    r"(?P<spill_stores>\d+) bytes spill stores, (?P<spill_loads>\d+) bytes spill loads"
+)
+_USED = re.compile(r"Used (\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
+
+
+class CompileError(RuntimeError):
+    """A kernel does not compile; the text names it and ends with the compiler's own words."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Compiled code: `source` is what the C++ or CUDA compiler was given, `details` what it reported."""
+
+    target: Target
+    source: str
+    binary: bytes
+    details: dict[str, int] = field(default_factory=dict)
+
+
+def why_no_compiler(target: Target) -> str | None:
+    """What is missing to compile for `target` on this machine, or None."""
+    if importlib.util.find_spec("tilelang") is None:
+        return "tilelang is not installed: pip install tilelang"
+    if target.kind == "cpu" and _cxx() is None:
+        return "no C++ compiler is on PATH: install g++ or set CXX"
+    if target.kind == "cuda" and shutil.which("nvcc") is None:
+        return "nvcc is not on PATH: install the CUDA toolkit"
+    return None
+
+
+def compile_kernel(problem: Problem, schedule: Any, target: Target) -> Artifact:
+    """Compile one kernel; raises `BadInput` for a schedule that is not valid and `CompileError` for what fails."""
+    spec = kernel_spec(problem.op, problem.direction)
+    problem = spec.canonical(problem)
+    why = spec.why_invalid(problem, schedule, target) or why_no_compiler(target)
+    if why:
+        raise BadInput(f"{problem.describe()}: {why}")
+    source = generate_source(spec, problem, schedule, target)
+    if target.kind == "cpu":
+        return Artifact(target, source, _compile_cpu(source, target, problem))
+    return _compile_cuda(source, target, problem)
+
+
+def generate_source(spec: KernelSpec, problem: Problem, schedule: Any, target: Target) -> str:
+    """The C++ or CUDA text of a kernel."""
+    import tilelang
+    from tilelang.backend.target import determine_target
+
+    from tiles.dialect import dialect_for
+
+    module, _, function = spec.builder.partition(":")
+    lowered: dict[str, str] | str = "c" if target.kind == "cpu" else {"kind": "cuda", "arch": target.arch}
+    resolved = determine_target(lowered, return_object=True)
+    try:
+        with resolved:
+            program = getattr(importlib.import_module(module), function)(problem, schedule, dialect_for(target))
+            source = str(tilelang.lower(program, target=resolved).kernel_source)
+    except Exception as error:  # TVM raises many types; all mean that this schedule does not lower
+        last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise CompileError(f"{problem.describe()} {asdict(schedule)}: TileLang refused: {last[0]}") from error
+    if target.kind == "cuda":
+        return source
+    return with_launcher(_without_tilelang(source), spec.arguments(problem))
+
+
+def _without_tilelang(source: str) -> str:
+    """The kernels use plain C types alone, so the text needs no header of TileLang's."""
+    return source.replace("#include <tl_templates/cpp/common.h>", PRELUDE)
+
+
+def _cxx() -> str | None:
+    """The C++ compiler's command."""
+    named = os.environ.get("CXX")
+    return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+
+
+def _compile_cpu(source: str, target: Target, problem: Problem) -> bytes:
+    """Compile with OpenMP and link without it: the symbols come from torch (`tiles.launcher`)."""
+    march = [f"-march={target.arch}"] if platform.machine() == "x86_64" else []
+    tune = ["-mtune=native"] if platform.machine() == "x86_64" else []
+    compiler = _cxx()
+    assert compiler
+    with tempfile.TemporaryDirectory(prefix="mhc-tune-") as folder:
+        text, obj, library = (Path(folder) / name for name in ("kernel.cpp", "kernel.o", "kernel.so"))
+        text.write_text(source, encoding="utf-8")
+        _run([compiler, *CPU_FLAGS, *march, *tune, "-c", str(text), "-o", str(obj)], problem)
+        _run([compiler, "-shared", str(obj), "-o", str(library)], problem)
+        return library.read_bytes()
+
+
+def _compile_cuda(source: str, target: Target, problem: Problem) -> Artifact:
+    from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
+
+    with tempfile.TemporaryDirectory(prefix="mhc-tune-") as folder:
+        text, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
+        text.write_text(source, encoding="utf-8")
+        said = _run(
+            [
+                *("nvcc", "-cubin", "-O3", "-std=c++17", f"-arch={target.arch}", "-lineinfo", "-Xptxas=-v"),
+                *(f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}", "--expt-relaxed-constexpr"),
+                *(str(text), "-o", str(cubin)),
+            ],
+            problem,
+        )
+        return Artifact(target, source, cubin.read_bytes(), _resources(said))
+
+
+def _resources(said: str) -> dict[str, int]:
+    """Registers, stack, spills and static shared memory, as ptxas reports them."""
+    details: dict[str, int] = {}
+    if used := _USED.search(said):
+        details["registers"] = int(used[1])
+    if spills := _RESOURCES.search(said):
+        details |= {name: int(value) for name, value in spills.groupdict().items()}
+    shared = _SHARED.search(said)
+    details["static_shared_bytes"] = int(shared[1]) if shared else 0
+    return details
+
+
+def _run(command: list[str], problem: Problem) -> str:
+    """Run a compiler; its output, or `CompileError` with the end of it."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CompileError(f"{problem.describe()}: {command[0]} does not start: {error}") from error
+    if done.returncode != 0:
+        raise CompileError(f"{problem.describe()}: {Path(command[0]).name} failed: {done.stderr[-2000:].strip()}")
+    return done.stdout + done.stderr

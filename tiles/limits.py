@@ -1,0 +1,64 @@
+"""What schedules of all families are held to: block sizes that divide, and storage that a target has."""
+
+from __future__ import annotations
+
+from tiles.target import Target
+
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_120a": 99 * 1024}
+"""Shared memory a block can have, in bytes (CUDA programming guide, technical specifications)."""
+
+SHARED_BYTES_HOPPER = 227 * 1024
+"""The same for sm_90 and sm_100 and their variants."""
+
+STACK_BYTES = 512 * 1024
+"""Local arrays a CPU kernel may have: OpenMP's threads can have stacks of 2 MiB."""
+
+REGISTERS = 160
+"""float32 accumulators a CUDA thread may hold; above this the 255 registers spill."""
+
+
+def scratch_bytes(target: Target) -> int:
+    """Bytes of scratch that a program for `target` may use."""
+    if target.kind == "cpu":
+        return STACK_BYTES
+    return SHARED_BYTES.get(target.arch, SHARED_BYTES_HOPPER)
+
+
+def why_too_much_scratch(floats: int, target: Target) -> str | None:
+    """The rule for a program's scratch, or None where it holds."""
+    limit = scratch_bytes(target)
+    if 4 * floats <= limit:
+        return None
+    return f"scratch must be at most {limit} bytes on {target}, got {4 * floats}: choose smaller blocks"
+
+
+def why_not_divisor(name: str, block: int, total: int) -> str | None:
+    """The rule for a block along a dimension, or None where it holds."""
+    if block >= 1 and total % block == 0:
+        return None
+    return f"{name} must divide {total}, got {block}: choose one of {', '.join(map(str, divisors(total, 8, 2048)))}"
+
+
+def divisors(total: int, least: int, most: int) -> tuple[int, ...]:
+    """The divisors of `total` in least..most that are multiples of 64, or of 8 where there are none, thinned out so
+    that each is at least 1.2 times the one before.
+
+    `total` is a multiple of 8, so there is always one: 8 itself stands in where none is in the range.
+    """
+    for multiple in (64, 8):
+        kept: list[int] = []
+        for size in range(most - most % multiple, max(least, 1) - 1, -multiple):
+            if total % size == 0 and (not kept or 5 * kept[-1] >= 6 * size):
+                kept.append(size)
+        if kept:
+            return tuple(sorted(kept))
+    return (8,)
+
+
+def why_bad_threads(threads: int, target: Target) -> str | None:
+    """The rule for CUDA threads a block (0 on a CPU, where the launcher decides), or None where it holds."""
+    if target.kind == "cpu":
+        return None if threads == 0 else f"threads must be 0 on a CPU, got {threads}: the launcher cuts slices"
+    if threads % 32 == 0 and 32 <= threads <= 1024:
+        return None
+    return f"threads must be a multiple of 32 in 32..1024, got {threads}: choose 128"

@@ -1,0 +1,27 @@
+"""What the families' references share: the precision they compute in, and how inputs are drawn."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def wide(streams: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """Stream values in the coefficients' precision: float32, or float64 where the coefficients are float64."""
+    return streams.to(coefficients.dtype)
+
+
+def fresh(seed: int) -> torch.Generator:
+    """A generator for one draw of inputs."""
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(random: torch.Generator, dtype: str, *shape: int) -> torch.Tensor:
+    """Standard normal values on the CPU."""
+    return torch.randn(shape, generator=random).to(DTYPES[dtype])
+
+
+def in_float64(values: dict[str, object]) -> dict[str, object]:
+    """The same values with every tensor in float64, for a float64 reference."""
+    return {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
