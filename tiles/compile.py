@@ -36,6 +36,7 @@ CPU_FLAGS = (
     "-fno-trapping-math",
     "-fno-signed-zeros",
     "-fassociative-math",
+    "-fno-tree-reassoc",  # it would break chains of multiply-adds into products and sums
     "-freciprocal-math",
     "-ffp-contract=fast",
 )

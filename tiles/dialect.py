@@ -7,6 +7,7 @@ stored as uint16. On CUDA a lane loop is spread over the block's threads and an 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import tilelang.language as T
@@ -67,6 +68,13 @@ def bind(value: Expr) -> Expr:
     TileLang 0.1.15's C generator names such operands by their text and would use the old value again after the store.
     """
     return tvm.tirx.script.builder.bind(value)
+
+
+def multiply_add(start: Expr, factors: Sequence[Expr], values: Sequence[Expr]) -> Expr:
+    """start + Σ factors·values, added from left to right: one fused multiply-add a term."""
+    for factor, value in zip(factors, values, strict=True):
+        start = start + factor * value
+    return start
 
 
 def token_range(tokens: Expr, split: Expr, splits: Expr, block: int) -> tuple[Buffer, Buffer, Buffer]:

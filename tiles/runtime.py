@@ -11,6 +11,7 @@ import torch
 
 from tiles.family import Argument, KernelSpec, Problem
 from tiles.launcher import ENTRY
+from tiles.memory import POOL
 from tiles.reference import DTYPES
 from tiles.registry import kernel_spec
 
@@ -109,7 +110,7 @@ def is_result(argument: Argument) -> bool:
 def empty_result(argument: Argument, tokens: int, slices: int) -> torch.Tensor:
     """Uninitialised memory for a result; a partial gets one row per slice."""
     shape = argument.sized(tokens)
-    return torch.empty((slices, *shape) if argument.role == "partial" else shape, dtype=DTYPES[argument.dtype])
+    return POOL.empty((slices, *shape) if argument.role == "partial" else shape, DTYPES[argument.dtype])
 
 
 def summed(partials: torch.Tensor) -> torch.Tensor:

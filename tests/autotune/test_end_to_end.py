@@ -22,6 +22,9 @@ from tiles.target import detect_device
 PROBLEM = Problem("project", "forward", 2, 64, "bfloat16", tokens=64)
 DEVICE = detect_device("cpu")
 
+HEED_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""A test run that was started in the background ignores Ctrl-C, and so would what it starts."""
+
 TUNE = """
 import sys
 from pathlib import Path
@@ -80,7 +83,7 @@ def test_a_tuned_kernel_computes_what_its_reference_does_and_a_second_run_does_n
 def test_a_run_that_is_ended_keeps_what_it_finished(workers, tmp_path, sent, code):
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     process = subprocess.Popen(
-        [sys.executable, "-c", TUNE, str(tmp_path)],
+        [sys.executable, "-c", HEED_CTRL_C + TUNE, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

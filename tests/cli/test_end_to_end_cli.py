@@ -154,7 +154,9 @@ def test_bench_compares_implementations(
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from cli.main import app; app()"]
+    # A test run that was started in the background ignores Ctrl-C, and so would what it starts.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{heed}; from cli.main import app; app()"]
     tuning = subprocess.Popen(
         [*command, "tune", *SHAPE, "--trials", "2", "--cache", str(tmp_path)],
         stdout=subprocess.DEVNULL,

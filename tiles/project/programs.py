@@ -8,7 +8,7 @@ from typing import Any
 
 import tilelang.language as T
 
-from tiles.dialect import Dialect, bind, token_range
+from tiles.dialect import Dialect, bind, multiply_add, token_range
 from tiles.family import Problem
 from tiles.project.schedule import BackwardSchedule, ForwardSchedule
 
@@ -82,9 +82,9 @@ def backward(problem: Problem, schedule: BackwardSchedule, dialect: Dialect) -> 
             values = [bind(staged[t][lane]) for t in rows]
             weights = [bind(phi[k, c + lane]) for k in ks]
             for j, k in enumerate(ks):
-                sums[k, lane] += sum(factors[j][t] * values[t] for t in rows)
+                sums[k, lane] = multiply_add(sums[k, lane], factors[j], values)
             for t in rows:
-                grads[t][lane] += sum(factors[j][t] * weight for j, weight in enumerate(weights))
+                grads[t][lane] = multiply_add(grads[t][lane], [of_k[t] for of_k in factors], weights)
 
     @T.prim_func
     def project_backward(
