@@ -15,6 +15,7 @@ from cli.baselines import COMPILED, Form, forms, layer
 from cli.cases import DIRECTIONS, OPS, ROUNDING, Case
 from mhc import functional
 from mhc.kernels import Kernels, using
+from mhc.sharing import share
 
 IMPLS = ("tuned", "default", "eager", "compile", *peers.NAMES)
 
@@ -131,7 +132,14 @@ class Forms:
             "aggregate": lambda *values: (functional.aggregate(*values),),
             "merge": lambda *values: (functional.merge(*values),),
         }
-        return {**parts, "layer": layer(parts)}
+
+        def whole(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            x, *parameters = values
+            x_pre, x_merge = share(x, 2)
+            u, post, res = functional.pre(x_pre, *parameters)
+            return (functional.merge(x_merge, u, res, post),)
+
+        return {**parts, "layer": whole}
 
 
 def is_right(contender: Contender, case: Case, skipped: list[str]) -> bool:

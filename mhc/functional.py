@@ -13,6 +13,7 @@ import torch
 
 from mhc.checks import check_problem, expect, stream_shape
 from mhc.operators import OPERATORS
+from mhc.sharing import share
 from tiles.errors import BadInput
 from tiles.family import PAPER_ROUNDS, WIDTH_MULTIPLE
 
@@ -119,9 +120,10 @@ def pre(
     x [..., n, C], phi [N, K], alpha [3], bias [N] -> u [..., C] in x's dtype, post [..., n], res [..., n, n].
     """
     n, width = stream_shape(x)
-    z, s = project(x, phi)
+    x_project, x_aggregate = share(x, 2)
+    z, s = project(x_project, phi)
     weights, post, res = coefficients(z, s, alpha, bias, streams=n, width=width, rounds=rounds, eps=eps)
-    return aggregate(x, weights), post, res
+    return aggregate(x_aggregate, weights), post, res
 
 
 def step(

@@ -10,6 +10,7 @@ from torch import nn
 from mhc import functional
 from mhc.checks import check_problem, expect, stream_shape
 from mhc.init import ALPHA, constrained_bias, draw_phi, unconstrained_bias
+from mhc.sharing import share
 from tiles.errors import BadInput
 
 Mode = Literal["mhc", "hc", "residual"]
@@ -62,10 +63,11 @@ class HyperConnection(nn.Module):
         expect("x", x, (*x.shape[:-2], self.streams, self.width), x.dtype, x.device)
         if self.mode == "residual":
             return x + self.sublayer(x.mean(-2), *args, **kwargs).unsqueeze(-2)
-        u, post, res = self._before(x)
+        x_before, x_merge = share(x, 2)
+        u, post, res = self._before(x_before)
         # Under autocast a sublayer may answer in another dtype than its input's; the streams' dtype is x's.
         f = self.sublayer(u, *args, **kwargs).to(x.dtype)
-        return functional.merge(x, f, res, post)
+        return functional.merge(x_merge, f, res, post)
 
     def _before(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """u [..., C], post [..., n], res [..., n, n]. Parameters that were cast with the model are widened."""
@@ -73,11 +75,12 @@ class HyperConnection(nn.Module):
         if self.mode == "mhc":
             return functional.pre(x, phi, alpha, bias, rounds=self.rounds, eps=self.eps)
         n = self.streams
-        z, s = functional.project(x, phi)
+        x_project, x_aggregate = share(x, 2)
+        z, s = functional.project(x_project, phi)
         r = torch.rsqrt(s / (n * self.width) + self.eps).unsqueeze(-1)
         gate = torch.cat((alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)))
         pre, post, res = (gate * torch.tanh(z * r) + bias).split((n, n, n * n), dim=-1)
-        return functional.aggregate(x, pre), post, res.unflatten(-1, (n, n))
+        return functional.aggregate(x_aggregate, pre), post, res.unflatten(-1, (n, n))
 
     def extra_repr(self) -> str:
         """Shown by print."""
