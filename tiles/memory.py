@@ -2,8 +2,8 @@
 
 A fresh tensor of tens of megabytes costs more in page faults than a kernel takes to fill it, and the C library gives
 such memory back to the system at every free. The pool keeps it instead, as torch's allocator for GPUs does: memory
-that a tensor no longer uses serves the next result of its size. It never holds more than was in use at once, plus
-what one call needs.
+that a tensor no longer uses serves the next result of its size. The pool never holds more than was once in use at the
+same time.
 """
 
 from __future__ import annotations

@@ -59,9 +59,14 @@ def test_a_second_backward_gives_the_same_gradients():
     assert torch.equal(torch.autograd.grad(out, x)[0], first)
 
 
-def test_gradients_handed_to_hooks_before_the_sum_are_not_the_result_of_a_user():
-    x = torch.randn(2, 3, requires_grad=True)
-    upstream = torch.ones(2, 3)
-    one, two = share(x, 2)
-    torch.autograd.grad((1.0 * one + 1.0 * two), x, upstream)
-    assert torch.equal(upstream, torch.ones(2, 3))
+def test_the_callers_gradient_is_not_written_to():
+    """A sum in place may only touch what the backward kernels made."""
+    connection = mhc.HyperConnection(16, 4, torch.nn.Identity())
+    x = torch.randn(5, 4, 16, requires_grad=True)
+    upstream = torch.randn(5, 4, 16)
+    before = upstream.clone()
+    with mhc.using(mhc.Kernels.reference()):
+        out = connection(x)
+        first = torch.autograd.grad(out, x, upstream, retain_graph=True)[0].clone()
+        assert torch.equal(torch.autograd.grad(out, x, upstream)[0], first)
+    assert torch.equal(upstream, before)
