@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,6 +47,13 @@ def test_eviction_reads_more_than_the_last_level_cache():
     assert last_level_cache_bytes() >= 2**18
     measure.evict_caches()
     assert measure._eviction_buffer().nbytes >= 2 * last_level_cache_bytes() - 8
+
+
+def test_copy_bandwidth_is_that_of_the_fastest_copy(monkeypatch):
+    monkeypatch.setattr(measure, "last_level_cache_bytes", lambda: 2**20)
+    instants = iter([0.0, 4.0, 10.0, 10.5, 20.0, 27.0])
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(instants)))
+    assert copy_bandwidth(repeats=3) == pytest.approx(2 * 64 * 2**20 / 0.5 / 1e9)
 
 
 def test_copy_bandwidth_is_a_rate(monkeypatch):
