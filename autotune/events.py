@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from autotune.measure import Roofline
 from tiles.cache import Record
 from tiles.family import Problem
 
@@ -18,7 +19,7 @@ class ProblemStarted:
     pool: int
     trials: int
     settled: int
-    copy_gb_per_s: float
+    roofline: Roofline
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class TrialDone:
     """A schedule was verified and timed.
 
     `ratio` is the default's time over this one's, measured together (above 1 is faster than the default);
-    `percent_of_copy` is the rate of the bytes it must move against the device's copy bandwidth. The `best_` fields are
-    those of the best trial so far. `same_as` is the number of the trial that had generated the same code, if any: its
-    timing holds and nothing was run.
+    `percent_of_copy` is the rate of the bytes it must move against the device's copy bandwidth, `percent_of_limit` the
+    least time that the roofline allows against its own. The `best_` fields are those of the best trial so far.
+    `same_as` is the number of the trial that had generated the same code, if any: its timing holds, nothing was run.
     """
 
     problem: Problem
@@ -37,9 +38,11 @@ class TrialDone:
     ms: float
     ratio: float
     percent_of_copy: float
+    percent_of_limit: float
     best_ms: float
     best_ratio: float
     best_percent_of_copy: float
+    best_percent_of_limit: float
     same_as: int | None = None
 
 
@@ -65,7 +68,7 @@ class FinalistsMeet:
 class ProblemFinished:
     """A record is in the cache (`record` is None when the search was interrupted before anything was verified).
 
-    `stopped` says why the search ended: "trials", "pool swept", "time", "copy bandwidth", "interrupted", or
+    `stopped` says why the search ended: "trials", "pool swept", "time", "roofline", "interrupted", or
     "finished before" where nothing was left to do.
     """
 

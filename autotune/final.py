@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from autotune.measure import paired_ratio
+from autotune.measure import Roofline, paired_ratio
 from tiles.family import Traffic
 from tiles.toolchain import TILELANG
 
@@ -42,13 +42,14 @@ def worth_it(low: float) -> bool:
     return low > 1 + LEAST_GAIN
 
 
-def floor_ms(traffic: Traffic, copy_gb_per_s: float) -> float:
-    """The least time for this traffic at copy bandwidth.
+def floor_ms(traffic: Traffic, roofline: Roofline) -> float:
+    """`Roofline.limit_ms`, with bytes counted cautiously: where a kernel reaches this, there is nothing left to find.
 
     A CPU reads a line before it writes it, so a copy of B bytes moves 3B where 2B are counted. The lower of both counts
     is taken: a kernel that mostly reads can be faster than a copy by the usual count.
     """
-    return min(traffic.bytes, (traffic.read + 2 * traffic.written) / 1.5) / copy_gb_per_s / 1e6
+    moved = min(traffic.bytes, (traffic.read + 2 * traffic.written) / 1.5)
+    return max(moved / roofline.copy_gb_per_s, traffic.flops / roofline.gflops) / 1e6
 
 
 def measurement(
@@ -57,21 +58,28 @@ def measurement(
     default_ms: float,
     ratio: float,
     traffic: Traffic,
-    copy_gb_per_s: float,
+    roofline: Roofline,
     threads: int,
     trials: int,
     default_kept: bool,
 ) -> dict[str, Any]:
-    """A record's measurement. `ratio` is default/tuned, the median of pairs; rates are in 1e9 bytes a second."""
-    gb_per_s = traffic.bytes / tuned_ms / 1e6
+    """A record's measurement. `ratio` is default/tuned, the median of pairs; rates are in 1e9 a second.
+
+    `percent_of_copy` compares the bytes with copy bandwidth, `percent_of_limit` the time with the roofline's.
+    """
+    gb_per_s, limit_ms = traffic.bytes / tuned_ms / 1e6, roofline.limit_ms(traffic)
     return {
         "tuned_ms": tuned_ms,
         "default_ms": default_ms,
         "ratio": ratio,
         "bytes": traffic.bytes,
         "gb_per_s": gb_per_s,
-        "copy_gb_per_s": copy_gb_per_s,
-        "percent_of_copy": 100 * gb_per_s / copy_gb_per_s,
+        "copy_gb_per_s": roofline.copy_gb_per_s,
+        "percent_of_copy": 100 * gb_per_s / roofline.copy_gb_per_s,
+        "flops": traffic.flops,
+        "gflops_peak": roofline.gflops,
+        "limit_ms": limit_ms,
+        "percent_of_limit": 100 * limit_ms / tuned_ms,
         "threads": threads,
         "trials": trials,
         "default_kept": default_kept,

@@ -1,4 +1,4 @@
-"""Timing on this machine's CPU: cold data, interleaved calls, medians, and what a difference is worth."""
+"""Timing on this machine's CPU: cold data, interleaved calls, what a difference is worth, and what the limits are."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from tiles.family import Traffic
 
 FALLBACK_CACHE_BYTES = 32 * 2**20
 """Taken as the size of the last-level cache where the system does not tell."""
@@ -45,13 +47,59 @@ def copy_bandwidth(*, repeats: int = 25) -> float:
     """
     size = max(4 * last_level_cache_bytes(), 64 * 2**20)
     source, target = torch.ones(size // 4), torch.ones(size // 4)
-    target.copy_(source)
+    return 2 * size / _fastest(lambda: target.copy_(source), repeats) / 1e9
+
+
+SIDE = 640
+"""Of the square matrices that arithmetic is measured with: three of them take 5 MB."""
+
+CHANNELS, PIXELS, TAPS = 256, 32, 3
+"""Of the convolution that arithmetic is measured with: channels in and out, resulting pixels, and weights for each, a
+side. Images and weights take 5 MB."""
+
+
+def arithmetic_peak(*, repeats: int = 100) -> float:
+    """GFLOP/s of float32 (1e9 additions or multiplications a second), the fastest arithmetic torch shows here.
+
+    That of the fastest of `repeats` matrix products and as many convolutions, with torch's threads, on operands that
+    caches hold. Both, because they run in different libraries: on AMD processors matrix products of torch's builds
+    leave half of the AVX-512 units idle, which our kernels do not, and convolutions reach what the processor can do.
+    """
+    left, right = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+    product = _fastest(lambda: torch.mm(left, right), repeats)
+    side = PIXELS + TAPS - 1
+    image = torch.randn(1, CHANNELS, side, side).contiguous(memory_format=torch.channels_last)
+    weights = torch.randn(CHANNELS, CHANNELS, TAPS, TAPS).contiguous(memory_format=torch.channels_last)
+    convolution = _fastest(lambda: torch.conv2d(image, weights), repeats)
+    return max(2 * SIDE**3 / product, 2 * (CHANNELS * PIXELS * TAPS) ** 2 / convolution) / 1e9
+
+
+def _fastest(call: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest call; one that is not counted goes before."""
+    call()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        target.copy_(source)
+        call()
         times.append(time.perf_counter() - start)
-    return 2 * size / min(times) / 1e9
+    return min(times)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What no kernel can beat by much on this machine: copy bandwidth (GB/s) and float32 arithmetic (GFLOP/s)."""
+
+    copy_gb_per_s: float
+    gflops: float
+
+    @classmethod
+    def measure(cls) -> Roofline:
+        """This machine's, with torch's threads; takes about a second."""
+        return cls(copy_bandwidth(), arithmetic_peak())
+
+    def limit_ms(self, traffic: Traffic) -> float:
+        """The least time (ms) for this traffic: its bytes at copy bandwidth, or its operations at the peak."""
+        return max(traffic.bytes / self.copy_gb_per_s, traffic.flops / self.gflops) / 1e6
 
 
 def interleaved(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 
 from autotune import measure
 from autotune.verify import verify
-from tiles.family import Problem
+from tiles.family import Direction, Problem
+from tiles.registry import kernel_spec
 from tiles.runtime import LoadedKernel, empty_result, is_result
 
 
@@ -30,12 +31,13 @@ TRIAL = Effort(rounds=15, seconds=0.8, least=6)
 FINAL = Effort(rounds=60, seconds=4.0, least=12)
 
 TUNED, DEFAULT = "tuned", "default"
+FUSED, SEPARATE = "fused", "separate"
 
 
-def copy_bandwidth(threads: int) -> float:
-    """GB/s; see `measure.copy_bandwidth`."""
+def roofline(threads: int) -> measure.Roofline:
+    """See `measure.Roofline`."""
     torch.set_num_threads(threads)
-    return measure.copy_bandwidth()
+    return measure.Roofline.measure()
 
 
 def assess(problem: Problem, tuned: Path, default: Path, seed: int, threads: int) -> dict[str, list[float]]:
@@ -66,6 +68,33 @@ def compare(
     return _time(kernels, problem, inputs, seed, FINAL)
 
 
+def compare_separate(
+    problem: Problem, fused: Path, parts: Mapping[tuple[str, Direction], Path], seed: int, threads: int
+) -> dict[str, list[float]]:
+    """Time a fused kernel against `parts`, the kernels that do its work one after the other; all are verified already.
+
+    Returns the milliseconds of each round under `FUSED` and `SEPARATE`.
+    """
+    torch.set_num_threads(threads)
+    kernel = _load(fused, problem)
+    separate = kernel.spec.separate
+    assert separate
+    loaded = {
+        (op, direction): _load(path, kernel_spec(op, direction).canonical(replace(problem, op=op, direction=direction)))
+        for (op, direction), path in parts.items()
+    }
+
+    def run(op: str, direction: Direction, given: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        return loaded[op, direction](*given)
+
+    inputs = tuple(kernel.spec.inputs(problem, problem.tokens, seed).values())
+    calls: dict[str, Callable[[], object]] = {
+        FUSED: lambda: kernel(*inputs),
+        SEPARATE: lambda: separate.call(run, *inputs),
+    }
+    return measure.interleaved(calls, seed=seed, **asdict(FINAL))
+
+
 @cache
 def _load(path: Path, problem: Problem) -> LoadedKernel:
     """Once per file: a path is named by its content."""
@@ -83,6 +112,9 @@ def _time(
     kernel = next(iter(kernels.values()))
     tokens, slices = problem.tokens, kernel.slices(problem.tokens)
     results = {arg.name: empty_result(arg, tokens, slices) for arg in kernel.arguments if is_result(arg)}
+    for argument in kernel.arguments:
+        if argument.role == "updated":  # it grows from call to call, which costs no time
+            results[argument.name].copy_(inputs[argument.name])
 
     def call(kernel: LoadedKernel) -> Callable[[], object]:
         return lambda: kernel.launch(inputs, results, tokens, slices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +17,7 @@ from autotune.events import Event, FinalistsMeet, ProblemFinished, ProblemStarte
 from autotune.final import decide, floor_ms, measurement, provenance, worth_it
 from autotune.measure import paired_ratio
 from autotune.pool import Pool, enumerate_pool
+from autotune.rival import weigh
 from autotune.search import PoolSampler
 from autotune.storage import claim, open_study
 from autotune.tasks import DEFAULT, TUNED
@@ -26,7 +27,7 @@ from autotune.workers import COMPILERS, Workers
 from tiles.cache import KernelCache, Key, Record
 from tiles.compile import Artifact
 from tiles.errors import BadInput
-from tiles.family import KernelSpec, Problem
+from tiles.family import KernelSpec, Problem, Traffic
 from tiles.registry import kernel_spec
 from tiles.target import Device
 
@@ -35,8 +36,15 @@ FINALISTS = 3
 CONCLUDED = "concluded"
 """Study attribute: how many trials were settled when the winner was written, and why the search had stopped."""
 
+ROOFLINE = "roofline"
+"""Why a search stopped that the roofline left nothing to find."""
+
 NOISE_BOUNDS = (0.01, 0.05)
 """What is believed of the noise that the default's measurement against itself shows."""
+
+
+NO_RIVAL: Mapping[str, float | bool] = {}
+"""What is said of separate kernels where there are none, or where there was no time to compare."""
 
 
 class TuneFailed(RuntimeError):
@@ -114,8 +122,8 @@ class _Search:
         record, stopped = self.cache.get(self.key), "finished before"
         if record is None or not self._concluded():
             try:
-                copy = self.workers.copy_gb_per_s()
-                self.report(ProblemStarted(self.problem, len(self.pool), self.trials, len(self._settled()), copy))
+                roofline = self.workers.roofline()
+                self.report(ProblemStarted(self.problem, len(self.pool), self.trials, len(self._settled()), roofline))
                 stopped = self._search(seconds)
                 record = self._conclude()
             except KeyboardInterrupt:
@@ -128,7 +136,7 @@ class _Search:
     def _concluded(self) -> bool:
         """Whether an earlier call has done all that this one would do."""
         concluded = self.study.user_attrs.get(CONCLUDED, {"trials": 0, "stopped": ""})
-        return concluded["trials"] >= self.trials or concluded["stopped"] in ("pool swept", "copy bandwidth")
+        return concluded["trials"] >= self.trials or concluded["stopped"] in ("pool swept", ROOFLINE)
 
     def _settled(self) -> list[FrozenTrial]:
         return [trial for trial in self.study.get_trials(deepcopy=False) if settled(trial)]
@@ -148,8 +156,8 @@ class _Search:
                 return "trials"
             if measured and seconds is not None and time.monotonic() - self.started > seconds:
                 return "time"
-            if measured and self._at_copy_bandwidth(measured):
-                return "copy bandwidth"
+            if measured and self._at_roofline(measured):
+                return ROOFLINE
             self._batch(more)
 
     def _batch(self, count: int) -> None:
@@ -237,15 +245,17 @@ class _Search:
         self.study.tell(trial, state=TrialState.FAIL)
         self.report(TrialFailed(self.problem, trial.number, self.pool.values(member), str(failure)))
 
-    def _at_copy_bandwidth(self, measured: Sequence[FrozenTrial]) -> bool:
-        """Whether what the best leaves up to copy bandwidth is less than the noise."""
+    def _at_roofline(self, measured: Sequence[FrozenTrial]) -> bool:
+        """Whether what the best leaves up to the roofline is less than the noise.
+
+        A time far below it says that something slowed the machine while the roofline was measured: that is no reason.
+        """
         defaults = [trial for trial in measured if self._member(trial.params) == self.pool.default]
         if not defaults:
             return False
         itself, (least, most) = Found.of(defaults[0]), NOISE_BOUNDS
         noise = min(most, max(least, (itself.high - itself.low) / 2))
-        traffic = self.spec.traffic(self.problem, self.problem.tokens)
-        return Found.of(measured[0]).ms <= floor_ms(traffic, self.workers.copy_gb_per_s()) * (1 + noise)
+        return abs(Found.of(measured[0]).ms / floor_ms(self._traffic(), self.workers.roofline()) - 1) <= noise
 
     def _conclude(self) -> Record:
         """Let the fastest schedules meet the default, and put the winner into the cache."""
@@ -259,10 +269,17 @@ class _Search:
             # A trial of an earlier call says nothing about what today's compiler makes of its code.
             unverified = [str(name) for name, artifact in entrants.items() if _digest(artifact) not in self.verified]
             times = self.workers.compare(self.problem, binaries, unverified, seed)
+            winner, tuned_ms, default_ms, ratio = decide(str(self.pool.default), times)
+            rival = self._weigh_separate(entrants[int(winner)], seed)
         except TaskFailed as failure:
             raise TuneFailed(f"{self.problem.describe()}: the finalists fail: {failure}") from failure
-        winner, tuned_ms, default_ms, ratio = decide(str(self.pool.default), times)
-        return self._put(int(winner), tuned_ms, default_ms, ratio)
+        return self._put(int(winner), tuned_ms, default_ms, ratio, rival)
+
+    def _weigh_separate(self, artifact: Artifact, seed: int) -> dict[str, float | bool]:
+        """For a fused kernel: whether the separate kernels are faster."""
+        if self.spec.separate is None:
+            return {}
+        return weigh(self.problem, artifact.binary, self.cache, self.key.device, self.workers, seed)
 
     def _finalists(self) -> list[int]:
         """The fastest members, at most `FINALISTS`, of code that is neither the default's nor a faster one's."""
@@ -302,9 +319,11 @@ class _Search:
                 ms=found.ms,
                 ratio=found.ratio,
                 percent_of_copy=self._percent_of_copy(found.ms),
+                percent_of_limit=self._percent_of_limit(found.ms),
                 best_ms=best.ms,
                 best_ratio=best.ratio,
                 best_percent_of_copy=self._percent_of_copy(best.ms),
+                best_percent_of_limit=self._percent_of_limit(best.ms),
                 same_as=found.same_as,
             )
         )
@@ -314,22 +333,35 @@ class _Search:
         self.report(ProblemFinished(self.problem, record, stopped, failed, time.monotonic() - self.started))
         return failed
 
-    def _percent_of_copy(self, ms: float) -> float:
-        traffic = self.spec.traffic(self.problem, self.problem.tokens)
-        return 100 * traffic.bytes / ms / 1e6 / self.workers.copy_gb_per_s()
+    def _traffic(self) -> Traffic:
+        return self.spec.traffic(self.problem, self.problem.tokens)
 
-    def _put(self, member: int, tuned_ms: float, default_ms: float, ratio: float) -> Record:
+    def _percent_of_copy(self, ms: float) -> float:
+        return 100 * self._traffic().bytes / ms / 1e6 / self.workers.roofline().copy_gb_per_s
+
+    def _percent_of_limit(self, ms: float) -> float:
+        return 100 * self.workers.roofline().limit_ms(self._traffic()) / ms
+
+    def _put(
+        self,
+        member: int,
+        tuned_ms: float,
+        default_ms: float,
+        ratio: float,
+        rival: Mapping[str, float | bool] = NO_RIVAL,
+    ) -> Record:
         artifact = self._artifact(member)
         measured = measurement(
             tuned_ms=tuned_ms,
             default_ms=default_ms,
             ratio=ratio,
-            traffic=self.spec.traffic(self.problem, self.problem.tokens),
-            copy_gb_per_s=self.workers.copy_gb_per_s(),
+            traffic=self._traffic(),
+            roofline=self.workers.roofline(),
             threads=self.workers.threads,
             trials=len(self._settled()),
             default_kept=member == self.pool.default,
         )
+        measured |= rival
         made = provenance(seed=self.seed, study=self.study.study_name)
         return self.cache.put(self.key, self.pool.values(member), artifact.binary, artifact.source, measured, made)
 

@@ -10,9 +10,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from autotune import tasks
+from autotune.measure import Roofline
 from autotune.worker import TaskFailed, Worker
 from tiles.compile import Artifact, compile_kernel
-from tiles.family import Problem
+from tiles.family import Direction, Problem
 from tiles.target import Target
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Workers:
         self._compilers = [Worker() for _ in range(COMPILERS)]
         self._measurer = Worker()
         self._scratch = tempfile.TemporaryDirectory(prefix="mhc-tune-")
-        self._copy_gb_per_s: float | None = None
+        self._roofline: Roofline | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -79,12 +80,12 @@ class Workers:
             raise
         return done
 
-    def copy_gb_per_s(self) -> float:
-        """The copy bandwidth of this machine, measured once."""
-        if self._copy_gb_per_s is None:
-            self._copy_gb_per_s = self._measure(1, tasks.copy_bandwidth)
-        assert self._copy_gb_per_s
-        return self._copy_gb_per_s
+    def roofline(self) -> Roofline:
+        """What this machine can do, measured once."""
+        if self._roofline is None:
+            self._roofline = self._measure(1, tasks.roofline)
+        assert self._roofline
+        return self._roofline
 
     def assess(self, problem: Problem, tuned: bytes, default: bytes, seed: int) -> dict[str, list[float]]:
         """Verify a kernel and time it against the default; see `tasks.assess`. Raises `TaskFailed`."""
@@ -98,6 +99,15 @@ class Workers:
         """Time kernels against each other; see `tasks.compare`. Raises `TaskFailed`."""
         paths = {name: self._file(binary) for name, binary in binaries.items()}
         times: dict[str, list[float]] = self._measure(len(paths), tasks.compare, problem, paths, unverified, seed)
+        return times
+
+    def compare_separate(
+        self, problem: Problem, fused: bytes, parts: Mapping[tuple[str, Direction], bytes], seed: int
+    ) -> dict[str, list[float]]:
+        """Time a fused kernel against separate ones; see `tasks.compare_separate`. Raises `TaskFailed`."""
+        paths = {part: self._file(binary) for part, binary in parts.items()}
+        arguments = (problem, self._file(fused), paths, seed)
+        times: dict[str, list[float]] = self._measure(2, tasks.compare_separate, *arguments)
         return times
 
     def _measure(self, kernels: int, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -149,19 +149,6 @@ def forms(op: str, streams: int, width: int, dtype: str) -> dict[str, Form]:
     return {name: form for name, form in known[op].items() if not (dtype == "float32" and name.endswith("native"))}
 
 
-def layer(parts: Mapping[str, Form]) -> Form:
-    """The four ops around an identity sublayer: (x, phi, alpha, bias) -> (x',)."""
-    project, coefficients, aggregate, merge = (parts[op] for op in ("project", "coefficients", "aggregate", "merge"))
-
-    def run(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        z, s = project(x, phi)
-        pre, post, res = coefficients(z, s, alpha, bias)
-        (u,) = aggregate(x, pre)
-        return merge(x, u, res, post)
-
-    return run
-
-
 def _both(name: str, function: Callable[..., tuple[torch.Tensor, ...]]) -> dict[str, Form]:
     return {f"{name}, native": partial(function, cast=False), f"{name}, float32": partial(function, cast=True)}
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
-from autotune.measure import copy_bandwidth, interleaved
-from cli import cases, contenders
-from cli.cases import OPS, Case
+from autotune.measure import Roofline, interleaved
+from cli import choice, ours, peers
+from cli.cases import DIRECTIONS, OPS, Case, make_case
+from cli.choice import Choice
 from cli.contenders import Contender
 from cli.options import (
     DEFAULT_DTYPE,
@@ -28,14 +30,16 @@ from cli.options import (
     TokensOption,
     WidthOption,
     existing_cache,
+    known_choices,
     measured_device,
 )
 from cli.output import say, show, show_json, stdout_kept_free
 from cli.render import bench_table, device_text
-from mhc.kernels import Kernels
 from tiles.errors import BadInput
 from tiles.family import Problem
 from tiles.target import Device
+
+IMPLS = (*ours.KERNELS, *choice.IMPLS, *peers.NAMES)
 
 ROUNDS, SECONDS = 30, 12.0
 """Rounds of each measurement, cut short after this many seconds once there are five."""
@@ -47,6 +51,16 @@ buffers ("donated buffers"), which costs it time, so it is compiled separately."
 
 SEED = 0
 
+Shape = tuple[int, int, int, str]
+"""Streams, width, tokens, dtype."""
+
+
+OpOption = Annotated[list[str], typer.Option("--op", help=f"Of {', '.join(OPS)}; default: all. May repeat.")]
+DirectionOption = Annotated[
+    list[str], typer.Option("--direction", help=f"Of {', '.join(DIRECTIONS)}; default: all. May repeat.")
+]
+DEFAULT_OPS, DEFAULT_DIRECTIONS = list(OPS), list(DIRECTIONS)
+
 
 def bench(
     target: TargetOption = "auto",
@@ -54,21 +68,28 @@ def bench(
     width: WidthOption = DEFAULT_WIDTH,
     tokens: TokensOption = DEFAULT_TOKENS,
     dtype: DtypeOption = DEFAULT_DTYPE,
+    op: OpOption = DEFAULT_OPS,
+    direction: DirectionOption = DEFAULT_DIRECTIONS,
     cache: CacheOption = None,
     json: JsonOption = False,
 ) -> None:
     """Time tuned kernels against default schedules, eager torch and torch.compile.
 
-    Times each op and the layer (the four ops around an identity sublayer), with the same inputs, interleaved, at the
-    same thread count. Eager and compile are the fastest of several forms that were tried; every implementation is
-    checked against a float64 reference before it is timed. Takes some minutes, most of them for torch.compile.
+    Times each op, the fused passes pre and step, the layer around an identity sublayer, and a stack of 8 layers, all
+    implementations of one interleaved, with the same inputs, at the same thread count. "separate" are the tuned kernels
+    without the fused passes. Eager and compile are the fastest of several forms that were tried; every implementation
+    is checked against a float64 reference before it is timed. Takes some minutes, most of them for torch.compile.
     """
     device = measured_device(target)
+    known_choices("op", op, OPS)
+    known_choices("direction", direction, DIRECTIONS)
+    shapes = _shapes(streams, width, tokens, dtype)
     folder = existing_cache(cache).folder
     with stdout_kept_free(json):
-        report = run(device, folder, streams, width, tokens, dtype, contenders.IMPLS)
-    impls = list(dict.fromkeys(row["impl"] for row in report["results"]))
-    title = f"{device_text(device)}, {report['threads']} threads, copy {report['copy_gb_per_s']:.1f} GB/s"
+        report = run(device, folder, shapes, op, direction, IMPLS)
+    impls = [impl for impl in IMPLS if any(row["impl"] == impl for row in report["results"])]
+    limits = f"copy {report['copy_gb_per_s']:.1f} GB/s, {report['gflops_peak']:.0f} GFLOP/s"
+    title = f"{device_text(device)}, {report['threads']} threads, {limits}"
     show(bench_table(report["results"], title, impls), on_stderr=json)
     for line in report["skipped"]:
         say(f"skipped: {line}")
@@ -79,49 +100,64 @@ def bench(
 def run(
     device: Device,
     folder: Path,
-    streams: list[int],
-    widths: list[int],
-    tokens: list[int],
-    dtypes: list[str],
+    shapes: Sequence[Shape],
+    ops: Sequence[str],
+    directions: Sequence[str],
     impls: Sequence[str],
 ) -> dict[str, Any]:
-    """Measure every op and the layer at every shape; what `--json` prints."""
+    """Measure the ops at every shape with the kernels in `folder`; what `--json` prints."""
     results: list[dict[str, Any]] = []
     skipped: list[str] = []
-    copy = copy_bandwidth()
-    for n, width, count, dtype in product(streams, widths, tokens, dtypes):
-        Problem("merge", "forward", n, width, dtype, count)  # checks the shape, and says what is wrong with it
-        if count < 1:
-            raise BadInput(f"bench needs at least one token, got {count}: pass 1 or more")
-        kernels = {"tuned": Kernels.from_path(folder), "default": Kernels.defaults()}
-        forms = contenders.Forms(n, width, dtype, impls)
-        for op in (*OPS, "layer"):
-            case = _case(op, n, width, count, dtype)
-            for directions in PASSES:
-                say(f"{case.describe()}: {' and '.join(directions)}")
+    roofline = Roofline.measure()
+    for n, width, count, dtype in shapes:
+        fastest = Choice(n, width, dtype)
+        for op in (op for op in OPS if op in ops):
+            case = make_case(op, n, width, count, dtype, SEED)
+            for timed in filter(None, ([d for d in together if d in directions] for together in PASSES)):
+                say(f"{case.describe()}: {' and '.join(timed)}")
                 torch.compiler.reset()
-                torch._functorch.config.donated_buffer = directions != RETAINED
-                found = list(forms.contenders(case, directions, kernels, skipped))
-                results += _measure(case, found, directions)
+                torch._functorch.config.donated_buffer = tuple(timed) != RETAINED
+                found = list(_contenders(case, timed, impls, folder, fastest, skipped))
+                results += _measure(case, found, timed, roofline)
                 del found
                 gc.collect()
     return {
         "device": device.as_dict(),
         "threads": torch.get_num_threads(),
-        "copy_gb_per_s": copy,
+        "copy_gb_per_s": roofline.copy_gb_per_s,
+        "gflops_peak": roofline.gflops,
         "torch": torch.__version__,
         "results": results,
         "skipped": list(dict.fromkeys(skipped)),
     }
 
 
-def _case(op: str, streams: int, width: int, tokens: int, dtype: str) -> Case:
-    if op == "layer":
-        return cases.layer_case(streams, width, tokens, dtype, SEED)
-    return cases.op_case(op, streams, width, tokens, dtype, SEED)
+def _shapes(streams: list[int], widths: list[int], tokens: list[int], dtypes: list[str]) -> list[Shape]:
+    """All combinations; raises `BadInput` for one that no kernel takes."""
+    shapes = [(n, width, count, dtype) for n, width, count, dtype in product(streams, widths, tokens, dtypes)]
+    for n, width, count, dtype in shapes:
+        Problem("merge", "forward", n, width, dtype, count)
+        if count < 1:
+            raise BadInput(f"bench needs at least one token, got {count}: pass 1 or more")
+    return shapes
 
 
-def _measure(case: Case, found: Sequence[Contender], directions: Sequence[str]) -> list[dict[str, Any]]:
+def _contenders(
+    case: Case, directions: Sequence[str], impls: Sequence[str], folder: Path, fastest: Choice, skipped: list[str]
+) -> Iterator[Contender]:
+    """All implementations that are asked for and run here; `skipped` gets a line for each other one."""
+    for impl in impls:
+        if impl in ours.KERNELS:
+            yield from ours.contender(impl, case, directions, folder, skipped)
+        elif impl in choice.IMPLS:
+            yield from fastest.fastest(impl, case, directions, skipped)
+        else:
+            yield from peers.contender(impl, case, directions, skipped)
+
+
+def _measure(
+    case: Case, found: Sequence[Contender], directions: Sequence[str], roofline: Roofline
+) -> list[dict[str, Any]]:
     """One row an implementation and direction; those of one direction are timed in interleaved rounds."""
     calls: dict[str, dict[str, Callable[[], object]]] = {direction: {} for direction in directions}
     forms: dict[str, dict[str, str]] = {direction: {} for direction in directions}
@@ -134,21 +170,24 @@ def _measure(case: Case, found: Sequence[Contender], directions: Sequence[str]) 
     for direction in directions:
         times = interleaved(calls[direction], rounds=ROUNDS, seconds=SECONDS)
         for impl, milliseconds in times.items():
-            median = statistics.median(milliseconds)
             rows.append(
-                {
-                    "op": case.op,
-                    "direction": direction,
-                    "streams": case.streams,
-                    "width": case.width,
-                    "tokens": case.tokens,
-                    "dtype": case.dtype,
-                    "impl": impl,
-                    "form": forms[direction][impl],
-                    "median_ms": median,
-                    "rounds": len(milliseconds),
-                    "bytes": case.traffic[direction],
-                    "gb_per_s": case.traffic[direction] / median / 1e6,
-                }
+                {"op": case.op, "direction": direction}
+                | {"streams": case.streams, "width": case.width, "tokens": case.tokens, "dtype": case.dtype}
+                | {"impl": impl, "form": forms[direction][impl], "rounds": len(milliseconds)}
+                | _rates(case, direction, statistics.median(milliseconds), roofline)
             )
     return rows
+
+
+def _rates(case: Case, direction: str, median_ms: float, roofline: Roofline) -> dict[str, float]:
+    """A median time against what the case must move and compute at least."""
+    traffic = case.traffic[direction]
+    limit_ms = roofline.limit_ms(traffic)
+    return {
+        "median_ms": median_ms,
+        "bytes": traffic.bytes,
+        "gb_per_s": traffic.bytes / median_ms / 1e6,
+        "flops": traffic.flops,
+        "limit_ms": limit_ms,
+        "percent_of_limit": 100 * limit_ms / median_ms,
+    }

@@ -65,13 +65,26 @@ def measured_device(target: str) -> Device:
     return replace(device, arch=wanted.arch)
 
 
+def known_choices(option: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """Raise `BadInput` for a value that an option does not take."""
+    for value in given:
+        if value not in known:
+            raise BadInput(f"{option} must be one of {', '.join(known)}, got {value}: choose one of them")
+
+
 def problems(
-    streams: Sequence[int], widths: Sequence[int], tokens: Sequence[int], dtypes: Sequence[str]
+    streams: Sequence[int],
+    widths: Sequence[int],
+    tokens: Sequence[int],
+    dtypes: Sequence[str],
+    ops: Sequence[str] | None = None,
 ) -> list[Problem]:
-    """Every kernel at every combination, each distinct piece of generated code and token count once."""
+    """Every kernel (of `ops`) at every combination, each distinct piece of generated code and token count once."""
     found: dict[Problem, None] = {}
     for n, width, count, dtype in product(streams, widths, tokens, dtypes):
         for (op, direction), spec in kernel_specs().items():
+            if ops is not None and op not in ops:
+                continue
             problem = Problem(op, cast(Direction, direction), n, width, dtype, count)
             found[replace(spec.canonical(problem), tokens=count)] = None
     return list(found)

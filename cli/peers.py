@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -11,8 +12,21 @@ import torch
 
 from cli.baselines import EPS, ROUNDS, Form
 from cli.cases import Case
+from cli.compositions import composed
+from cli.contenders import Contender, is_right
 
 NAMES = ("tile-kernels",)
+
+
+def contender(name: str, case: Case, directions: Sequence[str], skipped: list[str]) -> Iterator[Contender]:
+    """The peer's form of a case, where there is one that is right; else `skipped` says why not."""
+    found = form(name, case)
+    if isinstance(found, str):
+        skipped.append(f"{name} {case.describe()}: {found}")
+        return
+    made = Contender(name, found, "its torch reference", directions)
+    if is_right(made, case, skipped):
+        yield made
 
 
 def form(name: str, case: Case) -> Form | str:
@@ -21,7 +35,7 @@ def form(name: str, case: Case) -> Form | str:
     if case.dtype != "bfloat16":
         return "computes in bfloat16 only"
     if case.op in ("project", "coefficients"):
-        return "cuts the work differently between these ops; see aggregate, merge and layer"
+        return "cuts the work differently between these ops; see pre"
     module = _tile_kernels()
     if isinstance(module, str):
         return module
@@ -54,13 +68,13 @@ def _form(module: ModuleType, op: str, streams: int) -> Form:
     def merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (module.mhc_post_ref(f[None], x[None], post[None, ..., None], res.mT[None])[0],)
 
-    def layer(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def pre(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
         batch = x[None]
         mixes = module.mhc_pre_norm_fn_ref(batch, phi[transposed], None, EPS)
-        pre, post, comb = module.mhc_pre_split_mixes_ref(mixes, alpha, bias[transposed], n, 2.0, 0.0)
+        weights, post, comb = module.mhc_pre_split_mixes_ref(mixes, alpha, bias[transposed], n, 2.0, 0.0)
         comb = module.sinkhorn_normalize_ref(comb, repeat=ROUNDS, eps=0.0)
-        u = module.mhc_pre_apply_mix_ref(batch, pre)
-        return (module.mhc_post_ref(u, batch, post, comb)[0],)
+        u = module.mhc_pre_apply_mix_ref(batch, weights)
+        return u[0], post[0, ..., 0], comb[0].mT
 
-    chosen: dict[str, Form] = {"aggregate": aggregate, "merge": merge, "layer": layer}
-    return chosen[op]
+    parts: dict[str, Form] = {"aggregate": aggregate, "merge": merge}
+    return parts[op] if op in parts else composed(op, pre, merge)

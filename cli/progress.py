@@ -49,7 +49,7 @@ class TuneProgress:
         elif isinstance(event, TrialDone):
             self._best = (
                 f"best {number(event.best_ms)} ms, {event.best_ratio:.2f}x the default, "
-                f"{event.best_percent_of_copy:.0f}% of copy"
+                f"{event.best_percent_of_copy:.0f}% of copy, {event.best_percent_of_limit:.0f}% of the limit"
             )
             self._bars.advance(self._one)
         elif isinstance(event, TrialFailed):
@@ -81,5 +81,6 @@ def finished_line(event: ProblemFinished) -> str:
     gain = "the default stays" if measured["default_kept"] else f"{measured['ratio']:.2f}x the default"
     return (
         f"{event.problem.describe()}: {number(measured['tuned_ms'])} ms, {gain}, "
-        f"{measured['percent_of_copy']:.0f}% of copy bandwidth ({ending})"
+        f"{measured['percent_of_copy']:.0f}% of copy bandwidth, "
+        f"{number(measured.get('percent_of_limit'))}% of the limit ({ending})"
     )

@@ -15,6 +15,9 @@ from tiles.target import Device
 SHAPE = ("op", "direction", "streams", "width", "tokens", "dtype")
 
 
+MEASURED = ("default_ms", "tuned_ms", "ratio", "percent_of_copy", "percent_of_limit")
+
+
 def table(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
     """An empty table whose first columns are text and whose others are numbers, aligned right."""
     made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE)
@@ -26,18 +29,18 @@ def table(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
 
 
 def records_table(records: Sequence[Record], title: str) -> Table:
-    """One row a kernel: shape, time tuned and default (ms), share of copy bandwidth, schedule, device."""
+    """One row a kernel: shape, times (ms), shares of copy bandwidth and of the roofline's limit, schedule, device."""
     devices = sorted({device_text(record.key.device) for record in records})
     several = len(devices) > 1
     about = f"{title}: {len(records)} kernels" + (f", {devices[0]}" if len(devices) == 1 else "")
-    made = table(about, SHAPE, ("default ms", "tuned ms", "gain", "% of copy"))
+    made = table(about, SHAPE, ("default ms", "tuned ms", "gain", "% of copy", "% of limit"))
     for name in ("schedule", "device") if several else ("schedule",):
         made.add_column(name, overflow="fold")
     for record in sorted(records, key=lambda record: shape_of(record.key.problem)):
         measured = record.measurement
         made.add_row(
             *map(str, shape_of(record.key.problem)),
-            *(number(measured.get(name)) for name in ("default_ms", "tuned_ms", "ratio", "percent_of_copy")),
+            *(number(measured.get(name)) for name in MEASURED),
             schedule_text(record.schedule),
             *([device_text(record.key.device)] if several else []),
         )
@@ -45,20 +48,23 @@ def records_table(records: Sequence[Record], title: str) -> Table:
 
 
 def bench_table(rows: Sequence[Mapping[str, Any]], title: str, impls: Sequence[str]) -> Table:
-    """One row an op, direction and shape; a column of median times (ms) an implementation."""
-    columns = [f"{impl} ms" for impl in impls]
-    made = table(title, SHAPE, [*columns, "tuned GB/s", "vs eager", "vs compile"])
+    """One row an op, direction and shape; a column of median times (ms) an implementation.
+
+    Then the tuned kernels' share of the roofline, and how many times faster they are than others.
+    """
+    others = [impl for impl in ("separate", "eager", "compile") if impl in impls]
+    made = table(title, SHAPE, [f"{impl} ms" for impl in impls] + ["% of limit"] + [f"vs {impl}" for impl in others])
     cells: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         cells.setdefault(tuple(row[name] for name in SHAPE), {})[row["impl"]] = row
     for shape, by_impl in cells.items():
         times = {impl: row["median_ms"] for impl, row in by_impl.items()}
         tuned = times.get("tuned")
-        gains = [times[impl] / tuned if tuned and impl in times else None for impl in ("eager", "compile")]
+        gains = [times[impl] / tuned if tuned and impl in times else None for impl in others]
         made.add_row(
             *map(str, shape),
             *(number(times.get(impl)) for impl in impls),
-            number(by_impl["tuned"]["gb_per_s"] if tuned else None),
+            number(by_impl["tuned"]["percent_of_limit"] if tuned else None),
             *(f"{gain:.1f}x" if gain else "-" for gain in gains),
         )
     return made

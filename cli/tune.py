@@ -11,6 +11,7 @@ import torch
 import typer
 
 from autotune.events import Event, ProblemFinished, ProblemStarted
+from autotune.measure import Roofline
 from autotune.tuner import TuneFailed
 from autotune.tuner import tune as tune_kernel
 from autotune.workers import Workers
@@ -27,6 +28,7 @@ from cli.options import (
     TokensOption,
     WidthOption,
     cache_at,
+    known_choices,
     measured_device,
     problems,
 )
@@ -38,9 +40,12 @@ from tiles.compile import why_no_compiler
 from tiles.errors import BadInput
 from tiles.family import Problem
 from tiles.record import record_dict
+from tiles.registry import kernel_specs
 from tiles.target import Device
 
 INTERRUPTED = 130
+
+OPS = list(dict.fromkeys(op for op, _ in kernel_specs()))
 
 
 def tune(
@@ -49,6 +54,7 @@ def tune(
     width: WidthOption = DEFAULT_WIDTH,
     tokens: TokensOption = DEFAULT_TOKENS,
     dtype: DtypeOption = DEFAULT_DTYPE,
+    op: Annotated[list[str], typer.Option("--op", help=f"Of {', '.join(OPS)}; default: all. May repeat.")] = OPS,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Most schedules to try for each kernel.")] = 40,
     minutes: Annotated[
         float | None, typer.Option("--minutes", min=0.0, help="Time for the whole run, shared by its kernels.")
@@ -64,12 +70,14 @@ def tune(
     """Tune all kernels, forward and backward, for the given shapes on this device.
 
     Every schedule is checked against a float64 reference before it is timed, and a kernel whose default schedule
-    nothing beats keeps it. What is finished is in the cache at once: after Ctrl-C the same command goes on from there.
+    nothing beats keeps it. The fused kernels pre and step come last and meet the separate kernels, which run in their
+    place where they are faster. What is finished is in the cache at once: after Ctrl-C the same command goes on.
     """
     device = measured_device(target)
     if why := why_no_compiler(device.target):
         raise BadInput(f"tuning compiles kernels for {device.target}: {why}")
-    todo, kernels = problems(streams, width, tokens, dtype), cache_at(cache)
+    known_choices("op", op, OPS)
+    todo, kernels = problems(streams, width, tokens, dtype, op), cache_at(cache)
     say(f"tuning {len(todo)} kernels on {device_text(device)}, {torch.get_num_threads()} threads")
     with stdout_kept_free(json):
         run = _Run(todo, device, kernels)
@@ -94,7 +102,7 @@ class _Run:
         self.finished: list[ProblemFinished] = []
         self.failed: dict[str, str] = {}
         self.interrupted = False
-        self.copy_gb_per_s: float | None = None
+        self.roofline: Roofline | None = None
 
     def go(self, *, trials: int, seconds: float | None, storage: str | None, seed: int) -> None:
         """Tune one problem after the other; what remains of `seconds` is shared evenly by the problems that remain."""
@@ -123,7 +131,8 @@ class _Run:
         return {
             "device": self.device.as_dict(),
             "threads": torch.get_num_threads(),
-            "copy_gb_per_s": self.copy_gb_per_s,
+            "copy_gb_per_s": self.roofline and self.roofline.copy_gb_per_s,
+            "gflops_peak": self.roofline and self.roofline.gflops,
             "cache": str(Path(self.cache.folder)),
             "interrupted": self.interrupted,
             "failed": self.failed,
@@ -141,6 +150,6 @@ class _Run:
 
     def _remember(self, event: Event) -> None:
         if isinstance(event, ProblemStarted):
-            self.copy_gb_per_s = event.copy_gb_per_s
+            self.roofline = event.roofline
         if isinstance(event, ProblemFinished):
             self.finished.append(event)

@@ -1,6 +1,7 @@
 """Manifold-constrained hyper-connections for PyTorch, on kernels that mhc-tune has tuned.
 
-The module: `HyperConnection`, between `expand_streams` and `reduce_streams` or `StreamHead`.
+The modules: `HyperConnection`, or several in a `HyperConnectionStack`, between `expand_streams` and `reduce_streams` or
+`StreamHead`.
 The ops: `mhc.functional`.
 The kernels: `load_kernels` takes a cache folder or pack, `kernel_report` tells what runs and why.
 """
@@ -9,12 +10,14 @@ from mhc import functional
 from mhc.kernels import Kernels, active, kernel_report, load_kernels, using
 from mhc.module import HyperConnection
 from mhc.report import KernelReport
+from mhc.stack import HyperConnectionStack
 from mhc.streams import StreamHead, expand_streams, reduce_streams
 from tiles.errors import BadInput
 
 __all__ = [
     "BadInput",
     "HyperConnection",
+    "HyperConnectionStack",
     "KernelReport",
     "Kernels",
     "StreamHead",

@@ -13,7 +13,6 @@ import torch
 
 from mhc.checks import check_problem, expect, stream_shape
 from mhc.operators import OPERATORS
-from mhc.sharing import share
 from tiles.errors import BadInput
 from tiles.family import PAPER_ROUNDS, WIDTH_MULTIPLE
 
@@ -97,13 +96,20 @@ def merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: torch.Tenso
 
     x [..., n, C], f [..., C] in x's dtype, res [..., n, n] and post [..., n] float32 -> x' like x.
     """
+    check_merge(x, f, res, post)
+    n, width = x.shape[-2:]
+    flat = x.reshape(-1, n, width), f.reshape(-1, width), res.reshape(-1, n, n), post.reshape(-1, n)
+    return OPERATORS["merge"](*flat, n, width, ROUNDS).view(x.shape)
+
+
+def check_merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: torch.Tensor) -> torch.Size:
+    """The leading dimensions; raises `BadInput` unless f, res and post fit x."""
     n, width = stream_shape(x)
     leading = x.shape[:-2]
     expect("f", f, (*leading, width), x.dtype, x.device)
     expect("res", res, (*leading, n, n), torch.float32, x.device)
     expect("post", post, (*leading, n), torch.float32, x.device)
-    flat = x.reshape(-1, n, width), f.reshape(-1, width), res.reshape(-1, n, n), post.reshape(-1, n)
-    return OPERATORS["merge"](*flat, n, width, ROUNDS).view(x.shape)
+    return leading
 
 
 def pre(
@@ -115,15 +121,25 @@ def pre(
     rounds: int = ROUNDS,
     eps: float = EPS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All that precedes a sublayer: project, coefficients, aggregate.
+    """All that precedes a sublayer, in one pass over x: project, coefficients, aggregate.
 
     x [..., n, C], phi [N, K], alpha [3], bias [N] -> u [..., C] in x's dtype, post [..., n], res [..., n, n].
     """
+    n, width = check_pre(x, phi, alpha, bias)
+    leading = x.shape[:-2]
+    results = OPERATORS["pre"](x.reshape(-1, n, width), phi, alpha, bias, eps, n, width, rounds)
+    u, post, res = results[:3]
+    return u.view(*leading, width), post.view(*leading, n), res.view(*leading, n, n)
+
+
+def check_pre(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[int, int]:
+    """n and C; raises `BadInput` unless the parameters fit x."""
     n, width = stream_shape(x)
-    x_project, x_aggregate = share(x, 2)
-    z, s = project(x_project, phi)
-    weights, post, res = coefficients(z, s, alpha, bias, streams=n, width=width, rounds=rounds, eps=eps)
-    return aggregate(x_aggregate, weights), post, res
+    outputs = n * n + 2 * n
+    expect("phi", phi, (outputs, n * width), torch.float32, x.device)
+    expect("alpha", alpha, (3,), torch.float32, x.device)
+    expect("bias", bias, (outputs,), torch.float32, x.device)
+    return n, width
 
 
 def step(
@@ -138,9 +154,14 @@ def step(
     rounds: int = ROUNDS,
     eps: float = EPS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From one sublayer's output f to the next sublayer's input: merge with post and res, then `pre` of the next.
+    """From one sublayer's output f to the next sublayer's input: merge with post and res, then `pre` of the next, while
+    the streams are near. The backward makes x' again from x and f.
 
     phi, alpha and bias belong to the next sublayer -> x' [..., n, C], u' [..., C], post' [..., n], res' [..., n, n].
     """
-    x_next = merge(x, f, res, post)
-    return (x_next, *pre(x_next, phi, alpha, bias, rounds=rounds, eps=eps))
+    n, width = check_pre(x, phi, alpha, bias)
+    leading = check_merge(x, f, res, post)
+    flat = x.reshape(-1, n, width), f.reshape(-1, width), post.reshape(-1, n), res.reshape(-1, n, n)
+    results = OPERATORS["step"](*flat, phi, alpha, bias, eps, n, width, rounds)
+    x_next, u, post_next, res_next = results[:4]
+    return x_next.view(x.shape), u.view(*leading, width), post_next.view(*leading, n), res_next.view(*leading, n, n)

@@ -23,7 +23,7 @@ from mhc.report import KernelReport, Row, Runs
 from tiles.cache import CacheCorrupt, KernelCache, Key, Record, default_folder, token_bucket
 from tiles.errors import BadInput
 from tiles.family import Direction, Problem
-from tiles.lookup import find
+from tiles.lookup import Choice, find
 from tiles.pack import Pack
 from tiles.reference import DTYPES
 from tiles.registry import kernel_spec
@@ -61,24 +61,26 @@ class Resolved:
 class Kernels:
     """The kernels that the ops of `mhc.functional` run; safe to use from several threads.
 
-    Use a constructor: `from_path` (a cache folder or a pack), `defaults`, `reference`.
+    Use a constructor: `from_path` (a cache folder or a pack), `defaults`, `reference`. Without `fused`, the passes pre
+    and step are made of the separate kernels, also where the tuner found the fused one to be faster.
     """
 
-    def __init__(self, tuned: Shelf | None, *, compiles: bool) -> None:
+    def __init__(self, tuned: Shelf | None, *, compiles: bool, fused: bool = True) -> None:
         self._tuned = tuned
         self._compiles = compiles
+        self._fused = fused
         self._resolved: dict[tuple[Any, ...], Resolved] = {}
         self._said: set[str] = set()
         self._lock = threading.Lock()
 
     @classmethod
-    def from_path(cls, path: str | Path) -> Kernels:
+    def from_path(cls, path: str | Path, *, fused: bool = True) -> Kernels:
         """Kernels of a cache folder or `.mhcpack`; raises `BadInput` where it is missing, damaged or empty."""
         path = Path(path)
         shelf: Shelf = KernelCache(path) if path.is_dir() else Pack(path)
         if not shelf.records():
             raise BadInput(f"kernels must come from a folder or pack that holds some, got {path}: run `mhc-tune tune`")
-        return cls(shelf, compiles=True)
+        return cls(shelf, compiles=True, fused=fused)
 
     @classmethod
     def from_default_folder(cls) -> Kernels:
@@ -86,9 +88,9 @@ class Kernels:
         return cls(KernelCache(default_folder()), compiles=True)
 
     @classmethod
-    def defaults(cls) -> Kernels:
+    def defaults(cls, *, fused: bool = True) -> Kernels:
         """The default schedule of every kernel, compiled at first use."""
-        return cls(None, compiles=True)
+        return cls(None, compiles=True, fused=fused)
 
     @classmethod
     def reference(cls) -> Kernels:
@@ -124,6 +126,8 @@ class Kernels:
             return _reference(problem, device, "the torch reference was asked for")
         if device.type != "cpu":
             return self._fall_back(problem, device, f"this release has no kernels for {device.type} tensors")
+        if not self._fused and kernel_spec(problem.op, problem.direction).separate:
+            return self._separate(problem, device, "the separate kernels were asked for")
         here = detect_device("cpu")
         return (
             self._tuned_kernel(problem, device, here)
@@ -137,10 +141,23 @@ class Kernels:
         found = self._load(self._tuned, problem, here)
         if found is None:
             return None
-        call, how, why = found
-        if how == "sibling device":
-            self._say(logging.WARNING, how, f"{problem.describe()} runs a kernel {why}; tune here for a better one")
-        return Resolved(call, problem, str(device), "tuned", f"{how}: {why}")
+        call, choice = found
+        if choice.how == "sibling device":
+            text = f"{problem.describe()} runs a kernel {choice.why}; tune here for a better one"
+            self._say(logging.WARNING, choice.how, text)
+        if choice.record.measurement.get("separate_wins", False):
+            return self._separate(problem, device, f"{choice.how}: faster than the fused kernel {choice.why}")
+        return Resolved(call, problem, str(device), "tuned", f"{choice.how}: {choice.why}")
+
+    def _separate(self, problem: Problem, device: torch.device, why: str) -> Resolved:
+        """A fused pass made of the kernels that run for its ops, each as it is resolved itself."""
+
+        def run(op: str, direction: Direction, inputs: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+            return self.run(op, direction, problem.streams, problem.width, problem.rounds, inputs)
+
+        separate = kernel_spec(problem.op, problem.direction).separate
+        assert separate
+        return Resolved(partial(separate.call, run), problem, str(device), "separate", why)
 
     def _compiled_before(self, problem: Problem, device: torch.device, here: Device) -> Resolved | None:
         found = self._load(_defaults_cache(), problem, here)
@@ -175,14 +192,14 @@ class Kernels:
         self._say(logging.WARNING, why, f"{problem.describe()} runs the slow torch reference: {why}")
         return _reference(problem, device, why)
 
-    def _load(self, shelf: Shelf, problem: Problem, here: Device) -> tuple[Call, str, str] | None:
-        """The nearest record's kernel that loads here, how near it is, and a sentence that says so."""
+    def _load(self, shelf: Shelf, problem: Problem, here: Device) -> tuple[Call, Choice] | None:
+        """The nearest record's kernel that loads here, and how near it is."""
         records = shelf.records()
         for complaint in getattr(shelf, "complaints", ()):
             self._say(logging.WARNING, complaint, complaint)
         while choice := find(records, problem, here):
             try:
-                return LoadedKernel(shelf.binary_path(choice.record), problem), choice.how, choice.why
+                return LoadedKernel(shelf.binary_path(choice.record), problem), choice
             except (CacheCorrupt, LoadError) as error:
                 self._say(logging.WARNING, str(error), f"{problem.describe()}: a stored kernel is skipped: {error}")
                 records.remove(choice.record)

@@ -10,6 +10,7 @@ from torch import nn
 from mhc import functional
 from mhc.checks import check_problem, expect, stream_shape
 from mhc.init import ALPHA, constrained_bias, draw_phi, unconstrained_bias
+from mhc.joined import pre_and_streams
 from mhc.sharing import share
 from tiles.errors import BadInput
 
@@ -63,24 +64,30 @@ class HyperConnection(nn.Module):
         expect("x", x, (*x.shape[:-2], self.streams, self.width), x.dtype, x.device)
         if self.mode == "residual":
             return x + self.sublayer(x.mean(-2), *args, **kwargs).unsqueeze(-2)
-        x_before, x_merge = share(x, 2)
-        u, post, res = self._before(x_before)
-        # Under autocast a sublayer may answer in another dtype than its input's; the streams' dtype is x's.
-        f = self.sublayer(u, *args, **kwargs).to(x.dtype)
-        return functional.merge(x_merge, f, res, post)
+        u, post, res, x = self.before(x)
+        return functional.merge(x, self.apply_sublayer(u, *args, **kwargs), res, post)
 
-    def _before(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """u [..., C], post [..., n], res [..., n, n]. Parameters that were cast with the model are widened."""
-        phi, alpha, bias = self.phi.float(), self.alpha.float(), self.bias.float()
+    def before(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """u [..., C], post [..., n], res [..., n, n], and x for the op that merges, alone (`mhc.joined`)."""
         if self.mode == "mhc":
-            return functional.pre(x, phi, alpha, bias, rounds=self.rounds, eps=self.eps)
+            return pre_and_streams(x, *self.parameters_for_ops(), rounds=self.rounds, eps=self.eps)
+        phi, alpha, bias = self.parameters_for_ops()
         n = self.streams
-        x_project, x_aggregate = share(x, 2)
+        x_project, x_aggregate, x_merge = share(x, 3)
         z, s = functional.project(x_project, phi)
         r = torch.rsqrt(s / (n * self.width) + self.eps).unsqueeze(-1)
         gate = torch.cat((alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)))
         pre, post, res = (gate * torch.tanh(z * r) + bias).split((n, n, n * n), dim=-1)
-        return functional.aggregate(x_aggregate, pre), post, res.unflatten(-1, (n, n))
+        return functional.aggregate(x_aggregate, pre), post, res.unflatten(-1, (n, n)), x_merge
+
+    def apply_sublayer(self, u: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The sublayer's output in u's dtype, the streams': under autocast a sublayer may answer in another one."""
+        f: torch.Tensor = self.sublayer(u, *args, **kwargs)
+        return f.to(u.dtype)
+
+    def parameters_for_ops(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """phi, alpha, bias; widened where they were cast with the model."""
+        return self.phi.float(), self.alpha.float(), self.bias.float()
 
     def extra_repr(self) -> str:
         """Shown by print."""

@@ -8,12 +8,13 @@ from typing import Literal
 
 from tiles.family import Direction
 
-Runs = Literal["tuned", "default", "reference"]
+Runs = Literal["tuned", "default", "separate", "reference"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One op that has run: `runs` is a tuned kernel, the default schedule, or the torch reference.
+    """One op that has run: `runs` is a tuned kernel, the default schedule, a fused pass made of separate kernels (which
+    have rows of their own), or the torch reference.
 
     `tokens` is the token bucket (the next power of two); `why` is one sentence.
     """

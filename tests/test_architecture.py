@@ -16,7 +16,12 @@ MAY_IMPORT = {
     "cli": {"cli", "autotune", "mhc", "tiles"},
 }
 STANDARD_LIBRARY_ONLY = ("tiles/cache.py", "tiles/family.py", "tiles/target.py", "tiles/errors.py")
-TILELANG_IN = ("tiles/compile.py", "tiles/dialect.py")
+TILELANG_IN = (
+    "tiles/compile.py",
+    "tiles/dialect.py",
+    "tiles/coefficients/gates.py",
+    "tiles/coefficients/sinkhorn.py",
+)
 LOADED_WITHOUT = {"tilelang", "optuna", "rich", "typer"}
 MOST_LINES = 400
 

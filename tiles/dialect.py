@@ -7,12 +7,14 @@ stored as uint16. On CUDA a lane loop is spread over the block's threads and an 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol
 
 import tilelang.language as T
 from tilelang import tvm
 
+from tiles.limits import DOT_LANES
 from tiles.target import Target
 
 Expr = Any  # a TIR expression
@@ -55,6 +57,48 @@ class Dialect(Protocol):
     def exp(self, value: Expr) -> Expr:
         """e to the power of a float32 value of at most 0 and any finite size."""
 
+    def barrier(self) -> Any:
+        """What one lane has written to tensors, other lanes may read after this."""
+
+    def prefetch(self, tensors: tuple[Buffer, ...], row: Expr, column: Expr, count: int) -> Any:
+        """Say that `count` elements of a row of each tensor are needed soon; they may lie past its end."""
+
+    def dot_sums(self, rows: int, columns: int) -> Buffer:
+        """Storage for rows × columns running dot products, zero at first; read it with `dot_sum`."""
+
+    def add_dots(self, sums: Buffer, first: Expr, a: View, b: View, rows: int, columns: int, width: int) -> Any:
+        """sums[i, first + j] += Σ_c a[i, c] b[j, c]: a register block of dot products over `width` lanes."""
+
+    def dot_sum(self, sums: Buffer, row: Expr, column: Expr) -> Expr:
+        """The value of one of them."""
+
+    def add_product(self, out: View, a: View, b: View, rows: int, count: Expr, width: int) -> Any:
+        """out[i, c] += Σ_{j < count} a[i, j] b[j, c]: a register block of a matrix product, c over `width` lanes."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A matrix inside of a float32 buffer: it starts at `origin` and runs along two of the buffer's axes."""
+
+    buffer: Buffer
+    origin: tuple[Expr, ...]
+    axes: tuple[int, int]
+
+    def at(self, row: Expr, column: Expr) -> tuple[Expr, ...]:
+        """The buffer's indices of an element."""
+        index = list(self.origin)
+        index[self.axes[0]] += row
+        index[self.axes[1]] += column
+        return tuple(index)
+
+    def stride(self, axis: int) -> int:
+        """Elements from one row (axis 0) or column (axis 1) to the next."""
+        return prod(int(size) for size in self.buffer.shape[self.axes[axis] + 1 :])
+
+    def pointer(self) -> Expr:
+        """The address of the first element."""
+        return T.address_of(self.buffer[self.origin])
+
 
 def dialect_for(target: Target) -> Dialect:
     """The dialect that programs for `target` are written in."""
@@ -70,11 +114,17 @@ def bind(value: Expr) -> Expr:
     return tvm.tirx.script.builder.bind(value)
 
 
-def multiply_add(start: Expr, factors: Sequence[Expr], values: Sequence[Expr]) -> Expr:
-    """start + Σ factors·values, added from left to right: one fused multiply-add a term."""
-    for factor, value in zip(factors, values, strict=True):
-        start = start + factor * value
-    return start
+def variable(value: Expr) -> Expr:
+    """An int32 in a variable of the generated code. TVM copies the expression behind a `bind` to where it is used, and
+    a C compiler that finds a minimum in a lane loop's index makes a gather of the load."""
+    held = T.alloc_local((1,), "int32")
+    _set(held, value)
+    return held[0]
+
+
+def as_value(size: Expr) -> Expr:
+    """A dynamic size to hand to a macro: TileLang 0.1.15 would rename the size itself to the macro's parameter."""
+    return T.max(size, 0)
 
 
 def token_range(tokens: Expr, split: Expr, splits: Expr, block: int) -> tuple[Buffer, Buffer, Buffer]:
@@ -85,6 +135,11 @@ def token_range(tokens: Expr, split: Expr, splits: Expr, block: int) -> tuple[Bu
     first, last, blocks = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
     _set_token_range(first, last, blocks, tokens, split, splits, block)
     return first, last, blocks
+
+
+@T.macro
+def _set(held: Buffer, value: Expr) -> None:
+    held[0] = value
 
 
 @T.macro
@@ -135,6 +190,30 @@ class Cpu:
     def exp(self, value: Expr) -> Expr:
         return T.call_extern("float32", "mhc_exp", value)
 
+    def barrier(self) -> Any:
+        pass
+
+    def prefetch(self, tensors: tuple[Buffer, ...], row: Expr, column: Expr, count: int) -> Any:
+        for tensor in dict.fromkeys(tensors):
+            _call(f"mhc_prefetch_{tensor.dtype}", T.address_of(tensor[row, column]), count)
+
+    def dot_sums(self, rows: int, columns: int) -> Buffer:
+        sums = T.alloc_local((rows, columns, DOT_LANES), "float32")
+        _clear_lanes(sums)
+        return sums
+
+    def add_dots(self, sums: Buffer, first: Expr, a: View, b: View, rows: int, columns: int, width: int) -> Any:
+        views = View(sums, (0, first, 0), (0, 1)), a, b
+        matrices = [part for view in views for part in (view.pointer(), view.stride(0))]
+        _call("mhc_add_dots", *matrices, rows, columns, width)
+
+    def dot_sum(self, sums: Buffer, row: Expr, column: Expr) -> Expr:
+        return T.call_extern("float32", "mhc_dot_sum", T.address_of(sums[row, column, 0]))
+
+    def add_product(self, out: View, a: View, b: View, rows: int, count: Expr, width: int) -> Any:
+        factors = a.pointer(), a.stride(0), a.stride(1)
+        _call("mhc_add_product", out.pointer(), out.stride(0), *factors, b.pointer(), b.stride(0), rows, count, width)
+
 
 class Cuda:
     """One thread block a program instance."""
@@ -176,6 +255,26 @@ class Cuda:
     def exp(self, value: Expr) -> Expr:
         return T.exp(value)
 
+    def barrier(self) -> Any:
+        T.sync_threads()
+
+    def prefetch(self, tensors: tuple[Buffer, ...], row: Expr, column: Expr, count: int) -> Any:
+        pass
+
+    def dot_sums(self, rows: int, columns: int) -> Buffer:
+        sums = T.alloc_shared((rows, columns), "float32")
+        _clear_matrix(sums)
+        return sums
+
+    def add_dots(self, sums: Buffer, first: Expr, a: View, b: View, rows: int, columns: int, width: int) -> Any:
+        _add_dots(self, sums, first, a, b, tuple(range(rows)), tuple(range(columns)), width)
+
+    def dot_sum(self, sums: Buffer, row: Expr, column: Expr) -> Expr:
+        return sums[row, column]
+
+    def add_product(self, out: View, a: View, b: View, rows: int, count: Expr, width: int) -> Any:
+        _add_product(out, a, b, tuple(range(rows)), count, width)
+
 
 @T.macro
 def _set_zero(scalar: Buffer) -> None:
@@ -190,3 +289,49 @@ def _clear(fragment: Buffer) -> None:
 @T.macro
 def _reduce(accumulator: Buffer, total: Buffer) -> None:
     T.reduce_sum(accumulator, total, dim=0)
+
+
+@T.macro
+def _clear_lanes(sums: Buffer) -> None:
+    for i, j, lane in T.grid(*sums.shape):
+        sums[i, j, lane] = T.float32(0)
+
+
+@T.macro
+def _clear_matrix(sums: Buffer) -> None:
+    for i, j in T.Parallel(*sums.shape):
+        sums[i, j] = T.float32(0)
+
+
+@T.macro
+def _call(function: str, *arguments: Expr) -> None:
+    T.call_extern("int32", function, *arguments)
+
+
+@T.macro
+def _add_dots(dialect: Cuda, sums: Buffer, first: Expr, a: View, b: View, rows: Any, columns: Any, width: int) -> None:
+    partial = [[dialect.accumulator(width) for _ in columns] for _ in rows]
+    for lane in T.Parallel(width):
+        weights = [bind(b.buffer[b.at(j, lane)]) for j in columns]
+        for i in rows:
+            for j, weight in enumerate(weights):
+                partial[i][j][lane] += a.buffer[a.at(i, lane)] * weight
+    for i in rows:
+        for j in columns:
+            sums[i, first + j] += dialect.total(partial[i][j])[0]
+
+
+@T.macro
+def _add_product(out: View, a: View, b: View, rows: Any, count: Expr, width: int) -> None:
+    sums = [T.alloc_fragment((width,), "float32") for _ in rows]
+    for lane in T.Parallel(width):
+        for i in rows:
+            sums[i][lane] = out.buffer[out.at(i, lane)]
+    for j in T.serial(count):
+        for lane in T.Parallel(width):
+            weight = bind(b.buffer[b.at(j, lane)])
+            for i in rows:
+                sums[i][lane] += a.buffer[a.at(i, j)] * weight
+    for lane in T.Parallel(width):
+        for i in rows:
+            out.buffer[out.at(i, lane)] = sums[i][lane]

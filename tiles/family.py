@@ -15,7 +15,7 @@ from tiles.errors import BadInput
 from tiles.target import Target
 
 Direction = Literal["forward", "backward"]
-Role = Literal["input", "output", "partial", "scalar"]
+Role = Literal["input", "output", "updated", "partial", "scalar"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -100,8 +100,9 @@ def why_bad_dtype(dtype: str) -> str | None:
 class Argument:
     """One kernel argument: a tensor (`shape` may lead with TOKENS) or a float32 scalar (`shape` is empty).
 
-    A `partial` is an output that each slice of tokens writes on its own: the kernel sees [slices, *shape], the
-    caller gets the sum over slices, in slice order, so results repeat bit for bit at a fixed slice count.
+    An `updated` tensor is an input that the kernel adds to in place. A `partial` is an output that each slice of tokens
+    writes on its own: the kernel sees [slices, *shape], the caller gets the sum over slices, in slice order, so results
+    repeat bit for bit at a fixed slice count.
     """
 
     name: str
@@ -135,6 +136,19 @@ class Traffic:
         return self.read + self.written
 
 
+Results = tuple[Any, ...]
+Run = Callable[[str, Direction, tuple[Any, ...]], Results]
+"""Runs one kernel: (op, direction, what its caller gives in call order) -> its results."""
+
+
+@dataclass(frozen=True)
+class Separate:
+    """How a fused kernel's work is done by other kernels: `call(run, *given)` -> its results; `parts` are those run."""
+
+    call: Callable[..., Results]
+    parts: tuple[tuple[str, Direction], ...]
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """One tunable kernel: an op in one direction.
@@ -145,14 +159,17 @@ class KernelSpec:
         default: (problem, target) -> schedule that always works.
         space: (problem, target) -> {field: values in natural order}; names equal the schedule's fields.
         why_invalid: (problem, schedule, target) -> None, or the sentence that says which rule is broken.
-        arguments: problem -> arguments in call order: inputs, scalars, outputs, partials.
+        scratch: (problem, schedule, target) -> bytes of working memory that one slice of tokens (on CUDA a thread
+            block, in shared memory) needs besides registers: a kernel allocates no more.
+        arguments: problem -> arguments in call order: inputs, scalars, then results (updated, outputs, partials).
         builder: "module:function" of the TileLang program; imported by `tiles.compile` alone.
-        reference: (problem, {name: value}) -> {name: tensor} for outputs and partials (partials summed), in the
-            inputs' precision; float64 inputs give the float64 reference.
+        reference: (problem, {name: value}) -> {name: tensor} for all results (partials summed), in the inputs'
+            precision; float64 inputs give the float64 reference.
         inputs: (problem, tokens, seed) -> {name: value} on CPU, drawn afresh for each seed.
         traffic: (problem, tokens) -> Traffic at the least that the op must move.
         tolerance: (problem, argument name) -> (rtol, atol) against the float64 reference, with its reason in code.
         canonical: problem -> the problem that decides the generated code (fields that do not matter are fixed).
+        separate: the same work by other kernels, which the tuner compares with; None where there is no such choice.
     """
 
     op: str
@@ -161,6 +178,7 @@ class KernelSpec:
     default: Callable[[Problem, Target], Any]
     space: Callable[[Problem, Target], Mapping[str, tuple[Any, ...]]]
     why_invalid: Callable[[Problem, Any, Target], str | None]
+    scratch: Callable[[Problem, Any, Target], int]
     arguments: Callable[[Problem], tuple[Argument, ...]]
     builder: str
     reference: Callable[[Problem, Mapping[str, Any]], dict[str, Any]]
@@ -168,6 +186,7 @@ class KernelSpec:
     traffic: Callable[[Problem, int], Traffic]
     tolerance: Callable[[Problem, str], tuple[float, float]]
     canonical: Callable[[Problem], Problem]
+    separate: Separate | None = None
 
     @property
     def name(self) -> str:
@@ -191,7 +210,8 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class KernelFamily:
-    """A folder of kernels that share maths."""
+    """A folder of kernels that share maths; `parts` names the families whose programs it is made of."""
 
     name: str
     kernels: tuple[KernelSpec, ...]
+    parts: tuple[str, ...] = ()

@@ -17,6 +17,21 @@ REGISTERS = 160
 """float32 accumulators a CUDA thread may hold; above this the 255 registers spill."""
 
 
+DOT_LANES = 16
+"""On a CPU a running dot product is one vector of partial sums, of at most this many lanes (`tiles.prelude`)."""
+
+REGISTER_BLOCK = 8
+"""Most rows or columns of a register block (MHC_BLOCK in `tiles.prelude`)."""
+
+FEW_REGISTERS = ("x86-64", "x86-64-v2", "x86-64-v3")
+"""CPU targets with 16 vector registers; others have 32."""
+
+
+def dots_block(target: Target) -> tuple[int, int]:
+    """Rows × columns of dot products that leave registers for their operands."""
+    return (4, 3) if target.arch in FEW_REGISTERS else (6, 4)
+
+
 def scratch_bytes(target: Target) -> int:
     """Bytes of scratch that a program for `target` may use."""
     if target.kind == "cpu":
@@ -24,12 +39,12 @@ def scratch_bytes(target: Target) -> int:
     return SHARED_BYTES.get(target.arch, SHARED_BYTES_HOPPER)
 
 
-def why_too_much_scratch(floats: int, target: Target) -> str | None:
-    """The rule for a program's scratch, or None where it holds."""
+def why_too_much_scratch(needed: int, target: Target) -> str | None:
+    """The rule for the bytes of a program's scratch, or None where it holds."""
     limit = scratch_bytes(target)
-    if 4 * floats <= limit:
+    if needed <= limit:
         return None
-    return f"scratch must be at most {limit} bytes on {target}, got {4 * floats}: choose smaller blocks"
+    return f"scratch must be at most {limit} bytes on {target}, got {needed}: choose smaller blocks"
 
 
 def why_not_divisor(name: str, block: int, total: int) -> str | None:
@@ -37,6 +52,28 @@ def why_not_divisor(name: str, block: int, total: int) -> str | None:
     if block >= 1 and total % block == 0:
         return None
     return f"{name} must divide {total}, got {block}: choose one of {', '.join(map(str, divisors(total, 8, 2048)))}"
+
+
+def why_not_multiple(name: str, block: int, part: int) -> str | None:
+    """The rule for a block that is cut into parts, or None where it holds."""
+    if 1 <= block <= 1024 and block % part == 0:
+        return None
+    return f"{name} must be a multiple of {part} up to 1024, got {block}: choose {part * max(1, 48 // part)}"
+
+
+def why_bad_register_block(rows: int, columns: int) -> str | None:
+    """The rule for a register block, or None where it holds."""
+    if 1 <= rows <= REGISTER_BLOCK and 1 <= columns <= REGISTER_BLOCK:
+        return None
+    return f"register blocks must be at most {REGISTER_BLOCK} × {REGISTER_BLOCK}, got {rows} × {columns}: choose 6 × 4"
+
+
+def why_too_many_dots(held: int, target: Target) -> str | None:
+    """The rule for dot products that are summed in vector registers, or None where it holds."""
+    most = 13 if target.arch in FEW_REGISTERS else 28
+    if target.kind != "cpu" or held <= most:
+        return None
+    return f"dot products in registers must be at most {most} on {target}, got {held}: choose smaller register blocks"
 
 
 def divisors(total: int, least: int, most: int) -> tuple[int, ...]:

@@ -61,5 +61,120 @@ static inline float mhc_exp(float value) {
   p = p * r + 1.0f;
   return mhc_float(mhc_bits(p) + ((uint32_t)k << 23));
 }
+
+// Register blocks. Calls pass the sizes of a block as literals: once inlined, loops over them unroll and the
+// accumulators are registers. Sums of 16-lane vectors use all of AVX-512's 32 registers, else blocks are narrower.
+#if defined(__AVX512F__)
+#define MHC_LANES 16
+#define MHC_VECTORS 4
+#elif defined(__AVX__)
+#define MHC_LANES 8
+#define MHC_VECTORS 2
+#else
+#define MHC_LANES 4
+#define MHC_VECTORS 2
+#endif
+#define MHC_BLOCK 8  // most rows or columns of a register block
+#define MHC_INLINE static inline __attribute__((always_inline))
+
+}  // extern "C"
+
+// Vectors that may lie at any float. (As a template argument the type itself would lose its attributes.)
+template <int lanes>
+struct mhc_vector {
+  typedef float type __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
+};
+typedef mhc_vector<MHC_LANES>::type mhc_lanes;
+typedef mhc_vector<8>::type mhc_eight;
+
+extern "C" {
+// sums[i][j] += a[i]·b[j] over `width` columns, a multiple of 8. A sum is 16 partial sums, one a lane.
+MHC_INLINE int32_t mhc_add_dots(float *sums, int32_t sums_row, float *a, int32_t a_row, float *b, int32_t b_row,
+                                int32_t rows, int32_t columns, int32_t width) {
+  mhc_lanes total[MHC_BLOCK][MHC_BLOCK];
+  int32_t c = 0;
+  for (int32_t i = 0; i < rows; ++i)
+    for (int32_t j = 0; j < columns; ++j) total[i][j] = *(mhc_lanes *)(sums + i * sums_row + 16 * j);
+  for (; c + MHC_LANES <= width; c += MHC_LANES) {
+    mhc_lanes weight[MHC_BLOCK];
+    for (int32_t j = 0; j < columns; ++j) weight[j] = *(mhc_lanes *)(b + j * (int64_t)b_row + c);
+    for (int32_t i = 0; i < rows; ++i) {
+      const mhc_lanes value = *(mhc_lanes *)(a + i * (int64_t)a_row + c);
+      for (int32_t j = 0; j < columns; ++j) total[i][j] += value * weight[j];
+    }
+  }
+  for (int32_t i = 0; i < rows; ++i)
+    for (int32_t j = 0; j < columns; ++j) *(mhc_lanes *)(sums + i * sums_row + 16 * j) = total[i][j];
+  for (; c < width; c += 8)
+    for (int32_t i = 0; i < rows; ++i)
+      for (int32_t j = 0; j < columns; ++j)
+        *(mhc_eight *)(sums + i * sums_row + 16 * j) +=
+            *(mhc_eight *)(a + i * (int64_t)a_row + c) * *(mhc_eight *)(b + j * (int64_t)b_row + c);
+  return 0;
+}
+
+// Brings in the cache lines of `count` elements. It may name memory that is not there.
+MHC_INLINE int32_t mhc_prefetch_float32(float *first, int32_t count) {
+  for (int32_t i = 0; i < count; i += 16) __builtin_prefetch(first + i);
+  return 0;
+}
+MHC_INLINE int32_t mhc_prefetch_uint16(uint16_t *first, int32_t count) {
+  for (int32_t i = 0; i < count; i += 32) __builtin_prefetch(first + i);
+  return 0;
+}
+
+static inline float mhc_dot_sum(float *sum) {
+  float total = 0;
+  for (int32_t lane = 0; lane < 16; ++lane) total += sum[lane];
+  return total;
+}
+
+}  // extern "C"
+
+// One block of columns, `vectors` wide: out[i] += Σ_j a[i][j] b[j].
+template <int lanes, int vectors>
+MHC_INLINE void mhc_product_block(float *out, int32_t out_row, const float *a, int32_t a_row, int32_t a_column,
+                                  const float *b, int32_t b_row, int32_t rows, int32_t count) {
+  typedef typename mhc_vector<lanes>::type Vector;
+  Vector total[MHC_BLOCK][vectors], *at[MHC_BLOCK];
+  for (int32_t i = 0; i < rows; ++i) {
+    at[i] = (Vector *)(out + i * (int64_t)out_row);
+    for (int32_t v = 0; v < vectors; ++v) total[i][v] = at[i][v];
+  }
+  for (int32_t j = 0; j < count; ++j) {
+    const Vector *row = (const Vector *)(b + j * (int64_t)b_row);
+    for (int32_t i = 0; i < rows; ++i) {
+      const float factor = a[i * a_row + j * a_column];
+      for (int32_t v = 0; v < vectors; ++v) total[i][v] += factor * row[v];
+    }
+  }
+  for (int32_t i = 0; i < rows; ++i)
+    for (int32_t v = 0; v < vectors; ++v) at[i][v] = total[i][v];
+}
+
+// As many such blocks as fit between columns `c` and `width`; the column where they end.
+template <int lanes, int vectors>
+MHC_INLINE int32_t mhc_product_blocks(float *out, int32_t out_row, const float *a, int32_t a_row, int32_t a_column,
+                                      const float *b, int32_t b_row, int32_t rows, int32_t count, int32_t c,
+                                      int32_t width) {
+  for (; c + lanes * vectors <= width; c += lanes * vectors)
+    mhc_product_block<lanes, vectors>(out + c, out_row, a, a_row, a_column, b + c, b_row, rows, count);
+  return c;
+}
+
+// out[i] += Σ_{j < count} a[i][j] b[j] over `width` columns, a multiple of 8.
+extern "C" {
+MHC_INLINE int32_t mhc_add_product(float *out, int32_t out_row, float *a, int32_t a_row, int32_t a_column, float *b,
+                                   int32_t b_row, int32_t rows, int32_t count, int32_t width) {
+#define MHC_FROM(lanes, vectors) \
+  mhc_product_blocks<lanes, vectors>(out, out_row, a, a_row, a_column, b, b_row, rows, count, c, width)
+  int32_t c = 0;
+  if (rows <= 6) c = MHC_FROM(MHC_LANES, MHC_VECTORS);
+  c = MHC_FROM(MHC_LANES, MHC_VECTORS / 2);
+  c = MHC_FROM(MHC_LANES, 1);
+  c = MHC_FROM(8, 1);
+#undef MHC_FROM
+  return 0;
+}
 }  // extern "C"
 """

@@ -13,9 +13,10 @@ from tiles.family import Direction, KernelFamily, KernelSpec
 
 @cache
 def families() -> tuple[KernelFamily, ...]:
-    """All families, in the order of their folders' names."""
+    """All families, in the order of their folders' names; those that are made of others come after them."""
     names = sorted(module.name for module in pkgutil.iter_modules(tiles.__path__) if module.ispkg)
-    return tuple(importlib.import_module(f"tiles.{name}").FAMILY for name in names)
+    found = [importlib.import_module(f"tiles.{name}").FAMILY for name in names]
+    return tuple(sorted(found, key=lambda family: bool(family.parts)))
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ class LoadError(RuntimeError):
 class LoadedKernel:
     """A kernel ready to run on this machine's CPU.
 
-    Calling it takes the inputs and scalars of `spec.arguments(problem)` in that order (contiguous CPU tensors, any
-    token count) and returns a tuple of the outputs and partials in that order; partials come summed over slices.
+    Calling it takes the inputs, scalars and updated tensors of `spec.arguments(problem)` in that order (contiguous CPU
+    tensors, any token count) and returns a tuple of all results in that order; partials come summed over slices.
     """
 
     def __init__(self, path: Path, problem: Problem) -> None:
@@ -37,9 +38,13 @@ class LoadedKernel:
         self.spec: KernelSpec = kernel_spec(problem.op, problem.direction)
         self.arguments = self.spec.arguments(problem)
         self._launch = _entry(path)
-        self._given = [argument for argument in self.arguments if argument.role in ("input", "scalar")]
+        self._given = [argument for argument in self.arguments if is_given(argument)]
         self._tensors = [argument for argument in self.arguments if argument.role != "scalar"]
+        self._scalars = [argument for argument in self.arguments if argument.role == "scalar"]
+        self._pointers: Any = ctypes.c_void_p * len(self._tensors)
+        self._floats: Any = ctypes.c_float * len(self._scalars)
         self._token_bytes = max(1, sum(arg.nbytes(2) - arg.nbytes(1) for arg in self._tensors))
+        self._expected = lru_cache(maxsize=64)(self._shapes)
 
     def __call__(self, *inputs: Value) -> tuple[torch.Tensor, ...]:
         """Run on as many slices of tokens as torch has threads, fewer when there is little to do."""
@@ -53,58 +58,58 @@ class LoadedKernel:
 
     def run(self, inputs: Sequence[Value], tokens: int, slices: int) -> tuple[torch.Tensor, ...]:
         """Run on exactly `slices` slices."""
-        results = {arg.name: empty_result(arg, tokens, slices) for arg in self.arguments if is_result(arg)}
-        self.launch(dict(zip((arg.name for arg in self._given), inputs, strict=True)), results, tokens, slices)
+        values = {argument.name: value for argument, value in zip(self._given, inputs, strict=True)}
+        results: dict[str, torch.Tensor] = {}
+        for argument in self._tensors:
+            if argument.role == "updated":
+                results[argument.name] = values[argument.name]  # type: ignore[assignment]
+            elif argument.role != "input":
+                results[argument.name] = empty_result(argument, tokens, slices)
+        self.launch(values, results, tokens, slices)
         return tuple(
-            summed(results[arg.name]) if arg.role == "partial" else results[arg.name]
-            for arg in self.arguments
-            if is_result(arg)
+            summed(results[argument.name]) if argument.role == "partial" else results[argument.name]
+            for argument in self._tensors
+            if argument.role != "input"
         )
 
     def launch(self, inputs: dict[str, Value], results: dict[str, torch.Tensor], tokens: int, slices: int) -> None:
         """Write `results` (partials shaped [slices, ...]) from `inputs`; the caller owns every tensor."""
-        pointers: list[int] = []
-        scalars: list[float] = []
-        for argument in self.arguments:
-            if argument.role == "scalar":
-                scalars.append(float(inputs[argument.name]))
-                continue
-            value = results[argument.name] if is_result(argument) else inputs[argument.name]
-            assert isinstance(value, torch.Tensor)
-            pointers.append(value.data_ptr())
-        status = self._launch(
-            (ctypes.c_void_p * len(pointers))(*pointers), (ctypes.c_float * len(scalars))(*scalars), tokens, slices
-        )
+        tensors: dict[str, Any] = inputs | results
+        pointers = self._pointers(*[tensors[argument.name].data_ptr() for argument in self._tensors])
+        scalars = self._floats(*[tensors[argument.name] for argument in self._scalars])
+        status = self._launch(pointers, scalars, tokens, slices)
         if status != 0:
             raise RuntimeError(f"{self.spec.name} returned {status}: rebuild the kernel cache with `mhc-tune tune`")
 
     def _tokens(self, inputs: Sequence[Value]) -> int:
         """The token count, after checking every input against its argument: a wrong pointer would corrupt memory."""
-        tokens: int | None = None
-        for argument, value in zip(self._given, inputs, strict=True):
+        first = inputs[0]
+        tokens: int = first.shape[0] if isinstance(first, torch.Tensor) and first.dim() else 0
+        for argument, (shape, dtype), value in zip(self._given, self._expected(tokens), inputs, strict=True):
             if argument.role == "scalar":
                 continue
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"{self.spec.name}: {argument.name} must be a tensor, got {value!r}")
-            if tokens is None:
-                tokens = value.shape[0]
-            if (
-                value.shape != argument.sized(tokens)
-                or value.dtype != DTYPES[argument.dtype]
-                or value.device.type != "cpu"
-                or not value.is_contiguous()
-            ):
+            if value.shape != shape or value.dtype != dtype or not value.is_cpu or not value.is_contiguous():
                 raise ValueError(
                     f"{self.spec.name}: {argument.name} must be a contiguous {argument.dtype} CPU tensor of shape "
-                    f"{argument.sized(tokens)}, got {value.dtype} {tuple(value.shape)} on {value.device}"
+                    f"{shape}, got {value.dtype} {tuple(value.shape)} on {value.device}"
                 )
-        assert tokens is not None
         return tokens
+
+    def _shapes(self, tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """What every given argument must look like."""
+        return [(argument.sized(tokens), DTYPES[argument.dtype]) for argument in self._given]
+
+
+def is_given(argument: Argument) -> bool:
+    """Whether the caller passes this argument."""
+    return argument.role in ("input", "scalar", "updated")
 
 
 def is_result(argument: Argument) -> bool:
     """Whether the kernel writes this argument."""
-    return argument.role in ("output", "partial")
+    return argument.role in ("updated", "output", "partial")
 
 
 def empty_result(argument: Argument, tokens: int, slices: int) -> torch.Tensor:
@@ -125,7 +130,7 @@ def run_reference(problem: Problem, *inputs: Value) -> tuple[torch.Tensor, ...]:
     """The torch reference with a kernel's calling convention; any device."""
     spec = kernel_spec(problem.op, problem.direction)
     arguments = spec.arguments(problem)
-    given = [argument.name for argument in arguments if argument.role in ("input", "scalar")]
+    given = [argument.name for argument in arguments if is_given(argument)]
     results = spec.reference(problem, dict(zip(given, inputs, strict=True)))
     return tuple(results[argument.name] for argument in arguments if is_result(argument))
 

@@ -121,10 +121,15 @@ def why_cannot_run(arch: str, device: Device) -> str | None:
 
 @cache
 def _cpu() -> Device:
-    machine = platform.machine()
-    info = _cpuinfo()
-    name = info.get("model name") or platform.processor() or machine
-    return Device("cpu", name, x86_level(info.get("flags", "").split()) if machine == "x86_64" else machine)
+    machine, info = platform.machine(), _cpuinfo()
+    return Device("cpu", cpu_name(info), x86_level(info.get("flags", "").split()) if machine == "x86_64" else machine)
+
+
+def cpu_name(info: dict[str, str]) -> str:
+    """The model name, with family and model number: in a virtual machine several generations may share a name."""
+    name = info.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{field} {info[key]}" for field, key in (("family", "cpu family"), ("model", "model")) if key in info]
+    return " ".join([name, *numbers])
 
 
 def x86_level(flags: list[str]) -> str:

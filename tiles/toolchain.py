@@ -17,10 +17,13 @@ SHARED_SOURCES = ("dialect.py", "compile.py", "launcher.py", "limits.py", "prelu
 
 @cache
 def sources_hash(op: str) -> str:
-    """A digest of every file that decides the code of `op`: its family's folder and what families share."""
+    """A digest of every file that decides the code of `op`: the folders of its family and of the family's parts, and
+    what families share."""
     family = next(family for family in families() if any(spec.op == op for spec in family.kernels))
     root = Path(__file__).parent
-    files = [root / name for name in SHARED_SOURCES] + sorted((root / family.name).glob("*.py"))
+    files = [root / name for name in SHARED_SOURCES]
+    for folder in (family.name, *family.parts):
+        files += sorted((root / folder).glob("*.py"))
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from mhc import HyperConnection, expand_streams, reduce_streams
+from mhc import HyperConnection, HyperConnectionStack, expand_streams, reduce_streams
 
 BYTES = 256
 
@@ -56,20 +56,18 @@ class ByteTransformer(nn.Module):
         mode: Literal["residual", "hc", "mhc"] = "residual" if residual == "plain" else residual
         self.embed = nn.Embedding(BYTES, width)
         self.place = nn.Embedding(size.context, width)
-        layers: list[nn.Module] = []
+        layers: list[HyperConnection] = []
         for _ in range(size.blocks):
             attention = nn.Sequential(nn.RMSNorm(width), Attention(width, size.heads))
             up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
             mlp = nn.Sequential(nn.RMSNorm(width), up, nn.GELU(), down)
             layers += [HyperConnection(width, self.streams, sublayer, mode=mode) for sublayer in (attention, mlp)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = HyperConnectionStack(layers)
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, BYTES, bias=False)
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
         """Streams are made once after the embedding and reduced once before the head."""
         h = self.embed(text) + self.place.weight[: text.shape[1]]
-        x = expand_streams(h, self.streams)
-        for layer in self.layers:
-            x = layer(x)
+        x = self.layers(expand_streams(h, self.streams))
         return self.head(self.norm(reduce_streams(x)))

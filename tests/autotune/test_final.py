@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from autotune.final import decide, floor_ms, measurement, provenance
+from autotune.measure import Roofline
 from tiles.family import Traffic
 
 
@@ -53,9 +54,16 @@ def test_the_default_alone_is_kept():
 
 
 def test_floor_is_bytes_over_bandwidth_and_lower_for_what_mostly_reads():
-    assert floor_ms(Traffic(500_000, 500_000, 0), 10.0) == pytest.approx(0.1)
-    assert floor_ms(Traffic(1_000_000, 0, 0), 10.0) == pytest.approx(0.1 / 1.5)
-    assert floor_ms(Traffic(0, 1_000_000, 0), 10.0) == pytest.approx(0.1)
+    roofline = Roofline(10.0, 50.0)
+    assert floor_ms(Traffic(500_000, 500_000, 0), roofline) == pytest.approx(0.1)
+    assert floor_ms(Traffic(1_000_000, 0, 0), roofline) == pytest.approx(0.1 / 1.5)
+    assert floor_ms(Traffic(0, 1_000_000, 0), roofline) == pytest.approx(0.1)
+
+
+def test_floor_is_the_operations_where_they_take_longer_than_the_bytes():
+    roofline = Roofline(10.0, 50.0)
+    assert floor_ms(Traffic(500_000, 500_000, 4_000_000), roofline) == pytest.approx(0.1)
+    assert floor_ms(Traffic(500_000, 500_000, 20_000_000), roofline) == pytest.approx(0.4)
 
 
 def test_measurement_counts_rates_in_decimal_gigabytes():
@@ -63,8 +71,8 @@ def test_measurement_counts_rates_in_decimal_gigabytes():
         tuned_ms=2.0,
         default_ms=3.0,
         ratio=1.5,
-        traffic=Traffic(15_000_000, 5_000_000, 0),
-        copy_gb_per_s=20.0,
+        traffic=Traffic(15_000_000, 5_000_000, 75_000_000),
+        roofline=Roofline(20.0, 50.0),
         threads=2,
         trials=9,
         default_kept=False,
@@ -72,6 +80,9 @@ def test_measurement_counts_rates_in_decimal_gigabytes():
     assert found["bytes"] == 20_000_000
     assert found["gb_per_s"] == pytest.approx(10.0)
     assert found["percent_of_copy"] == pytest.approx(50.0)
+    assert (found["flops"], found["copy_gb_per_s"], found["gflops_peak"]) == (75_000_000, 20.0, 50.0)
+    assert found["limit_ms"] == pytest.approx(1.5)
+    assert found["percent_of_limit"] == pytest.approx(75.0)
 
 
 def test_provenance_has_no_folder_and_no_control_characters(monkeypatch):

@@ -7,7 +7,20 @@ from types import SimpleNamespace
 import pytest
 
 from autotune import measure
-from autotune.measure import Ratio, copy_bandwidth, interleaved, last_level_cache_bytes, paired_ratio
+from autotune.measure import (
+    CHANNELS,
+    PIXELS,
+    SIDE,
+    TAPS,
+    Ratio,
+    Roofline,
+    arithmetic_peak,
+    copy_bandwidth,
+    interleaved,
+    last_level_cache_bytes,
+    paired_ratio,
+)
+from tiles.family import Traffic
 
 
 @pytest.fixture
@@ -59,6 +72,29 @@ def test_copy_bandwidth_is_that_of_the_fastest_copy(monkeypatch):
 def test_copy_bandwidth_is_a_rate(monkeypatch):
     monkeypatch.setattr(measure, "last_level_cache_bytes", lambda: 2**20)
     assert 0.01 < copy_bandwidth(repeats=3) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("product", "convolution"), [((4.0, 0.5, 7.0), (9.0, 9.0, 9.0)), ((9.0, 9.0, 9.0), (4.0, 7.0, 0.5))]
+)
+def test_the_arithmetic_peak_is_that_of_the_fastest_call(monkeypatch, product, convolution):
+    instants = iter([instant for ms in (*product, *convolution) for instant in (0.0, ms)])
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(instants)))
+    flops = 2 * SIDE**3 if 0.5 in product else 2 * PIXELS**2 * CHANNELS**2 * TAPS**2
+    assert arithmetic_peak(repeats=3) == pytest.approx(flops / 0.5 / 1e9)
+
+
+def test_a_roofline_is_measured_in_giga():
+    roofline = Roofline.measure()
+    assert 0.1 < roofline.copy_gb_per_s < 100_000
+    assert 0.1 < roofline.gflops < 1_000_000
+
+
+def test_the_limit_is_the_slower_of_bytes_and_operations():
+    roofline = Roofline(copy_gb_per_s=20.0, gflops=50.0)
+    assert roofline.limit_ms(Traffic(30_000_000, 10_000_000, 0)) == pytest.approx(2.0)
+    assert roofline.limit_ms(Traffic(30_000_000, 10_000_000, 99_000_000)) == pytest.approx(2.0)
+    assert roofline.limit_ms(Traffic(30_000_000, 10_000_000, 200_000_000)) == pytest.approx(4.0)
 
 
 def test_paired_ratio_bounds_are_the_sign_tests():

@@ -7,6 +7,7 @@ import toy
 
 from autotune import tuner
 from autotune.events import FinalistsMeet, ProblemFinished, ProblemStarted, TrialDone, TrialFailed
+from autotune.measure import Roofline
 from autotune.tuner import TuneFailed, tune
 from tiles.cache import KernelCache, Key
 from tiles.errors import BadInput
@@ -54,7 +55,7 @@ def test_the_best_schedule_ends_up_in_the_cache_with_its_code(cache):
     found = result.record.measurement
     assert set(found) == {
         *("tuned_ms", "default_ms", "ratio", "bytes", "gb_per_s", "copy_gb_per_s", "percent_of_copy"),
-        *("threads", "trials", "default_kept"),
+        *("flops", "gflops_peak", "limit_ms", "percent_of_limit", "threads", "trials", "default_kept"),
     }
     assert found["tuned_ms"] == pytest.approx(1, rel=0.02)
     assert found["default_ms"] == pytest.approx(7.5, rel=0.02)
@@ -227,16 +228,26 @@ def test_a_default_that_fails_is_an_error_and_is_asked_again(cache):
     assert run(cache, workers, trials=10)[0].trials == 10
 
 
-def test_stops_where_copy_bandwidth_leaves_less_than_the_noise(cache):
-    # 2 MB at 2 GB/s take 1 ms, the time of the best schedule.
-    workers = toy.ToyWorkers(lambda schedule: 1.0 if schedule == toy.DEFAULT_SCHEDULE else 2.0, gb_per_s=2.0)
+# 2 MB at 2 GB/s take 1 ms, and so does a million operations at 1 GFLOP/s: the time of the best schedule.
+@pytest.mark.parametrize(("limit", "of_copy"), [({"gb_per_s": 2.0}, 100), ({"gb_per_s": 20.0, "gflops": 1.0}, 10)])
+def test_stops_where_the_roofline_leaves_less_than_the_noise(cache, limit, of_copy):
+    workers = toy.ToyWorkers(lambda schedule: 1.0 if schedule == toy.DEFAULT_SCHEDULE else 2.0, **limit)
     result, events = run(cache, workers, trials=30)
-    assert result.stopped == "copy bandwidth"
+    assert result.stopped == "roofline"
     assert result.trials == 2
-    assert of_kind(events, TrialDone)[0].percent_of_copy == pytest.approx(100, rel=0.02)
+    assert of_kind(events, TrialDone)[0].percent_of_copy == pytest.approx(of_copy, rel=0.02)
+    assert of_kind(events, TrialDone)[0].percent_of_limit == pytest.approx(100, rel=0.02)
+    assert result.record.measurement["percent_of_limit"] == pytest.approx(100, rel=0.02)
     assert run(cache, toy.ToyWorkers(), trials=30)[0].stopped == "finished before"
-    slower = toy.ToyWorkers(lambda schedule: 1.2, gb_per_s=2.0)
+    slower = toy.ToyWorkers(lambda schedule: 1.2, **limit)
     assert run(KernelCache(cache.folder / "other"), slower, trials=8)[0].stopped == "trials"
+
+
+def test_a_roofline_that_is_beaten_stops_nothing(cache):
+    workers = toy.ToyWorkers(lambda schedule: 0.9, gb_per_s=2.0)
+    result, events = run(cache, workers, trials=8)
+    assert result.stopped == "trials"
+    assert of_kind(events, TrialDone)[0].percent_of_limit == pytest.approx(111, rel=0.02)
 
 
 def test_time_is_a_limit_too_and_the_next_run_goes_on(cache):
@@ -250,7 +261,7 @@ def test_time_is_a_limit_too_and_the_next_run_goes_on(cache):
 
 def test_events_tell_the_best_so_far(cache):
     _, events = run(cache, toy.ToyWorkers(), trials=20)
-    assert events[0] == ProblemStarted(toy.PROBLEM, 34, 20, 0, 1e6)
+    assert events[0] == ProblemStarted(toy.PROBLEM, 34, 20, 0, Roofline(1e6, 1e6))
     done = of_kind(events, TrialDone)
     assert done[0].schedule == asdict(toy.DEFAULT_SCHEDULE)
     assert done[0].ratio == done[0].best_ratio == 1.0
@@ -260,6 +271,7 @@ def test_events_tell_the_best_so_far(cache):
         assert (last.best_ms, last.best_ratio) == (best.ms, best.ratio)
         assert last.percent_of_copy == pytest.approx(100 * 2e6 / last.ms / 1e6 / 1e6)
         assert last.best_percent_of_copy == pytest.approx(100 * 2e6 / best.ms / 1e6 / 1e6)
+        assert last.best_percent_of_limit == pytest.approx(last.best_percent_of_copy)
     assert events[-1].record == stored(cache)
 
 

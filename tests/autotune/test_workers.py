@@ -78,7 +78,7 @@ def test_a_bad_kernel_is_a_reason_and_the_next_one_is_measured(workers, tmp_path
 
 def test_a_kernel_that_hangs_is_killed(tmp_path):
     with Workers(measure_seconds=15) as workers:
-        workers.copy_gb_per_s()  # starts the process and imports torch
+        workers.roofline()  # starts the process and imports torch
         workers._measure_seconds = 1
         with pytest.raises(TaskFailed, match=r"^assess took longer than 1 s and was killed$"):
             workers.assess(PROBLEM, binary(tmp_path, "for (;;) usleep(1000);"), b"", seed=1)

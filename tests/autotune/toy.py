@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import asdict, dataclass, replace
 
+from autotune.measure import Roofline
 from autotune.tasks import DEFAULT, TUNED
 from autotune.worker import TaskFailed
 from tiles.cache import Key, token_bucket
@@ -39,11 +40,12 @@ SPEC = KernelSpec(
     default=lambda problem, target: DEFAULT_SCHEDULE,
     space=lambda problem, target: SPACE,
     why_invalid=why_invalid,
+    scratch=lambda problem, schedule, target: 0,
     arguments=lambda problem: (),
     builder="nowhere:nothing",
     reference=lambda problem, values: {},
     inputs=lambda problem, tokens, seed: {},
-    traffic=lambda problem, tokens: Traffic(read=10**6, written=10**6, flops=0),
+    traffic=lambda problem, tokens: Traffic(read=10**6, written=10**6, flops=10**6),
     tolerance=lambda problem, name: (0.0, 0.0),
     canonical=lambda problem: problem,
 )
@@ -71,8 +73,8 @@ class ToyWorkers:
 
     threads = 2
 
-    def __init__(self, time=milliseconds, *, noise=0.01, gb_per_s=1e6):
-        self.time, self.noise, self.gb_per_s = time, noise, gb_per_s
+    def __init__(self, time=milliseconds, *, noise=0.01, gb_per_s=1e6, gflops=1e6):
+        self.time, self.noise, self._roofline = time, noise, Roofline(gb_per_s, gflops)
         self.compiled: list[str] = []
         self.assessed: list[str] = []
         self.compared: list[tuple[str, ...]] = []
@@ -82,8 +84,8 @@ class ToyWorkers:
         self.interrupt_at: int | None = None
         self._random = random.Random(0)
 
-    def copy_gb_per_s(self) -> float:
-        return self.gb_per_s
+    def roofline(self) -> Roofline:
+        return self._roofline
 
     def compile(self, problem: Problem, schedules: list[ToySchedule], target: Target) -> list[Artifact | TaskFailed]:
         self.compiled += [str(asdict(schedule)) for schedule in schedules]

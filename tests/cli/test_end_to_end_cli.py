@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cli import contenders
+from cli import bench
+from cli.cases import DIRECTIONS, OPS
+from cli.compositions import COMPOSED
 from cli.main import app
 from tiles.cache import KernelCache
 from tiles.launcher import ENTRY
@@ -136,16 +138,17 @@ def test_bench_compares_implementations(
     tuned: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MHC_TUNE_CACHE", str(tmp_path))  # default schedules are compiled into it
-    monkeypatch.setattr(contenders, "IMPLS", ("tuned", "default", "eager", "tile-kernels"))  # see test_baselines
+    monkeypatch.setattr(bench, "IMPLS", ("tuned", "separate", "default", "eager", "tile-kernels"))  # see test_choice
     result = mhc_tune("bench", *SHAPE, "--cache", str(tuned[0]), "--json")
     assert result.exit_code == 0, result.stderr
     printed = json.loads(result.stdout)
-    assert {"device", "threads", "copy_gb_per_s", "results"} <= set(printed)
+    assert {"device", "threads", "copy_gb_per_s", "gflops_peak", "results"} <= set(printed)
     rows = printed["results"]
     timed = {(row["op"], row["direction"], row["impl"]) for row in rows}
-    for op in ("project", "coefficients", "aggregate", "merge", "layer"):
-        for direction in ("forward", "backward", "both"):
+    for op in OPS:
+        for direction in DIRECTIONS:
             assert {(op, direction, impl) for impl in ("tuned", "default", "eager")} <= timed
+            assert ((op, direction, "separate") in timed) == (op in COMPOSED)
     assert ("layer", "both", "tile-kernels") in timed
     for row in rows:
         assert {"streams", "width", "tokens", "dtype", "median_ms", "bytes", "gb_per_s"} <= set(row)

@@ -38,13 +38,13 @@ def test_number(value: float | None, text: str) -> None:
 def test_bench_table_sets_implementations_side_by_side() -> None:
     shape = {"op": "merge", "direction": "both", "streams": 4, "width": 8, "tokens": 2, "dtype": "float32"}
     rows = [
-        shape | {"impl": impl, "median_ms": ms, "gb_per_s": 1 / ms}
-        for impl, ms in (("tuned", 0.5), ("eager", 5.0), ("compile", 2.0))
+        shape | {"impl": impl, "median_ms": ms, "percent_of_limit": 30 / ms}
+        for impl, ms in (("tuned", 0.5), ("separate", 0.8), ("eager", 5.0), ("compile", 2.0))
     ]
     console = Console(width=200, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
-    console.print(bench_table(rows, "title", ["tuned", "eager", "compile"]))
+    console.print(bench_table(rows, "title", ["tuned", "separate", "eager", "compile"]))
     console.file.close()
     text = console.export_text()
-    assert "10.0x" in text
-    assert "4.0x" in text
+    row = next(line for line in text.splitlines() if "merge" in line).split()
+    assert row[-8:] == ["0.5", "0.8", "5", "2", "60", "1.6x", "10.0x", "4.0x"]
     assert sum("merge" in line for line in text.splitlines()) == 1

@@ -29,3 +29,10 @@ def test_options_multiply() -> None:
 def test_each_problem_is_checked() -> None:
     with pytest.raises(BadInput, match="got 17"):
         problems([4, 17], [64], [32], ["float32"])
+
+
+def test_ops_can_be_chosen_and_fused_kernels_come_after_their_parts() -> None:
+    chosen = problems([4], [64], [32], ["float32"], ["pre", "merge"])
+    assert [problem.op for problem in chosen] == ["merge", "merge", "pre", "pre"]
+    order = [problem.op for problem in problems([4], [64], [32], ["float32"])]
+    assert min(order.index("pre"), order.index("step")) > max(order.index("project"), order.index("merge"))

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from autotune.events import FinalistsMeet, ProblemFinished, ProblemStarted, TrialDone, TrialFailed
+from autotune.measure import Roofline
 from autotune.tuner import TuneFailed
 from cli import tune as command
 from cli.main import app
@@ -24,6 +25,7 @@ MEASUREMENT = {
     "gb_per_s": 5.0,
     "copy_gb_per_s": 10.0,
     "percent_of_copy": 50.0,
+    "percent_of_limit": 75.0,
     "threads": 2,
     "trials": 3,
     "default_kept": False,
@@ -48,12 +50,12 @@ class Script:
     def __call__(self, problem: Problem, device: Device, cache: KernelCache, **options: Any) -> None:
         self.calls.append((problem, options))
         report: Callable[[Any], None] = options["on_event"]
-        report(ProblemStarted(problem, pool=5, trials=3, settled=0, copy_gb_per_s=10.0))
+        report(ProblemStarted(problem, pool=5, trials=3, settled=0, roofline=Roofline(10.0, 50.0)))
         if self.raises and len(self.calls) == self.at:
             if isinstance(self.raises, KeyboardInterrupt):
                 report(ProblemFinished(problem, None, "interrupted", 0, 0.1))
             raise self.raises
-        report(TrialDone(problem, 0, {}, 1.0, 1.0, 25.0, 0.5, 2.0, 50.0))
+        report(TrialDone(problem, 0, {}, 1.0, 1.0, 25.0, 37.5, 0.5, 2.0, 50.0, 75.0))
         report(TrialFailed(problem, 1, {}, "does not compile"))
         report(FinalistsMeet(problem, ({}, {})))
         record = cache.put(Key.of(problem, device), {"block": 1}, b"code", "text", MEASUREMENT, {})
@@ -77,9 +79,10 @@ def test_each_kernel_is_reported_with_its_gain(tuning: Callable[..., Any], tmp_p
     assert result.exit_code == 0, result.stderr
     assert len(KernelCache(tmp_path).records()) == len(script.calls)
     line = next(line for line in result.stderr.splitlines() if line.startswith("merge backward"))
-    assert "0.5 ms, 2.00x the default, 50% of copy bandwidth" in line
+    assert "0.5 ms, 2.00x the default, 50% of copy bandwidth, 75% of the limit" in line
     assert "1 failed" in line
     assert "block=1" in result.stdout
+    assert "% of limit" in result.stdout
     assert {(options["trials"], options["seed"]) for _, options in script.calls} == {(7, 3)}
 
 
@@ -87,7 +90,7 @@ def test_json_is_one_object_and_progress_goes_elsewhere(tuning: Callable[..., An
     result = tuning(Script(), "--json")
     printed = json.loads(result.stdout)
     assert {"device", "threads", "copy_gb_per_s", "results", "interrupted", "failed"} <= set(printed)
-    assert printed["copy_gb_per_s"] == 10.0
+    assert (printed["copy_gb_per_s"], printed["gflops_peak"]) == (10.0, 50.0)
     assert printed["results"][0]["record"]["measurement"] == MEASUREMENT
     assert "of copy bandwidth" in result.stderr
 

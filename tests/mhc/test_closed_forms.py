@@ -17,18 +17,25 @@ def differentiable(problem, scalars):
     back = replace(problem, direction="backward")
     names = [argument.name for argument in forward.arguments(problem) if argument.role == "input"]
 
+    results = [argument.name for argument in forward.arguments(problem) if argument.role == "output"]
+    arguments = backward.arguments(back)
+    given = [argument.name for argument in arguments if argument.role == "input"]
+    kept = [name for name in results if name in given]
+
     class Op(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            ctx.save_for_backward(*inputs)
-            return tuple(forward.reference(problem, dict(zip(names, inputs, strict=True)) | scalars).values())
+            found = forward.reference(problem, dict(zip(names, inputs, strict=True)) | scalars)
+            ctx.save_for_backward(*inputs, *(found[name] for name in kept))
+            return tuple(found[name] for name in results if name not in kept)
 
         @staticmethod
         def backward(ctx, *grads):
-            given = [argument.name for argument in backward.arguments(back) if argument.role == "input"]
             values = dict(zip(given, (*ctx.saved_tensors, *grads), strict=True)) | scalars
-            results = backward.reference(back, values)
-            return tuple(results[f"d{name}"] for name in names)
+            added_to = {argument.name for argument in arguments if argument.role == "updated"}
+            values |= {name: torch.zeros_like(values[name[1:]]) for name in added_to}
+            gradients = backward.reference(back, values)
+            return tuple(gradients[f"d{name}"] for name in names)
 
     return Op.apply
 

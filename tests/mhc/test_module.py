@@ -78,7 +78,7 @@ def test_modes_differ_in_their_maps():
     for mode, bound in (("hc", -0.5), ("mhc", 0.0)):
         layer = mhc.HyperConnection(WIDTH, 4, nn.Identity(), mode=mode)
         layer.bias.data.fill_(-1.0)
-        u, post, res = layer._before(x)
+        u, post, res, _x = layer.before(x)
         assert (post.min() >= bound) == (mode == "mhc")
         assert u.shape == (3, WIDTH)
         assert torch.allclose(res.sum(-1), torch.ones(3, 4)) == (mode == "mhc")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 from building import build
@@ -13,6 +14,7 @@ from tiles.compile import CompileError, compile_kernel, generate_source
 from tiles.errors import BadInput
 from tiles.family import KernelSpec, Problem
 from tiles.registry import kernel_specs
+from tiles.runtime import is_given
 from tiles.target import Target, parse_target
 
 SPECS = list(kernel_specs().values())
@@ -79,6 +81,19 @@ def _ends(values: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=named)
+def test_a_kernel_allocates_the_scratch_that_it_states(spec):
+    target = TARGETS[0]
+    for n, width in ((2, 64), (4, 1280), (5, 72)):
+        problem = problem_of(spec, n, width)
+        schedule = spec.default(problem, target)
+        source = generate_source(spec, problem, schedule, target)
+        arrays = [int(size) for size in re.findall(r"^\s+float \w+\[(\d+)\];", source, flags=re.MULTILINE)]
+        # Arrays of one element are variables.
+        assert 4 * sum(size for size in arrays if size > 1) == spec.scratch(problem, schedule, target)
+        assert "alloc(" not in source
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=named)
 def test_a_broken_rule_is_said_in_one_sentence_and_nothing_compiles(spec):
     target, problem = parse_target("cpu"), problem_of(spec)
     field = dataclasses.fields(spec.schedule)[0].name
@@ -97,6 +112,7 @@ def test_traffic_equals_the_bytes_of_the_tensors(spec):
     for n, width, dtype, tokens in ((4, 256, "bfloat16", 33), (3, 72, "float32", 1), (16, 8, "float16", 0)):
         problem = spec.canonical(Problem(spec.op, spec.direction, n, width, dtype))
         values = spec.inputs(problem, tokens, 0)
+        assert list(values) == [argument.name for argument in spec.arguments(problem) if is_given(argument)]
         results = spec.reference(problem, values)
         read = sum(value.nbytes for value in values.values() if not isinstance(value, float))
         traffic = spec.traffic(problem, tokens)
@@ -115,7 +131,7 @@ def test_inputs_and_reference_have_the_shapes_of_the_arguments(spec):
         if argument.role == "scalar":
             assert isinstance(values[argument.name], float)
             continue
-        tensor = (values if argument.role == "input" else results)[argument.name]
+        tensor = (values if is_given(argument) else results)[argument.name]
         assert tuple(tensor.shape) == argument.sized(5)
         assert str(tensor.dtype) == f"torch.{argument.dtype}"
         assert tensor.nbytes == argument.nbytes(5)

@@ -123,3 +123,10 @@ def test_a_machine_without_cpuinfo_still_has_a_device(monkeypatch):
     monkeypatch.setattr(target.platform, "machine", lambda: "riscv64")
     assert target._cpu.__wrapped__().arch == "riscv64"
     assert target._cpu.__wrapped__().name
+
+
+def test_generations_that_share_a_model_name_are_told_apart():
+    info = {"model name": "AMD EPYC", "cpu family": "26", "model": "2"}
+    assert target.cpu_name(info) == "AMD EPYC family 26 model 2"
+    assert target.cpu_name({**info, "cpu family": "25"}) != target.cpu_name(info)
+    assert target.cpu_name({}) == target.cpu_name({"model name": ""})

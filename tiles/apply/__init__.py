@@ -38,6 +38,7 @@ def _spec(op: str, direction: Direction, computes: Any, arguments: Any, inputs: 
         default=schedule.default,
         space=schedule.space,
         why_invalid=schedule.why_invalid,
+        scratch=schedule.scratch,
         arguments=arguments,
         builder=f"tiles.apply.programs:{op}_{direction}",
         reference=computes,

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tiles.family import Problem
-from tiles.limits import REGISTERS, divisors, why_bad_threads, why_not_divisor
+from tiles.limits import REGISTERS, divisors, why_bad_threads, why_not_divisor, why_too_much_scratch
 from tiles.target import Target
+
+STAGED_BYTES = 32 * 1024
+"""What merge's backward keeps of a token's gradients at a time: most of an L1 cache."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,10 @@ class ApplySchedule:
 
 
 def default(problem: Problem, target: Target) -> ApplySchedule:
-    """The whole row on a CPU; on CUDA as many columns as the accumulators leave registers for."""
+    """On a CPU the whole row, or what of it stays near where it is staged; on CUDA as many columns as the accumulators
+    leave registers for."""
     if target.kind == "cpu":
-        return ApplySchedule(problem.width, 0)
+        return ApplySchedule(near_row(problem, problem.op == "merge" and problem.direction == "backward"), 0)
     threads = 128
     fitting = [size for size in divisors(problem.width, 8, 1024) if _registers(problem, size, threads) <= REGISTERS]
     return ApplySchedule(fitting[-1] if fitting else divisors(problem.width, 8, 128)[0], threads)
@@ -45,12 +49,26 @@ def why_invalid(problem: Problem, schedule: ApplySchedule, target: Target) -> st
     why = why_bad_threads(schedule.threads, target) or why_not_divisor(
         "block_width", schedule.block_width, problem.width
     )
+    why = why or why_too_much_scratch(scratch(problem, schedule, target), target)
     if why or target.kind == "cpu" or schedule == default(problem, target):
         return why
     held = _registers(problem, schedule.block_width, schedule.threads)
     if held > REGISTERS:
         return f"accumulators must fit {REGISTERS} registers, got {held}: choose a smaller block_width"
     return None
+
+
+def scratch(problem: Problem, schedule: ApplySchedule, target: Target) -> int:
+    """Bytes of scratch."""
+    staged = target.kind == "cpu" and problem.op == "merge" and problem.direction == "backward"
+    return 4 * problem.streams * schedule.block_width if staged else 0
+
+
+def near_row(problem: Problem, staged: bool) -> int:
+    """The whole row, or the most columns whose n streams fit `STAGED_BYTES` where they are staged."""
+    if not staged or 4 * problem.fan_in <= STAGED_BYTES:
+        return problem.width
+    return divisors(problem.width, 8, max(8, STAGED_BYTES // (4 * problem.streams)))[-1]
 
 
 def _registers(problem: Problem, block_width: int, threads: int) -> int:

@@ -36,6 +36,7 @@ def _spec(op: str, direction: Direction, builder: str, computes: Any) -> KernelS
         default=schedule.default,
         space=schedule.space,
         why_invalid=schedule.why_invalid,
+        scratch=schedule.scratch,
         arguments=signature.arguments if whole else signature.sinkhorn_arguments,
         builder=f"tiles.coefficients.programs:{builder}",
         reference=computes,

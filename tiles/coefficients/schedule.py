@@ -25,7 +25,7 @@ class CoefficientsSchedule:
 def default(problem: Problem, target: Target) -> CoefficientsSchedule:
     """The most lanes up to 32 whose scratch fits."""
     lanes = 32
-    while lanes > 1 and 4 * _scratch(problem, lanes) > scratch_bytes(target):
+    while lanes > 1 and 4 * _floats(problem, lanes) > scratch_bytes(target):
         lanes //= 2
     return CoefficientsSchedule(lanes, 0 if target.kind == "cpu" else 32)
 
@@ -41,15 +41,33 @@ def why_invalid(problem: Problem, schedule: CoefficientsSchedule, target: Target
     lanes = schedule.block_tokens
     if not 1 <= lanes <= 1024:
         return f"block_tokens must be in 1..1024, got {lanes}: choose 32"
-    return why_bad_threads(schedule.threads, target) or why_too_much_scratch(_scratch(problem, lanes), target)
+    return why_bad_threads(schedule.threads, target) or why_too_much_scratch(scratch(problem, schedule, target), target)
 
 
-def _scratch(problem: Problem, lanes: int) -> int:
-    """float32 values that the program's scratch holds (see `programs`)."""
-    n, outputs = problem.streams, problem.outputs
+def scratch(problem: Problem, schedule: CoefficientsSchedule, target: Target) -> int:
+    """Bytes of scratch."""
+    return 4 * _floats(problem, schedule.block_tokens)
+
+
+def _floats(problem: Problem, lanes: int) -> int:
+    """float32 values that the program's scratch holds."""
+    n = problem.streams
+    if problem.op == "coefficients":
+        return forward_scratch(problem, lanes) if problem.direction == "forward" else backward_scratch(problem, lanes)
     held = 2 * n * n + n
     if problem.direction == "backward":
         held += n * n + 2 * n * max(1, problem.rounds - 1)
-    if problem.op == "coefficients":
-        held += 1 if problem.direction == "forward" else 2 + 2 * outputs + 3
     return held * lanes
+
+
+def forward_scratch(problem: Problem, lanes: int) -> int:
+    """float32 values that `programs.Forward` holds in scratch."""
+    n = problem.streams
+    return (2 * n * n + 3 * n + 1) * lanes
+
+
+def backward_scratch(problem: Problem, lanes: int) -> int:
+    """float32 values that `programs.Backward` holds in scratch."""
+    n = problem.streams
+    held = 2 * n * max(1, problem.rounds - 1) + n * n + 2 * n + 2 * problem.outputs + 4
+    return forward_scratch(problem, lanes) + held * lanes

@@ -28,6 +28,7 @@ def _spec(direction: Direction, kind: type, computes: Any) -> KernelSpec:
         default=schedule.default,
         space=schedule.space,
         why_invalid=schedule.why_invalid,
+        scratch=schedule.scratch,
         arguments=signature.arguments,
         builder=f"tiles.project.programs:{direction}",
         reference=computes,

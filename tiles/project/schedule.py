@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tiles.family import Problem
-from tiles.limits import REGISTERS, divisors, why_bad_threads, why_not_divisor, why_too_much_scratch
+from tiles.limits import (
+    DOT_LANES,
+    REGISTERS,
+    divisors,
+    dots_block,
+    why_bad_register_block,
+    why_bad_threads,
+    why_not_divisor,
+    why_not_multiple,
+    why_too_many_dots,
+    why_too_much_scratch,
+)
 from tiles.target import Target
 
 
@@ -14,28 +26,34 @@ from tiles.target import Target
 class ForwardSchedule:
     """A register block of tokens × outputs whose dot products run over blocks of columns.
 
-    block_tokens: tokens in a register block.
-    block_outputs: outputs (rows of phi) in a register block.
+    register_tokens, register_outputs: tokens and outputs (rows of phi) in a register block.
     block_width: columns of x̄ that are held as float32 while all outputs pass over them; a divisor of nC.
     threads: CUDA threads a block; 0 on a CPU.
     """
 
-    block_tokens: int
-    block_outputs: int
+    register_tokens: int
+    register_outputs: int
     block_width: int
     threads: int
 
 
 @dataclass(frozen=True)
 class BackwardSchedule:
-    """A block of columns whose part of phi and dphi stays near while the tokens pass over it.
+    """Blocks of tokens × columns that are read once for both gradients.
 
-    The fields mean what they mean in the forward.
+    block_tokens: tokens whose products with dz are summed in registers before they are added to dphi.
+    register_tokens: tokens in a register block of dx; a divisor of block_tokens.
+    register_outputs: outputs in a register block of dphi.
+    block_width: columns in a block; a divisor of nC / column_groups.
+    column_groups: parts of the columns, each swept over all tokens by itself.
+    threads: CUDA threads a block; 0 on a CPU.
     """
 
     block_tokens: int
-    block_outputs: int
+    register_tokens: int
+    register_outputs: int
     block_width: int
+    column_groups: int
     threads: int
 
 
@@ -43,40 +61,85 @@ Schedule = ForwardSchedule | BackwardSchedule
 
 
 def default(problem: Problem, target: Target) -> Schedule:
-    """24 accumulators fill the vector registers of a CPU core; its L1 cache holds the columns."""
-    forward = problem.direction == "forward"
+    """On a CPU all columns of a token block in one sweep; on CUDA a thread block for each block of columns."""
+    if problem.direction == "forward":
+        tokens, outputs = dots_block(target)
+        if target.kind == "cpu":
+            return ForwardSchedule(tokens, outputs, divisors(problem.fan_in, 64, 1280)[-1], 0)
+        return ForwardSchedule(2, 4, divisors(problem.fan_in, 64, 512)[-1], 128)
+    width = divisors(problem.fan_in, 8, 64)[-1]
     if target.kind == "cpu":
-        block = divisors(problem.fan_in, 64, 640 if forward else 128)[-1]
-        return ForwardSchedule(6, 4, block, 0) if forward else BackwardSchedule(4, 4, block, 0)
-    block = divisors(problem.fan_in, 64, 512 if forward else 64)[-1]
-    return ForwardSchedule(2, 4, block, 128) if forward else BackwardSchedule(4, 4, block, 64)
+        return BackwardSchedule(48, 6, 6, width, 1, 0)
+    return BackwardSchedule(16, 4, 4, width, problem.fan_in // width, 64)
 
 
 def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
-    """Register blocks and column blocks; thread counts on CUDA."""
-    forward = problem.direction == "forward"
-    blocks = {*divisors(problem.fan_in, 64, 1280 if forward else 512), default(problem, target).block_width}
+    """Register blocks, blocks of tokens and columns, sweeps; thread counts on CUDA."""
+    usual = default(problem, target)
+    threads = (0,) if target.kind == "cpu" else (64, 128, 256)
+    if isinstance(usual, ForwardSchedule):
+        columns = {*divisors(problem.fan_in, 64, 2560), usual.block_width}
+        return {
+            "register_tokens": (2, 3, 4, 5, 6, 8),
+            "register_outputs": (2, 3, 4, 5, 6, 8),
+            "block_width": tuple(sorted(columns)),
+            "threads": threads,
+        }
+    widths = {usual.block_width, max(8, usual.block_width // 16 * 8)}
+    if target.kind == "cpu":
+        widths |= set(divisors(problem.fan_in, 64, 256))
     return {
-        "block_tokens": (2, 3, 4, 6, 8),
-        "block_outputs": (2, 3, 4, 6, 8),
-        "block_width": tuple(sorted(blocks)),
-        "threads": (0,) if target.kind == "cpu" else (64, 128, 256),
+        "block_tokens": (16, 24, 48, 96, 192),
+        "register_tokens": (4, 6, 8),
+        "register_outputs": (4, 5, 6, 8),
+        "block_width": tuple(sorted(widths)),
+        "column_groups": tuple(sorted({1, 2, 4, 8, usual.column_groups})),
+        "threads": threads,
     }
 
 
 def why_invalid(problem: Problem, schedule: Schedule, target: Target) -> str | None:
     """None, or the rule that the schedule breaks."""
-    tokens, outputs, width = schedule.block_tokens, schedule.block_outputs, schedule.block_width
-    if not (1 <= tokens <= 16 and 1 <= outputs <= 16):
-        return f"block_tokens and block_outputs must be in 1..16, got {tokens} and {outputs}: choose 4 and 4"
-    why = why_bad_threads(schedule.threads, target) or why_not_divisor("block_width", width, problem.fan_in)
+    tokens, outputs, width = schedule.register_tokens, schedule.register_outputs, schedule.block_width
+    why = why_bad_threads(schedule.threads, target) or why_bad_register_block(tokens, outputs)
     if why:
         return why
+    if isinstance(schedule, BackwardSchedule):
+        return _why_invalid_backward(problem, schedule, target)
     held = tokens * outputs
-    if target.kind == "cpu" and held > 32:
-        return f"block_tokens × block_outputs must fit 32 vector registers, got {held}: choose smaller blocks"
     if target.kind == "cuda" and (held + 2 * tokens) * -(-width // schedule.threads) > REGISTERS:
         return f"the register block of {held} × {width} columns must fit {REGISTERS} registers: choose smaller blocks"
-    shared = problem.outputs * (tokens if problem.direction == "forward" else width)
-    staged = 2 * tokens * width if target.kind == "cpu" else 0
-    return why_too_much_scratch(shared + staged, target)
+    return (
+        why_not_divisor("block_width", width, problem.fan_in)
+        or why_too_many_dots(held, target)
+        or why_too_much_scratch(scratch(problem, schedule, target), target)
+    )
+
+
+def _why_invalid_backward(problem: Problem, schedule: BackwardSchedule, target: Target) -> str | None:
+    if schedule.column_groups < 1 or problem.fan_in % schedule.column_groups:
+        return f"column_groups must divide nC = {problem.fan_in}, got {schedule.column_groups}: choose 1"
+    return (
+        why_not_multiple("block_tokens", schedule.block_tokens, schedule.register_tokens)
+        or why_not_divisor("block_width", schedule.block_width, problem.fan_in // schedule.column_groups)
+        or why_too_much_scratch(scratch(problem, schedule, target), target)
+    )
+
+
+def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
+    """Bytes of scratch."""
+    if isinstance(schedule, ForwardSchedule):
+        return 4 * forward_scratch(problem, schedule, target)
+    return 4 * ((problem.outputs + 1) * schedule.block_tokens + backward_scratch(schedule))
+
+
+def forward_scratch(problem: Problem, schedule: Any, target: Target) -> int:
+    """float32 values that `programs.projection` holds in scratch."""
+    dots = problem.outputs * (DOT_LANES if target.kind == "cpu" else 1)
+    return schedule.register_tokens * (dots + schedule.block_width)
+
+
+def backward_scratch(schedule: Any) -> int:
+    """float32 values that `programs.gradients` holds in scratch."""
+    held: int = (schedule.block_tokens + schedule.register_tokens) * schedule.block_width
+    return held

@@ -1,0 +1,177 @@
+"""What bench measures and prints, with contenders that are plain torch."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from autotune.measure import Roofline
+from cli import bench, ours
+from cli.cases import DIRECTIONS, OPS, make_case
+from cli.compositions import COMPOSED
+from cli.contenders import Contender
+from cli.main import app
+from mhc.kernels import Kernels, _reference
+from tiles.cache import KernelCache
+from tiles.family import Problem
+from tiles.target import detect_device
+
+SHAPE = (2, 8, 4)
+
+
+@pytest.fixture(autouse=True)
+def _roofline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Roofline, "measure", lambda: Roofline(10.0, 50.0))
+
+
+@pytest.fixture
+def bench_eagerly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """Runs the command without kernels: the cache is said to hold some."""
+    monkeypatch.setattr(bench, "existing_cache", lambda folder: KernelCache(tmp_path))
+    monkeypatch.setattr(bench, "IMPLS", ("eager",))
+    monkeypatch.setattr(bench, "ROUNDS", 2)
+    shape = ["--streams", "2", "--width", "8", "--tokens", "4", "--dtype", "float32"]
+    return lambda *more: CliRunner().invoke(app, ["bench", *shape, *more])
+
+
+def test_ops_and_directions_can_be_chosen(bench_eagerly: Callable[..., Any]) -> None:
+    result = bench_eagerly("--op", "stack", "--op", "merge", "--direction", "both", "--json")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert [(row["op"], row["direction"]) for row in printed["results"]] == [("merge", "both"), ("stack", "both")]
+    assert (printed["copy_gb_per_s"], printed["gflops_peak"]) == (10.0, 50.0)
+    assert "merge n=2 C=8 float32 T=4: both\n" in result.stderr
+
+
+def test_all_ops_and_directions_are_the_default(bench_eagerly: Callable[..., Any]) -> None:
+    result = bench_eagerly("--json")
+    rows = json.loads(result.stdout)["results"]
+    assert {(row["op"], row["direction"]) for row in rows} == {(op, way) for op in OPS for way in DIRECTIONS}
+    for row in rows:
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
+        assert row["limit_ms"] == pytest.approx(max(row["bytes"] / 10, row["flops"] / 50) / 1e6)
+        assert row["percent_of_limit"] == pytest.approx(100 * row["limit_ms"] / row["median_ms"])
+        assert row["form"]
+    combined = {row["form"] for row in rows if row["op"] in COMPOSED}
+    assert all(form.count("; ") == 3 for form in combined)
+
+
+def test_the_backward_is_compiled_apart_and_not_where_it_is_not_asked_for(
+    bench_eagerly: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    seen: list[tuple[tuple[str, ...], bool]] = []
+
+    def none(case: object, directions: list[str], *more: object) -> list[Contender]:
+        seen.append((tuple(directions), torch._functorch.config.donated_buffer))
+        return []
+
+    monkeypatch.setattr(bench, "_contenders", none)
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    assert bench_eagerly("--op", "merge").exit_code == 0
+    assert seen == [(("forward", "both"), True), (("backward",), False)]
+    seen.clear()
+    assert bench_eagerly("--op", "merge", "--direction", "forward").exit_code == 0
+    assert seen == [(("forward",), True)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--op", "sinkhorn"], "op must be one of project,"),
+        (["--direction", "sideways"], "direction must be one of forward, backward, both, got sideways"),
+        (["--tokens", "0"], "at least one token, got 0"),
+        (["--streams", "17"], "got 17"),
+    ],
+)
+def test_bad_input_is_one_line(bench_eagerly: Callable[..., Any], arguments: list[str], said: str) -> None:
+    result = bench_eagerly(*arguments)
+    assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("op", OPS)
+def test_our_form_of_every_op_computes_what_is_wanted(op: str, joined: bool) -> None:
+    case = make_case(op, *SHAPE, "float32", seed=1)
+    contender = Contender("tuned", ours.form(case, joined=joined), "", kernels=Kernels.reference())
+    assert contender.error(case) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("impl", "op", "runs"),
+    [
+        ("default", "stack", {"pre", "step", "merge"}),
+        ("separate", "stack", {"pre", "project", "coefficients", "aggregate", "merge"}),
+        ("default", "layer", {"pre", "merge"}),
+        ("separate", "layer", {"pre", "project", "coefficients", "aggregate", "merge"}),
+        ("default", "step", {"step"}),
+        ("separate", "step", {"pre", "project", "coefficients", "aggregate", "merge"}),
+    ],
+)
+def test_fused_passes_run_where_the_name_says_so(
+    impl: str, op: str, runs: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fused = {"default": True, "separate": False}[impl]
+    kernels = Kernels(None, compiles=True, fused=fused)
+    monkeypatch.setattr(Kernels, "_compiled_before", lambda self, problem, device, here: None)
+    monkeypatch.setattr(Kernels, "_compiled_now", _reference_in_its_place)
+    monkeypatch.setattr(ours, "KERNELS", {impl: (lambda folder: kernels, "default")})
+    case = make_case(op, *SHAPE, "float32", seed=1)
+    assert len(list(ours.contender(impl, case, ("both",), tmp_path, skipped := []))) == 1, skipped
+    assert {row.op for row in kernels.report()} == runs
+
+
+def _reference_in_its_place(kernels: Kernels, problem: Problem, device: Any, here: Any) -> Any:
+    return replace(_reference(problem, device, "the test"), runs="default")
+
+
+def test_separate_means_without_fused_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(KernelCache, "records", lambda self: [object()])
+    made = {impl: make(tmp_path) for impl, (make, _) in ours.KERNELS.items()}
+    assert {impl: kernels._fused for impl, kernels in made.items()} == {
+        "tuned": True,
+        "separate": False,
+        "default": True,
+    }
+
+
+@pytest.mark.parametrize("impl", ours.KERNELS)
+def test_what_runs_the_reference_is_not_called_a_kernel(
+    impl: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ours, "KERNELS", {impl: (lambda folder: Kernels.reference(), ours.KERNELS[impl][1])})
+    skipped: list[str] = []
+    case = make_case("layer", *SHAPE, "float32", seed=1)
+    assert list(ours.contender(impl, case, DIRECTIONS, tmp_path, skipped)) == []
+    assert "the torch reference was asked for" in skipped[0]
+
+
+def test_separate_is_said_where_there_is_something_to_fuse_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ours, "KERNELS", {"separate": (lambda folder: Kernels.reference(), "reference")})
+    timed = {
+        op
+        for op in OPS
+        if list(ours.contender("separate", make_case(op, *SHAPE, "float32", 1), ("forward",), tmp_path, []))
+    }
+    assert timed == set(COMPOSED)
+
+
+def test_the_whole_run_is_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    report = bench.run(detect_device("cpu"), tmp_path, [(*SHAPE, "float32")], ["aggregate"], ["forward"], ["eager"])
+    assert set(report) == {
+        *("device", "threads", "copy_gb_per_s", "gflops_peak", "torch", "results", "skipped"),
+    }
+    (row,) = report["results"]
+    assert set(row) == {
+        *("op", "direction", "streams", "width", "tokens", "dtype", "impl", "form", "rounds"),
+        *("median_ms", "bytes", "gb_per_s", "flops", "limit_ms", "percent_of_limit"),
+    }

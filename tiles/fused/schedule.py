@@ -1,0 +1,112 @@
+"""The tile schedule of the kernels pre and step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from tiles.apply.schedule import near_row
+from tiles.coefficients import schedule as coefficients
+from tiles.family import Problem
+from tiles.limits import (
+    REGISTERS,
+    divisors,
+    dots_block,
+    why_bad_register_block,
+    why_bad_threads,
+    why_not_divisor,
+    why_not_multiple,
+    why_too_many_dots,
+    why_too_much_scratch,
+)
+from tiles.project.schedule import backward_scratch, forward_scratch
+from tiles.target import Target
+
+
+@dataclass(frozen=True)
+class FusedSchedule:
+    """A block of tokens goes through all steps before the next one is touched, so that its streams stay near.
+
+    block_tokens: tokens in such a block.
+    register_tokens, register_outputs: register blocks of project; register_tokens divides block_tokens.
+    block_width: columns that project holds as float32; a divisor of nC forward and of C backward.
+    row_width: columns in one lane loop of aggregate and merge; a divisor of C.
+    threads: CUDA threads a block; 0 on a CPU.
+    """
+
+    block_tokens: int
+    register_tokens: int
+    register_outputs: int
+    block_width: int
+    row_width: int
+    threads: int
+
+
+def default(problem: Problem, target: Target) -> FusedSchedule:
+    """Token blocks of about half an L2 cache on a CPU; register blocks as in project."""
+    forward = problem.direction == "forward"
+    if target.kind == "cpu":
+        tokens, outputs = dots_block(target) if forward else (6, 6)
+        width = divisors(problem.fan_in, 64, 1280)[-1] if forward else divisors(problem.width, 8, 64)[-1]
+        row = near_row(problem, _stages_rows(problem, target))
+        return _fitting(problem, target, FusedSchedule(48, tokens, outputs, width, row, 0))
+    width = divisors(problem.fan_in, 64, 512)[-1] if forward else divisors(problem.width, 8, 64)[-1]
+    usual = FusedSchedule(16, 2 if forward else 4, 4, width, divisors(problem.width, 8, 128)[-1], 128)
+    return _fitting(problem, target, usual)
+
+
+def _fitting(problem: Problem, target: Target, schedule: FusedSchedule) -> FusedSchedule:
+    """The schedule with its token block halved until the scratch fits."""
+    while (
+        why_too_much_scratch(scratch(problem, schedule, target), target)
+        and schedule.block_tokens > schedule.register_tokens
+    ):
+        half = max(1, schedule.block_tokens // schedule.register_tokens // 2) * schedule.register_tokens
+        schedule = replace(schedule, block_tokens=half)
+    return schedule
+
+
+def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
+    """Token blocks, register blocks, column blocks; thread counts on CUDA."""
+    usual, forward = default(problem, target), problem.direction == "forward"
+    widths = divisors(problem.fan_in, 64, 2560) if forward else divisors(problem.width, 64, 256)
+    rows = divisors(problem.width, 64, 2048)
+    return {
+        "block_tokens": tuple(sorted({8, 16, 24, 48, 96, 192, usual.block_tokens})),
+        "register_tokens": tuple(sorted({2, 3, 4, 6, 8, usual.register_tokens})),
+        "register_outputs": (2, 3, 4, 5, 6, 8),
+        "block_width": tuple(sorted({*widths, usual.block_width})),
+        "row_width": tuple(sorted({*rows, usual.row_width})),
+        "threads": (0,) if target.kind == "cpu" else (64, 128, 256),
+    }
+
+
+def why_invalid(problem: Problem, schedule: FusedSchedule, target: Target) -> str | None:
+    """None, or the rule that the schedule breaks."""
+    forward, tokens, outputs = problem.direction == "forward", schedule.register_tokens, schedule.register_outputs
+    held = tokens * outputs
+    if target.kind == "cuda" and held * -(-schedule.block_width // schedule.threads) > REGISTERS:
+        return f"the register block of {held} values must fit {REGISTERS} registers: choose smaller blocks"
+    return (
+        why_bad_threads(schedule.threads, target)
+        or why_bad_register_block(tokens, outputs)
+        or why_not_multiple("block_tokens", schedule.block_tokens, tokens)
+        or why_not_divisor("block_width", schedule.block_width, problem.fan_in if forward else problem.width)
+        or why_not_divisor("row_width", schedule.row_width, problem.width)
+        or (why_too_many_dots(held, target) if forward else None)
+        or why_too_much_scratch(scratch(problem, schedule, target), target)
+    )
+
+
+def scratch(problem: Problem, schedule: FusedSchedule, target: Target) -> int:
+    """Bytes of scratch."""
+    if problem.direction == "forward":
+        held = coefficients.forward_scratch(problem, schedule.block_tokens) + forward_scratch(problem, schedule, target)
+    else:
+        held = coefficients.backward_scratch(problem, schedule.block_tokens) + backward_scratch(schedule)
+    staged = problem.streams * schedule.row_width if _stages_rows(problem, target) else 0
+    return 4 * (held + staged)
+
+
+def _stages_rows(problem: Problem, target: Target) -> bool:
+    return target.kind == "cpu" and problem.op == "step" and problem.direction == "backward"
