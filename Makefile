@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 CACHE := build/cache
 PACK := build/kernels.mhcpack
+# The single ops and a layer; compiling a stack of layers with torch takes minutes (`mhc-tune bench --op stack`).
+COMPARED := $(foreach op,project coefficients aggregate merge pre layer,--op $(op)) --direction forward --direction both
 PROBLEM := --target auto --streams 4 --width 1280 --tokens 2048 --dtype bfloat16 --dtype float32
 
 .PHONY: tune test clean
@@ -14,7 +16,7 @@ tune: .venv/installed
 	mkdir -p build
 	$(BIN)/mhc-tune tune $(PROBLEM) --minutes 8 --cache $(CACHE)
 	$(BIN)/mhc-tune export $(PACK) --cache $(CACHE)
-	$(BIN)/mhc-tune bench $(PROBLEM) --cache $(CACHE) --json > build/bench.json
+	$(BIN)/mhc-tune bench $(PROBLEM) $(COMPARED) --cache $(CACHE) --json > build/bench.json
 	@echo "kernels: $(PACK)   measurements: build/bench.json   cache: $(CACHE)"
 
 test: .venv/installed-for-tests

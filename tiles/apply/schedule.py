@@ -29,7 +29,9 @@ def default(problem: Problem, target: Target) -> ApplySchedule:
     """On a CPU the whole row, or what of it stays near where it is staged; on CUDA as many columns as the accumulators
     leave registers for."""
     if target.kind == "cpu":
-        return ApplySchedule(near_row(problem, problem.op == "merge" and problem.direction == "backward"), 0)
+        staged = problem.op == "merge" and problem.direction == "backward"
+        most = max(8, STAGED_BYTES // (4 * problem.streams)) if staged else problem.width
+        return ApplySchedule(problem.width if problem.width <= most else divisors(problem.width, 8, most)[-1], 0)
     threads = 128
     fitting = [size for size in divisors(problem.width, 8, 1024) if _registers(problem, size, threads) <= REGISTERS]
     return ApplySchedule(fitting[-1] if fitting else divisors(problem.width, 8, 128)[0], threads)
@@ -62,13 +64,6 @@ def scratch(problem: Problem, schedule: ApplySchedule, target: Target) -> int:
     """Bytes of scratch."""
     staged = target.kind == "cpu" and problem.op == "merge" and problem.direction == "backward"
     return 4 * problem.streams * schedule.block_width if staged else 0
-
-
-def near_row(problem: Problem, staged: bool) -> int:
-    """The whole row, or the most columns whose n streams fit `STAGED_BYTES` where they are staged."""
-    if not staged or 4 * problem.fan_in <= STAGED_BYTES:
-        return problem.width
-    return divisors(problem.width, 8, max(8, STAGED_BYTES // (4 * problem.streams)))[-1]
 
 
 def _registers(problem: Problem, block_width: int, threads: int) -> int:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from tiles.apply.schedule import near_row
 from tiles.coefficients import schedule as coefficients
-from tiles.family import Problem
+from tiles.family import DTYPE_BYTES, Problem
 from tiles.limits import (
     REGISTERS,
     divisors,
@@ -42,16 +41,23 @@ class FusedSchedule:
     threads: int
 
 
+NEAR_BYTES = 512 * 1024
+"""The streams of a block on a CPU: half of an L2 cache of today."""
+
+
 def default(problem: Problem, target: Target) -> FusedSchedule:
-    """Token blocks of about half an L2 cache on a CPU; register blocks as in project."""
+    """On a CPU as many tokens as stay near, at most 8 register blocks; register blocks as in project."""
     forward = problem.direction == "forward"
+    columns = problem.fan_in if forward else problem.width
     if target.kind == "cpu":
         tokens, outputs = dots_block(target) if forward else (6, 6)
-        width = divisors(problem.fan_in, 64, 1280)[-1] if forward else divisors(problem.width, 8, 64)[-1]
-        row = near_row(problem, _stages_rows(problem, target))
-        return _fitting(problem, target, FusedSchedule(48, tokens, outputs, width, row, 0))
-    width = divisors(problem.fan_in, 64, 512)[-1] if forward else divisors(problem.width, 8, 64)[-1]
-    usual = FusedSchedule(16, 2 if forward else 4, 4, width, divisors(problem.width, 8, 128)[-1], 128)
+        near = NEAR_BYTES // (problem.fan_in * DTYPE_BYTES[problem.dtype] * tokens)
+        width = divisors(columns, 8, 640 if forward else 256)[-1]
+        row = divisors(problem.width, 8, 128)[-1]
+        usual = FusedSchedule(tokens * min(8, max(1, near)), tokens, outputs, width, row, 0)
+    else:
+        width = divisors(columns, 8, 512 if forward else 64)[-1]
+        usual = FusedSchedule(16, 2 if forward else 4, 4, width, divisors(problem.width, 8, 128)[-1], 128)
     return _fitting(problem, target, usual)
 
 

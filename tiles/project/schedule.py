@@ -65,7 +65,7 @@ def default(problem: Problem, target: Target) -> Schedule:
     if problem.direction == "forward":
         tokens, outputs = dots_block(target)
         if target.kind == "cpu":
-            return ForwardSchedule(tokens, outputs, divisors(problem.fan_in, 64, 1280)[-1], 0)
+            return ForwardSchedule(tokens, outputs, divisors(problem.fan_in, 64, 640)[-1], 0)
         return ForwardSchedule(2, 4, divisors(problem.fan_in, 64, 512)[-1], 128)
     width = divisors(problem.fan_in, 8, 64)[-1]
     if target.kind == "cpu":
