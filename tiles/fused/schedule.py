@@ -46,15 +46,17 @@ NEAR_BYTES = 512 * 1024
 
 
 def default(problem: Problem, target: Target) -> FusedSchedule:
-    """On a CPU as many tokens as stay near, at most 8 register blocks; register blocks as in project."""
+    """On a CPU as many tokens as stay near, at most 8 register blocks; in the backward, where every block of tokens
+    passes over phi and adds to dphi, at least as many as there are outputs."""
     forward = problem.direction == "forward"
     columns = problem.fan_in if forward else problem.width
     if target.kind == "cpu":
         tokens, outputs = dots_block(target) if forward else (6, 6)
-        near = NEAR_BYTES // (problem.fan_in * DTYPE_BYTES[problem.dtype] * tokens)
+        near = min(8, max(1, NEAR_BYTES // (problem.fan_in * DTYPE_BYTES[problem.dtype] * tokens)))
+        blocks = near if forward else max(near, -(-problem.outputs // tokens))
         width = divisors(columns, 8, 640 if forward else 256)[-1]
         row = divisors(problem.width, 8, 128)[-1]
-        usual = FusedSchedule(tokens * min(8, max(1, near)), tokens, outputs, width, row, 0)
+        usual = FusedSchedule(tokens * blocks, tokens, outputs, width, row, 0)
     else:
         width = divisors(columns, 8, 512 if forward else 64)[-1]
         usual = FusedSchedule(16, 2 if forward else 4, 4, width, divisors(problem.width, 8, 128)[-1], 128)
