@@ -13,7 +13,7 @@ import torch
 import typer
 
 from autotune.measure import Roofline, interleaved
-from cli import choice, ours, peers
+from cli import choice, ours, peers, yardsticks
 from cli.cases import DIRECTIONS, OPS, Case, make_case
 from cli.choice import Choice
 from cli.contenders import Contender
@@ -39,7 +39,7 @@ from tiles.errors import BadInput
 from tiles.family import Problem
 from tiles.target import Device
 
-IMPLS = (*ours.KERNELS, *choice.IMPLS, *peers.NAMES)
+IMPLS = (*ours.KERNELS, *choice.IMPLS, *peers.NAMES, *yardsticks.NAMES)
 
 ROUNDS, SECONDS = 30, 12.0
 """Rounds of each measurement, cut short after this many seconds once there are five."""
@@ -151,6 +151,8 @@ def _contenders(
             yield from ours.contender(impl, case, directions, folder, skipped)
         elif impl in choice.IMPLS:
             yield from fastest.fastest(impl, case, directions, skipped)
+        elif impl in yardsticks.NAMES:
+            yield from yardsticks.contender(impl, case, directions)
         else:
             yield from peers.contender(impl, case, directions, skipped)
 
