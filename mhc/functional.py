@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from mhc.checks import check_problem, expect, stream_shape
-from mhc.operators import OPERATORS
+from mhc.operators import call
 from tiles.errors import BadInput
 from tiles.family import PAPER_ROUNDS, WIDTH_MULTIPLE
 
@@ -34,7 +34,7 @@ def project(x: torch.Tensor, phi: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     n, width = stream_shape(x)
     expect("phi", phi, (n * n + 2 * n, n * width), torch.float32, x.device)
     leading = x.shape[:-2]
-    z, s = OPERATORS["project"](x.reshape(-1, n, width), phi, n, width, ROUNDS)
+    z, s = call("project", x.reshape(-1, n, width), phi, n, width, ROUNDS)
     return z.view(*leading, n * n + 2 * n), s.view(leading)
 
 
@@ -62,7 +62,7 @@ def coefficients(
     expect("alpha", alpha, (3,), torch.float32, z.device)
     expect("bias", bias, (outputs,), torch.float32, z.device)
     flat = z.reshape(-1, outputs), s.reshape(-1)
-    pre, post, res = OPERATORS["coefficients"](*flat, alpha, bias, eps, n, width, rounds)
+    pre, post, res = call("coefficients", *flat, alpha, bias, eps, n, width, rounds)
     return pre.view(*leading, n), post.view(*leading, n), res.view(*leading, n, n)
 
 
@@ -76,7 +76,7 @@ def sinkhorn(logits: torch.Tensor, rounds: int = ROUNDS) -> torch.Tensor:
     n = logits.shape[-1]
     check_problem(n)
     expect("logits", logits, (*logits.shape[:-2], n, n), torch.float32, logits.device)
-    return OPERATORS["sinkhorn"](logits.reshape(-1, n, n), n, ANY_WIDTH, rounds).view(logits.shape)
+    return call("sinkhorn", logits.reshape(-1, n, n), n, ANY_WIDTH, rounds).view(logits.shape)
 
 
 def aggregate(x: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ def aggregate(x: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     n, width = stream_shape(x)
     leading = x.shape[:-2]
     expect("pre", pre, (*leading, n), torch.float32, x.device)
-    u = OPERATORS["aggregate"](x.reshape(-1, n, width), pre.reshape(-1, n), n, width, ROUNDS)
+    u = call("aggregate", x.reshape(-1, n, width), pre.reshape(-1, n), n, width, ROUNDS)
     return u.view(*leading, width)
 
 
@@ -99,7 +99,7 @@ def merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: torch.Tenso
     check_merge(x, f, res, post)
     n, width = x.shape[-2:]
     flat = x.reshape(-1, n, width), f.reshape(-1, width), res.reshape(-1, n, n), post.reshape(-1, n)
-    return OPERATORS["merge"](*flat, n, width, ROUNDS).view(x.shape)
+    return call("merge", *flat, n, width, ROUNDS).view(x.shape)
 
 
 def check_merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: torch.Tensor) -> torch.Size:
@@ -127,7 +127,7 @@ def pre(
     """
     n, width = check_pre(x, phi, alpha, bias)
     leading = x.shape[:-2]
-    results = OPERATORS["pre"](x.reshape(-1, n, width), phi, alpha, bias, eps, n, width, rounds)
+    results = call("pre", x.reshape(-1, n, width), phi, alpha, bias, eps, n, width, rounds)
     u, post, res = results[:3]
     return u.view(*leading, width), post.view(*leading, n), res.view(*leading, n, n)
 
@@ -162,6 +162,6 @@ def step(
     n, width = check_pre(x, phi, alpha, bias)
     leading = check_merge(x, f, res, post)
     flat = x.reshape(-1, n, width), f.reshape(-1, width), post.reshape(-1, n), res.reshape(-1, n, n)
-    results = OPERATORS["step"](*flat, phi, alpha, bias, eps, n, width, rounds)
+    results = call("step", *flat, phi, alpha, bias, eps, n, width, rounds)
     x_next, u, post_next, res_next = results[:4]
     return x_next.view(x.shape), u.view(*leading, width), post_next.view(*leading, n), res_next.view(*leading, n, n)

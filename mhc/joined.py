@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from mhc import functional
 from mhc.kernels import active
+from mhc.operators import watched
 
 
 class _PreAndStreams(torch.autograd.Function):
@@ -28,6 +30,7 @@ class _PreAndStreams(torch.autograd.Function):
         return u.view(*leading, width), post.view(*leading, n), res.view(*leading, n, n), x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *_ = saved = ctx.saved_tensors
         tokens, n, width = x.shape
@@ -44,9 +47,9 @@ def pre_and_streams(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`mhc.functional.pre`, and x again: that x is for one op of `mhc.functional` alone, whose gradient is written to.
 
-    A compiler plans the sum itself, so that it gets x as it is.
+    A compiler plans the sum itself, so that it gets x as it is, as does everything else that looks on.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or watched((x, phi, alpha, bias)):
         return (*functional.pre(x, phi, alpha, bias, rounds=rounds, eps=eps), x)
     functional.check_pre(x, phi, alpha, bias)
     u, post, res, past = _PreAndStreams.apply(x, phi, alpha, bias, rounds, eps)  # type: ignore[no-untyped-call]
