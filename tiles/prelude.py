@@ -1,8 +1,10 @@
-"""The C++ functions that CPU programs call: low-precision storage and the exponential.
+"""The C++ functions that CPU programs call: low-precision storage, the exponential, and register blocks of products.
 
-They are C++ and not TileLang because bfloat16 and float16 have no C type on TileLang's CPU target, and because TVM's
-simplifier takes minutes over the same bit manipulations written as expressions. All are branch-free, so that loops
-around them vectorise. Conversions to a narrower type round to nearest, ties to even, and keep NaN a NaN.
+Storage and exponential are C++ and not TileLang because bfloat16 and float16 have no C type on TileLang's CPU target,
+and because TVM's simplifier takes minutes over the same bit manipulations written as expressions. They are branch-free,
+so that loops around them vectorise. Conversions to a narrower type round to nearest, ties to even, and keep NaN a NaN.
+Register blocks are to a CPU what tile products are to a GPU: written out, so that their speed does not hang on what a C
+compiler makes of nested loops.
 """
 
 from __future__ import annotations
