@@ -14,7 +14,7 @@ PROBLEM := --target auto --streams 4 --width 1280 --tokens 2048 --dtype bfloat16
 
 tune: .venv/installed
 	mkdir -p build
-	$(BIN)/mhc-tune tune $(PROBLEM) --minutes 8 --cache $(CACHE)
+	$(BIN)/mhc-tune tune $(PROBLEM) --seconds 480 --cache $(CACHE)
 	$(BIN)/mhc-tune export $(PACK) --cache $(CACHE)
 	$(BIN)/mhc-tune bench $(PROBLEM) $(COMPARED) --cache $(CACHE) --json > build/bench.json
 	@echo "kernels: $(PACK)   measurements: build/bench.json   cache: $(CACHE)"
@@ -31,7 +31,7 @@ test: .venv/installed-for-tests
 	touch $@
 
 .venv/installed-for-tests: .venv/installed
-	$(BIN)/python -m pip install -e '.[test,plot]'
+	$(BIN)/python -m pip install -e '.[test,plot,postgres]'
 	touch $@
 
 clean:

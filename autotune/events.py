@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from autotune.measure import Roofline
@@ -69,7 +69,7 @@ class ProblemFinished:
     """A record is in the cache (`record` is None when the search was interrupted before anything was verified).
 
     `stopped` says why the search ended: "trials", "pool swept", "time", "roofline", "interrupted", or
-    "finished before" where nothing was left to do.
+    "finished before" where nothing was left to do. `reasons` counts the failures by kind.
     """
 
     problem: Problem
@@ -77,6 +77,33 @@ class ProblemFinished:
     stopped: str
     failed: int
     seconds: float
+    reasons: Mapping[str, int] = field(default_factory=dict)
 
 
-Event = ProblemStarted | TrialDone | TrialFailed | FinalistsMeet | ProblemFinished
+@dataclass(frozen=True)
+class BucketsMeet:
+    """So many `schedules` are compared on every one of the problems, which differ in tokens only."""
+
+    problems: tuple[Problem, ...]
+    schedules: int
+
+
+@dataclass(frozen=True)
+class BucketsServed:
+    """Few schedules were chosen for problems that differ in tokens only: their new records, in the same order.
+
+    `worst` is the most that any of them takes, as a multiple of the fastest schedule's time there.
+    """
+
+    problems: tuple[Problem, ...]
+    records: tuple[Record, ...]
+    worst: float
+    seconds: float
+
+    @property
+    def schedules(self) -> int:
+        """How many different ones serve."""
+        return len({str(sorted(record.schedule.items())) for record in self.records})
+
+
+Event = ProblemStarted | TrialDone | TrialFailed | FinalistsMeet | ProblemFinished | BucketsMeet | BucketsServed

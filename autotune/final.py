@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from autotune.measure import Roofline, paired_ratio
+from autotune.measure import Ratio, Roofline, paired_ratio
+from autotune.storage import without_password
 from tiles.family import Traffic
 from tiles.toolchain import TILELANG
 
@@ -22,14 +23,29 @@ LEAST_GAIN = 0.01
 less may as well be where its code happens to lie."""
 
 
+PICKING = 3
+"""Every so many rounds one is for picking the fastest; the others judge it."""
+
+
+def picking(rounds: Sequence[float]) -> Sequence[float]:
+    """The rounds that name the fastest."""
+    return rounds[::PICKING]
+
+
+def judging(rounds: Sequence[float]) -> Sequence[float]:
+    """The rounds that judge it: judged by those that it was picked for, the luckiest would look better than it is."""
+    return [ms for number, ms in enumerate(rounds) if number % PICKING]
+
+
 def decide(default: str, times: Mapping[str, Sequence[float]]) -> tuple[str, float, float, float]:
     """Choose from {name: milliseconds of each round, timed together}: (name, its ms, the default's ms, their ratio).
 
-    The even rounds name the fastest, the odd rounds judge it: judged by the rounds that it was picked for, the luckiest
-    of several would look better than it is. It wins over `default` beyond the noise only.
+    Some rounds name the fastest, the others judge it, and it wins over `default` beyond the noise only. However many
+    there are, one is judged, so that of equally fast ones a wrong one wins in at most 2.5 % of all cases: in rounds of
+    shuffled order each of two equals is as likely to come out faster, whatever the noise.
     """
-    pick = min(times, key=lambda name: statistics.median(times[name][::2]))
-    judged = {name: times[name][1::2] for name in (default, pick)}
+    pick = max(times, key=lambda name: paired_ratio(picking(times[default]), picking(times[name])).median)
+    judged = {name: judging(times[name]) for name in (default, pick)}
     default_ms = statistics.median(judged[default])
     ratio = paired_ratio(judged[default], judged[pick])
     if pick == default or not worth_it(ratio.low):
@@ -50,6 +66,16 @@ def floor_ms(traffic: Traffic, roofline: Roofline) -> float:
     """
     moved = min(traffic.bytes, (traffic.read + 2 * traffic.written) / 1.5)
     return max(moved / roofline.copy_gb_per_s, traffic.flops / roofline.gflops) / 1e6
+
+
+def at_floor(default_ms: float, ratio: Ratio, floor: float, noise: float) -> bool:
+    """Whether a schedule leaves less than `noise` (a fraction) up to the time `floor` (ms), as far as can be told.
+
+    `ratio` is how much faster than the default it is, and its cautious end counts. One that is faster than the floor
+    by more than the noise says that something slowed the machine while the roofline was measured: that is no reason.
+    """
+    most = default_ms / floor
+    return most <= (1 + noise) * ratio.low and most >= (1 - noise) * ratio.median
 
 
 def measurement(
@@ -88,7 +114,7 @@ def measurement(
 
 def provenance(**more: str | int) -> dict[str, Any]:
     """Where and when a record was made, and `more` that its maker knows."""
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = without_password(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "host": platform.node(),

@@ -1,4 +1,4 @@
-"""Timing on this machine's CPU: cold data, interleaved calls, what a difference is worth, and what the limits are."""
+"""Timing: interleaved calls, what a difference is worth, and what the limits of this machine are."""
 
 from __future__ import annotations
 
@@ -8,36 +8,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from typing import Literal
 
 import torch
 
+from autotune.stopwatch import CpuStopwatch, CudaStopwatch, Stopwatch, last_level_cache_bytes
 from tiles.family import Traffic
 
-FALLBACK_CACHE_BYTES = 32 * 2**20
-"""Taken as the size of the last-level cache where the system does not tell."""
-
-
-@cache
-def last_level_cache_bytes() -> int:
-    """The size of the largest cache of the first CPU."""
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    texts = [path.read_text(encoding="ascii").strip() for path in sizes]
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    known = [int(text[:-1]) * units[text[-1]] for text in texts if text and text[-1] in units]
-    return max(known, default=FALLBACK_CACHE_BYTES)
-
-
-@cache
-def _eviction_buffer() -> torch.Tensor:
-    # Not zeros: those may all be one page that is mapped many times.
-    return torch.ones(2 * last_level_cache_bytes() // 4)
-
-
-def evict_caches() -> None:
-    """Read twice the last-level cache. Reading leaves clean lines: writing would leave write-backs to the next call."""
-    _eviction_buffer().sum()
+LEAST_REPEATS, LONGEST = 5, 4.0
+"""A limit is measured with at least so many repeats, and with no more once they have taken so many seconds."""
 
 
 def copy_bandwidth(*, repeats: int = 25) -> float:
@@ -75,14 +54,41 @@ def arithmetic_peak(*, repeats: int = 100) -> float:
 
 
 def _fastest(call: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest call; one that is not counted goes before."""
+    """Seconds of the fastest call; one that is not counted goes before. On a busy machine there are fewer `repeats`."""
     call()
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    while len(times) < repeats and (len(times) < LEAST_REPEATS or sum(times) < LONGEST):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+GPU_COPY_BYTES, GPU_SIDE, GPU_REPEATS = 2**30, 8192, 10
+"""What a GPU's limits are measured with: bytes of a copy, the side of square matrices, calls of each."""
+
+
+def _of_gpu() -> tuple[float, float]:
+    """GB/s of a copy (read and write counted), and GFLOP/s of products of float32 matrices on the tensor cores (TF32):
+    the fastest of `GPU_REPEATS` each."""
+    source = torch.ones(GPU_COPY_BYTES // 4, device="cuda")
+    target = torch.empty_like(source)
+    copy_ms = _fastest_on_gpu(lambda: target.copy_(source))
+    left, right = (torch.randn(GPU_SIDE, GPU_SIDE, device="cuda") for _ in range(2))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        product_ms = _fastest_on_gpu(lambda: left @ right)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return 2 * GPU_COPY_BYTES / copy_ms / 1e6, 2 * GPU_SIDE**3 / product_ms / 1e6
+
+
+def _fastest_on_gpu(call: Callable[[], object]) -> float:
+    """Milliseconds."""
+    stopwatch = CudaStopwatch()
+    prepared = stopwatch.prepared(call)
+    return min(stopwatch.milliseconds(prepared) for _ in range(GPU_REPEATS))
 
 
 @dataclass(frozen=True)
@@ -93,9 +99,9 @@ class Roofline:
     gflops: float
 
     @classmethod
-    def measure(cls) -> Roofline:
-        """This machine's, with torch's threads; takes about a second."""
-        return cls(copy_bandwidth(), arithmetic_peak())
+    def measure(cls, kind: Literal["cpu", "cuda"] = "cpu") -> Roofline:
+        """This machine's CPU, with torch's threads, or its current GPU; takes about a second."""
+        return cls(copy_bandwidth(), arithmetic_peak()) if kind == "cpu" else cls(*_of_gpu())
 
     def limit_ms(self, traffic: Traffic) -> float:
         """The least time (ms) for this traffic: its bytes at copy bandwidth, or its operations at the peak."""
@@ -105,35 +111,34 @@ class Roofline:
 def interleaved(
     calls: Mapping[str, Callable[[], object]],
     *,
+    stopwatch: Stopwatch | None = None,
     rounds: int = 20,
     seconds: float = math.inf,
     least: int = 5,
     warmup: int = 1,
-    cold: bool = True,
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Time calls against each other: {name: milliseconds of each round}, all lists equally long.
 
-    Each round runs every call once, in an order shuffled by `seed`, so that what slows the machine for a while slows
-    all of them. `cold` evicts the caches before each call. Stops after `rounds`, or after `seconds` once there are
-    `least` rounds. `warmup` rounds are run first and not counted.
+    Each round runs every call once, on cold caches, in an order shuffled by `seed`, so that what slows the machine for
+    a while slows all of them. Stops after `rounds`, or after `seconds` once there are `least` rounds. `warmup` rounds
+    are run first and not counted. Without a `stopwatch` the calls run on the CPU.
     """
+    stopwatch = stopwatch or CpuStopwatch()
+    prepared = {name: stopwatch.prepared(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(seed)
     for _ in range(warmup):
         for name in order:
-            calls[name]()
+            prepared[name]()
     deadline = time.perf_counter() + seconds
     for done in range(rounds):
         if done >= least and time.perf_counter() > deadline:
             break
         shuffle.shuffle(order)
         for name in order:
-            if cold:
-                evict_caches()
-            start = time.perf_counter_ns()
-            calls[name]()
-            times[name].append((time.perf_counter_ns() - start) / 1e6)
+            times[name].append(stopwatch.milliseconds(prepared[name]))
+    stopwatch.observe(list(prepared.values()))
     return times
 
 

@@ -49,7 +49,9 @@ class Pool:
         }
 
     def member(self, values: Mapping[str, Any]) -> int | None:
-        """The member with these tunables, or None where it is not valid or not in the space."""
+        """The member with these tunables, or None where they are not all there, not valid or not in the space."""
+        if not values.keys() >= self.space.keys():
+            return None
         return self._index.get(tuple(values[name] for name in self.space))
 
     def nearest(self, values: Mapping[str, Any], among: Iterable[int]) -> list[int]:

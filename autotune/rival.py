@@ -22,13 +22,16 @@ def weigh(
     """Time a fused kernel against its separate rivals, as they run in training: results made anew by every call.
 
     Returns what a record says of it: `separate_ms`, `separate_ratio` (fused/separate, the median of pairs) and
-    `separate_wins`, whether that is beyond the noise. Raises `TaskFailed`.
+    `separate_wins`, whether that is beyond the noise. That is nothing where a separate kernel does not work here.
     """
     separate = kernel_spec(problem.op, problem.direction).separate
     assert separate
     problems = {(op, direction): replace(problem, op=op, direction=direction) for op, direction in separate.parts}
-    parts = {part: _best(of_part, cache, device, workers) for part, of_part in problems.items()}
-    times = workers.compare_separate(problem, fused, parts, seed)
+    try:
+        parts = {part: _best(of_part, cache, device, workers) for part, of_part in problems.items()}
+        times = workers.compare_separate(problem, fused, parts, seed)
+    except TaskFailed:
+        return {}
     ratio = paired_ratio(times[FUSED], times[SEPARATE])
     return {
         "separate_ms": statistics.median(times[SEPARATE]),
@@ -38,7 +41,7 @@ def weigh(
 
 
 def _best(problem: Problem, cache: KernelCache, device: Device, workers: Workers) -> bytes:
-    """The tuned kernel of a problem, or its default schedule where it has not been tuned."""
+    """The tuned kernel of a problem, or its default schedule where it has not been tuned; raises `TaskFailed`."""
     record = cache.get(Key.of(problem, device))
     if record is not None:
         return cache.binary_path(record).read_bytes()

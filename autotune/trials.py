@@ -51,11 +51,15 @@ def settled(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE or (trial.state == TrialState.FAIL and REASON in trial.user_attrs)
 
 
+def taken(trial: FrozenTrial) -> bool:
+    """Whether a trial's schedule is settled or somebody is at work on it."""
+    return settled(trial) or trial.state == TrialState.RUNNING
+
+
 def unseen(pool: Pool, trials: Iterable[FrozenTrial]) -> set[int]:
     """The members that no trial has settled and none is at work on."""
-    taken = (trial for trial in trials if settled(trial) or trial.state == TrialState.RUNNING)
-    # A trial that another process has created this moment has no tunables yet.
-    return set(range(len(pool))) - {pool.member(trial.params) for trial in taken if trial.params}
+    # A trial that another process has created this moment does not have all its tunables yet: it is no member.
+    return set(range(len(pool))) - {pool.member(trial.params) for trial in trials if taken(trial)}
 
 
 def fastest_first(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:

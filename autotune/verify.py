@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from tiles.family import Argument
-from tiles.reference import in_float64
-from tiles.runtime import LoadedKernel, empty_result, is_result, summed
+from tiles.family import TOKENS, Argument
+from tiles.reference import DTYPES, in_float64
+from tiles.runtime import CPU, LoadedKernel, is_result, summed
 
 ODD_TOKENS = 131
 """A prime: no block of tokens divides it, so that tails are run."""
 
 GUARD = 1024
-"""Elements of guard before and behind each result; a multiple of a cache line in every dtype."""
+"""Elements of guard before and behind each tensor, or more; a multiple of a cache line in every dtype."""
+
+GUARD_TOKENS = 64
+"""Tokens whose rows a guard holds at least: a block of tokens that is not cut at the end reaches no further."""
 
 BITS = {4: torch.int32, 2: torch.int16}
 
+POISON = {torch.float32: 0x7FA5A5A5, torch.bfloat16: 0x7FA5, torch.float16: 0x7DA5}
+"""Bits of a signalling NaN: what is computed from it is NaN, and has other bits, so that adding to a guard shows."""
+
 
 class WrongResult(Exception):
-    """A kernel is wrong; one line says which result, where and by how much."""
+    """A kernel is wrong; one line says which tensor, where and by how much.
+
+    It may have written anywhere, so that a process that ran it is not to be trusted any more (`worker`).
+    """
+
+    poisons = True
 
 
 def verify(kernel: LoadedKernel, inputs: Mapping[str, Any], tokens: int, seed: int) -> None:
     """Run `kernel` on 0, 1 and an odd number of tokens drawn from `seed`, and on `inputs`; raises `WrongResult`."""
     for count in (0, 1, ODD_TOKENS):
-        drawn = kernel.spec.inputs(kernel.problem, count, seed + count)
+        drawn = inputs_for(kernel, count, seed + count)
         # Slices here are more than the few tokens are worth, so that the borders between slices are run.
         check(kernel, drawn, count, max(1, min(3, count)))
     check(kernel, inputs, tokens, kernel.slices(tokens))
@@ -36,38 +48,70 @@ def verify(kernel: LoadedKernel, inputs: Mapping[str, Any], tokens: int, seed: i
 def check(kernel: LoadedKernel, inputs: Mapping[str, Any], tokens: int, slices: int) -> None:
     """One run against the float64 reference, within `spec.tolerance`; raises `WrongResult`.
 
-    Results start out as NaN, so that an element that is not written shows, and lie between guards.
+    Results start out as NaN, so that an element that is not written shows. They and the inputs lie between guards of
+    NaN: a write there shows, and a read from there whose value is used. Inputs have to stay as they are.
     """
-    arguments = [argument for argument in kernel.arguments if is_result(argument)]
-    guarded = {argument.name: Guarded(argument, tokens, slices) for argument in arguments}
-    for argument in arguments:
-        if argument.role == "updated":
-            guarded[argument.name].tensor.copy_(inputs[argument.name])
-    kernel.launch(dict(inputs), {name: result.tensor for name, result in guarded.items()}, tokens, slices)
+    place = kernel.device
+    given = {arg.name: Guarded(arg, tokens, slices, place) for arg in kernel.arguments if arg.role == "input"}
+    for name, guarded in given.items():
+        guarded.tensor.copy_(inputs[name])
+    written = {arg.name: Guarded(arg, tokens, slices, place) for arg in kernel.arguments if is_result(arg)}
+    results = {name: guarded.tensor for name, guarded in written.items()}
+    give_updated(kernel, inputs, results)
+    kernel.launch({**inputs, **{name: guarded.tensor for name, guarded in given.items()}}, results, tokens, slices)
+    where = f"at {tokens} tokens in {slices} slices"
+    for name, guarded in given.items():
+        if not (guarded.intact() and torch.equal(_bits(guarded.tensor), _bits(inputs[name]))):
+            raise WrongResult(f"{name} {where}: wrote to an input or beside it")
+    for name, guarded in written.items():
+        if not guarded.intact():
+            raise WrongResult(f"{name} {where}: wrote outside of the result")
     wanted = kernel.spec.reference(kernel.problem, in_float64(dict(inputs)))
-    for argument in arguments:
-        result = guarded[argument.name]
-        where = f"{argument.name} at {tokens} tokens in {slices} slices"
-        if not result.intact():
-            raise WrongResult(f"{where}: wrote outside of the result")
-        got = summed(result.tensor) if argument.role == "partial" else result.tensor
-        rtol, atol = kernel.spec.tolerance(kernel.problem, argument.name)
-        _compare(where, got.double(), wanted[argument.name], rtol, atol)
+    for argument in kernel.arguments:
+        if is_result(argument):
+            got = results[argument.name]
+            got = summed(got) if argument.role == "partial" else got
+            tolerance = kernel.spec.tolerance(kernel.problem, argument.name)
+            _compare(f"{argument.name} {where}", got.double(), wanted[argument.name], *tolerance)
+
+
+def inputs_for(kernel: LoadedKernel, tokens: int, seed: int) -> dict[str, Any]:
+    """Inputs drawn from `seed`, where the kernel runs; the same numbers on every device."""
+    drawn = kernel.spec.inputs(kernel.problem, tokens, seed)
+    place = kernel.device
+    return {name: value.to(place) if isinstance(value, torch.Tensor) else value for name, value in drawn.items()}
+
+
+def give_updated(kernel: LoadedKernel, inputs: Mapping[str, Any], results: Mapping[str, torch.Tensor]) -> None:
+    """Copy what they are before the first call into the results that a kernel updates in place."""
+    for argument in kernel.arguments:
+        if argument.role == "updated":
+            results[argument.name].copy_(inputs[argument.name])
 
 
 class Guarded:
-    """A result tensor of NaN between two guards."""
+    """An argument's tensor, of NaN, between two guards."""
 
-    def __init__(self, argument: Argument, tokens: int, slices: int) -> None:
-        empty = empty_result(argument, tokens, slices)
-        self._all = torch.full((empty.numel() + 2 * GUARD,), torch.nan, dtype=empty.dtype)
-        self.tensor = self._all[GUARD : GUARD + empty.numel()].view(empty.shape)
+    def __init__(self, argument: Argument, tokens: int, slices: int, device: torch.device = CPU) -> None:
+        dtype, shape = DTYPES[argument.dtype], argument.sized(tokens)
+        shape = (slices, *shape) if argument.role == "partial" else shape
+        row = math.prod(argument.sized(1)) if TOKENS in argument.shape else 0
+        self._guard, size = max(GUARD, GUARD_TOKENS * row), math.prod(shape)
+        self._poison = POISON[dtype]
+        # As integers, because a conversion between floats may change the bits of a NaN.
+        length = size + 2 * self._guard
+        self._all = torch.full((length,), self._poison, dtype=BITS[dtype.itemsize], device=device)
+        self.tensor = self._all[self._guard : self._guard + size].view(dtype).view(shape)
 
     def intact(self) -> bool:
         """Whether both guards hold the very bits they were made with."""
-        bits = self._all.view(BITS[self._all.element_size()])
-        untouched = torch.full((GUARD,), torch.nan, dtype=self._all.dtype).view(bits.dtype)
-        return torch.equal(bits[:GUARD], untouched) and torch.equal(bits[-GUARD:], untouched)
+        guards = self._all[: self._guard], self._all[-self._guard :]
+        return all(bool((guard == self._poison).all()) for guard in guards)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers: NaN equals itself, and 0 differs from -0."""
+    return tensor.contiguous().view(BITS[tensor.element_size()])
 
 
 def _compare(where: str, got: torch.Tensor, want: torch.Tensor, rtol: float, atol: float) -> None:

@@ -13,7 +13,7 @@ import torch
 import typer
 
 from autotune.measure import Roofline, interleaved
-from cli import choice, ours, peers, yardsticks
+from cli import choice, loading, ours, peers, yardsticks
 from cli.cases import DIRECTIONS, OPS, Case, make_case
 from cli.choice import Choice
 from cli.contenders import Contender
@@ -34,7 +34,7 @@ from cli.options import (
     measured_device,
 )
 from cli.output import say, show, show_json, stdout_kept_free
-from cli.render import bench_table, device_text
+from cli.render import bench_table, device_text, load_table
 from tiles.errors import BadInput
 from tiles.family import Problem
 from tiles.target import Device
@@ -55,11 +55,12 @@ Shape = tuple[int, int, int, str]
 """Streams, width, tokens, dtype."""
 
 
-OpOption = Annotated[list[str], typer.Option("--op", help=f"Of {', '.join(OPS)}; default: all. May repeat.")]
+TIMED = (*OPS, loading.OP)
+OpOption = Annotated[list[str], typer.Option("--op", help=f"Of {', '.join(TIMED)}; default: all. May repeat.")]
 DirectionOption = Annotated[
     list[str], typer.Option("--direction", help=f"Of {', '.join(DIRECTIONS)}; default: all. May repeat.")
 ]
-DEFAULT_OPS, DEFAULT_DIRECTIONS = list(OPS), list(DIRECTIONS)
+DEFAULT_OPS, DEFAULT_DIRECTIONS = list(TIMED), list(DIRECTIONS)
 
 
 def bench(
@@ -79,9 +80,13 @@ def bench(
     implementations of one interleaved, with the same inputs, at the same thread count. "separate" are the tuned kernels
     without the fused passes. Eager and compile are the fastest of several forms that were tried; every implementation
     is checked against a float64 reference before it is timed. Takes some minutes, most of them for torch.compile.
+
+    "load" times fresh processes from mhc.load_kernels to the end of the first call, and a warm look-up.
     """
     device = measured_device(target)
-    known_choices("op", op, OPS)
+    if device.kind == "cuda":
+        raise BadInput(f"bench compares implementations on the CPU only, got {target}: use cpu; tune measures on GPUs")
+    known_choices("op", op, TIMED)
     known_choices("direction", direction, DIRECTIONS)
     shapes = _shapes(streams, width, tokens, dtype)
     folder = existing_cache(cache).folder
@@ -90,7 +95,10 @@ def bench(
     impls = [impl for impl in IMPLS if any(row["impl"] == impl for row in report["results"])]
     limits = f"copy {report['copy_gb_per_s']:.1f} GB/s, {report['gflops_peak']:.0f} GFLOP/s"
     title = f"{device_text(device)}, {report['threads']} threads, {limits}"
-    show(bench_table(report["results"], title, impls), on_stderr=json)
+    if report["results"]:
+        show(bench_table(report["results"], title, impls), on_stderr=json)
+    if report["load"]:
+        show(load_table(report["load"]), on_stderr=json)
     for line in report["skipped"]:
         say(f"skipped: {line}")
     if json:
@@ -108,6 +116,7 @@ def run(
     """Measure the ops at every shape with the kernels in `folder`; what `--json` prints."""
     results: list[dict[str, Any]] = []
     skipped: list[str] = []
+    load = loading.measure(folder, shapes[0], skipped) if loading.OP in ops else []
     roofline = Roofline.measure()
     for n, width, count, dtype in shapes:
         fastest = Choice(n, width, dtype)
@@ -128,6 +137,7 @@ def run(
         "gflops_peak": roofline.gflops,
         "torch": torch.__version__,
         "results": results,
+        "load": load,
         "skipped": list(dict.fromkeys(skipped)),
     }
 

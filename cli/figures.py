@@ -1,4 +1,4 @@
-"""Figures for results/: `python -m cli.figures scaling OUT.json OUT.png` and `python -m cli.figures gains CACHE`."""
+"""Figures for results/: `python -m cli.figures scaling OUT.json OUT.png`, `gains CACHE`, `replay IN.json OUT.png`."""
 
 from __future__ import annotations
 
@@ -57,6 +57,50 @@ def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
+
+
+@app.command()
+def replay(data: Path, picture: Path) -> None:
+    """Draw what `mhc-tune replay --json` printed: best time over trials, of every sampler and of random search."""
+    try:
+        rows = json.loads(data.read_text(encoding="utf-8"))["results"]
+        if not rows:
+            raise ValueError("no results")
+        draw_replay(rows, picture)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        typer.echo(
+            f"error: {data} must hold the output of mhc-tune replay --json, got {error!r}: make it anew", err=True
+        )
+        raise typer.Exit(2) from error
+
+
+def draw_replay(rows: Sequence[dict[str, Any]], picture: Path) -> None:
+    """One panel a space: the median of the best time over the optimum, beside the expectation of random search."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    spaces = list(dict.fromkeys(row["space"] for row in rows))
+    columns = min(3, len(spaces))
+    lines = -(-len(spaces) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.6 * lines), squeeze=False)
+    for axis in axes.flat[len(spaces) :]:
+        axis.set_visible(False)
+    for axis, space in zip(axes.flat, spaces, strict=False):
+        shown = [row for row in rows if row["space"] == space]
+        for row in shown:
+            axis.plot(range(1, len(row["curve"]) + 1), row["curve"], label=row["sampler"])
+        calculated = shown[0]["random_curve"]
+        axis.plot(range(1, len(calculated) + 1), calculated, "k:", label="random, calculated")
+        axis.axhline(1, color="gray", linewidth=0.5)
+        axis.set(title=f"{space}, {shown[0]['members']} members", xlabel="trials", ylabel="best time / optimum")
+        axis.set(yscale="log")
+        axis.title.set_fontsize(9)
+    axes.flat[0].legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
 
 
 @app.command()

@@ -10,7 +10,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import bench, compile, doctor, packs, tune, verify
+from cli import bench, compile, diff, doctor, explain, keys, merge, packs, prune, record, replay, report, tune, verify
+from cli.output import say
 from tiles.errors import BadInput
 
 USAGE = 2
@@ -30,7 +31,7 @@ class Commands(TyperGroup):
                 raise
             command = " ".join(filter(None, ("mhc-tune", ctx.invoked_subcommand, "--help")))
             message = f"{error.format_message().rstrip('.')}: see {command}"
-        typer.echo(f"error: {' '.join(message.split())}", err=True)
+        say(f"error: {' '.join(message.split())}")
         raise typer.Exit(USAGE)
 
 
@@ -50,7 +51,15 @@ app.command("tune")(tune.tune)
 app.command("export")(packs.export)
 app.command("import")(packs.import_)
 app.command("inspect")(packs.inspect)
+app.command("merge")(merge.merge)
+app.command("diff")(diff.diff)
+app.command("keys")(keys.keys)
 app.command("verify")(verify.verify)
+app.command("explain")(explain.explain)
+app.command("prune")(prune.prune)
+app.command("report")(report.report)
+app.command("record")(record.record)
+app.command("replay")(replay.replay)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.command("compile")(compile.compile_)

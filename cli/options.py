@@ -14,7 +14,7 @@ from tiles.cache import KernelCache, default_folder
 from tiles.errors import BadInput
 from tiles.family import Direction, Problem
 from tiles.registry import kernel_specs
-from tiles.target import Device, detect_device, parse_target, why_cannot_run
+from tiles.target import Device, cuda_available, detect_device, parse_target, why_cannot_run
 
 TargetOption = Annotated[
     str, typer.Option("--target", help="What to run on: auto, cpu, cuda, or one architecture such as cuda:sm_90a.")
@@ -56,12 +56,12 @@ def measured_device(target: str) -> Device:
     Raises `BadInput` where code for that target does not run here.
     """
     wanted = parse_target(target)
-    if wanted.kind == "cuda":
-        raise BadInput(f"this version runs kernels on CPUs only, got {target}: use cpu, or mhc-tune compile for a GPU")
-    device = detect_device("cpu")
+    if wanted.kind == "cuda" and not cuda_available():
+        raise BadInput(f"measuring needs a visible NVIDIA GPU, got {target} and found none: use cpu, or run this there")
+    device = detect_device(wanted.kind)
     why = why_cannot_run(wanted.arch, device)
     if why:
-        raise BadInput(f"measuring needs a CPU that runs {wanted.arch}, got {target}, {why}: run this command there")
+        raise BadInput(f"measuring needs a device that runs {wanted.arch}, got {target}, {why}: run this command there")
     return replace(device, arch=wanted.arch)
 
 

@@ -19,13 +19,13 @@ UNCUT = 200
 
 
 def say(text: str) -> None:
-    """One line for people, on stderr."""
-    typer.echo(text, err=True)
+    """One line for people, on stderr. What a terminal would obey (file names may hold it) is shown as `?`."""
+    typer.echo("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text), err=True)
 
 
 def show(renderable: RenderableType, *, on_stderr: bool = False) -> None:
     """Print a table, on stdout unless that is kept for JSON."""
-    console = Console(stderr=on_stderr)
+    console = Console(stderr=on_stderr, markup=False, emoji=False)  # names come from packs: they are text, no markup
     if not console.is_terminal:
         console.width = UNCUT
     console.print(renderable)

@@ -29,21 +29,19 @@ def table(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
 
 
 def records_table(records: Sequence[Record], title: str) -> Table:
-    """One row a kernel: shape, times (ms), shares of copy bandwidth and of the roofline's limit, schedule, device."""
+    """One row a kernel: shape, schedule, device; times (ms), shares of copy bandwidth and of the roofline's limit."""
     devices = sorted({device_text(record.key.device) for record in records})
     several = len(devices) > 1
     about = f"{title}: {len(records)} kernels" + (f", {devices[0]}" if len(devices) == 1 else "")
-    made = table(about, SHAPE, ("default ms", "tuned ms", "gain", "% of copy", "% of limit"))
-    for name in ("schedule", "device") if several else ("schedule",):
-        made.add_column(name, overflow="fold")
+    made = table(about, (), ())
+    # One column for all text, which may wrap: a narrow terminal holds all of a row.
+    made.add_column("kernel, schedule", min_width=20)
+    for name in ("default ms", "tuned ms", "gain", "% of copy", "% of limit"):
+        made.add_column(name, justify="right", min_width=6)
     for record in sorted(records, key=lambda record: shape_of(record.key.problem)):
-        measured = record.measurement
-        made.add_row(
-            *map(str, shape_of(record.key.problem)),
-            *(number(measured.get(name)) for name in MEASURED),
-            schedule_text(record.schedule),
-            *([device_text(record.key.device)] if several else []),
-        )
+        lines = [record.key.problem.describe(), f"  {schedule_text(record.schedule)}"]
+        lines += [f"  {device_text(record.key.device)}"] if several else []
+        made.add_row("\n".join(lines), *(number(record.measurement.get(name)) for name in MEASURED))
     return made
 
 
@@ -66,6 +64,18 @@ def bench_table(rows: Sequence[Mapping[str, Any]], title: str, impls: Sequence[s
             *(number(times.get(impl)) for impl in impls),
             number(by_impl["tuned"]["percent_of_limit"] if tuned else None),
             *(f"{gain:.1f}x" if gain else "-" for gain in gains),
+        )
+    return made
+
+
+def load_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a pack or folder: milliseconds to load it and until the first call has ended, and of a warm look-up."""
+    made = table(
+        "mhc.load_kernels, in fresh processes", ("from", "kernels"), ("load ms", "first call ends ms", "look-up us")
+    )
+    for row in rows:
+        made.add_row(
+            row["from"], str(row["kernels"]), *(number(row[name]) for name in ("load_ms", "total_ms", "look_up_us"))
         )
     return made
 

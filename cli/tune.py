@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from autotune.events import Event, ProblemFinished, ProblemStarted
+from autotune.buckets import groups
+from autotune.buckets import serve as serve_buckets
+from autotune.events import BucketsServed, Event, ProblemFinished, ProblemStarted
 from autotune.measure import Roofline
-from autotune.tuner import TuneFailed
+from autotune.tuner import TuneFailed, TuneResult
 from autotune.tuner import tune as tune_kernel
 from autotune.workers import Workers
 from cli.options import (
@@ -41,6 +43,7 @@ from tiles.errors import BadInput
 from tiles.family import Problem
 from tiles.record import record_dict
 from tiles.registry import kernel_specs
+from tiles.shipped import shipped_records
 from tiles.target import Device
 
 INTERRUPTED = 130
@@ -56,13 +59,16 @@ def tune(
     dtype: DtypeOption = DEFAULT_DTYPE,
     op: Annotated[list[str], typer.Option("--op", help=f"Of {', '.join(OPS)}; default: all. May repeat.")] = OPS,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Most schedules to try for each kernel.")] = 40,
-    minutes: Annotated[
-        float | None, typer.Option("--minutes", min=0.0, help="Time for the whole run, shared by its kernels.")
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", min=0.0, help="Time for the whole run, shared by its kernels.")
     ] = None,
     cache: CacheOption = None,
     storage: Annotated[
         str | None,
-        typer.Option("--storage", help="Database URL where trials are kept; default: a journal in the cache folder."),
+        typer.Option(
+            "--storage",
+            help="Database URL where workers on several machines share trials; default: a journal in the cache.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the search's random choices.")] = 0,
     json: JsonOption = False,
@@ -71,7 +77,8 @@ def tune(
 
     Every schedule is checked against a float64 reference before it is timed, and a kernel whose default schedule
     nothing beats keeps it. The fused kernels pre and step come last and meet the separate kernels, which run in their
-    place where they are faster. What is finished is in the cache at once: after Ctrl-C the same command goes on.
+    place where they are faster. For several token counts, few schedules are chosen that are within 2 % of the best at
+    each of them. What is finished is in the cache at once: after Ctrl-C the same command goes on.
     """
     device = measured_device(target)
     if why := why_no_compiler(device.target):
@@ -81,7 +88,7 @@ def tune(
     say(f"tuning {len(todo)} kernels on {device_text(device)}, {torch.get_num_threads()} threads")
     with stdout_kept_free(json):
         run = _Run(todo, device, kernels)
-        run.go(trials=trials, seconds=None if minutes is None else 60 * minutes, storage=storage, seed=seed)
+        run.go(trials=trials, seconds=seconds, storage=storage, seed=seed)
     if json:
         show_json(run.as_dict())
     else:
@@ -101,6 +108,8 @@ class _Run:
         self.todo, self.device, self.cache = todo, device, cache
         self.finished: list[ProblemFinished] = []
         self.failed: dict[str, str] = {}
+        self.served: list[BucketsServed] = []
+        self.begun = 0
         self.interrupted = False
         self.roofline: Roofline | None = None
 
@@ -109,22 +118,40 @@ class _Run:
         deadline = None if seconds is None else time.monotonic() + seconds
         options: dict[str, Any] = {"trials": trials, "storage": storage, "seed": seed}
         try:
-            with TuneProgress(len(self.todo)) as display, Workers() as workers:
+            with TuneProgress(len(self.todo), seconds) as display, Workers(kind=self.device.kind) as workers:
 
                 def on_event(event: Event) -> None:
                     self._remember(event)
                     display(event)
 
-                for done, problem in enumerate(self.todo):
-                    if deadline is not None:
-                        options["seconds"] = max(0.0, deadline - time.monotonic()) / (len(self.todo) - done)
-                    try:
-                        tune_kernel(problem, self.device, self.cache, on_event=on_event, workers=workers, **options)
-                    except TuneFailed as error:
-                        self.failed[problem.describe()] = str(error)
-                        say(f"FAILED: {error}")
+                options |= {"on_event": on_event, "workers": workers, "advice": shipped_records()}
+                for group in groups(self.todo):
+                    self._tune_buckets(group, deadline, options)
         except KeyboardInterrupt:
             self.interrupted = True
+
+    def _tune_buckets(self, group: list[Problem], deadline: float | None, options: dict[str, Any]) -> None:
+        """Tune problems that differ in tokens only, then choose few schedules for them."""
+        results: dict[Problem, TuneResult] = {}
+        for problem in group:
+            if deadline is not None:
+                left = len(self.todo) - self.begun
+                options = options | {"seconds": max(0.0, deadline - time.monotonic()) / left}
+            self.begun += 1
+            try:
+                results[problem] = tune_kernel(problem, self.device, self.cache, **options)
+            except TuneFailed as error:
+                self._remember_failure(problem, error)
+        if len(results) > 1:
+            try:
+                shared = {name: options[name] for name in ("workers", "seed", "on_event")}
+                serve_buckets(results, self.device, self.cache, **shared)
+            except TuneFailed as error:
+                self._remember_failure(group[0], error)
+
+    def _remember_failure(self, problem: Problem, error: TuneFailed) -> None:
+        self.failed[problem.describe()] = str(error)
+        say(f"FAILED: {error}")
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -141,10 +168,21 @@ class _Run:
                     **asdict(event.problem),
                     "stopped": event.stopped,
                     "failed_trials": event.failed,
+                    "failures": dict(event.reasons),
                     "seconds": event.seconds,
                     "record": None if event.record is None else record_dict(event.record),
                 }
                 for event in self.finished
+            ],
+            "buckets": [
+                asdict(event.problems[0])
+                | {
+                    "tokens": [problem.tokens for problem in event.problems],
+                    "schedules": event.schedules,
+                    "worst": event.worst,
+                    "seconds": event.seconds,
+                }
+                for event in self.served
             ],
         }
 
@@ -153,3 +191,10 @@ class _Run:
             self.roofline = event.roofline
         if isinstance(event, ProblemFinished):
             self.finished.append(event)
+        if isinstance(event, BucketsServed):
+            self.served.append(event)
+            newer = {record.key: record for record in event.records}
+            self.finished = [
+                replace(done, record=newer.get(done.record.key, done.record)) if done.record else done
+                for done in self.finished
+            ]

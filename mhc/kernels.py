@@ -1,61 +1,26 @@
-"""Which kernel runs for an op: found once for a problem and device, then a dictionary hit.
-
-The order is exact match, nearest token bucket, sibling device, default schedule (compiled where a compiler is there),
-torch reference. What is not a tuned kernel is said once in the log `mhc`, never raised: a log line cannot stop a
-training run, not even where warnings are errors.
-"""
+"""The kernels that the ops run: found once for a problem and device (`mhc.resolve`), then a dictionary hit."""
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from mhc.report import KernelReport, Row, Runs
-from tiles.cache import CacheCorrupt, KernelCache, Key, Record, default_folder, token_bucket
+from mhc import collector, fleet
+from mhc.report import KernelReport, Row
+from mhc.resolve import Resolved, Resolver
+from tiles.cache import KernelCache, default_folder, token_bucket
 from tiles.errors import BadInput
 from tiles.family import Direction, Problem
-from tiles.lookup import Choice, find
 from tiles.pack import Pack
 from tiles.reference import DTYPES
-from tiles.registry import kernel_spec
-from tiles.runtime import LoadedKernel, LoadError, run_reference
-from tiles.target import Device, detect_device
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-log = logging.getLogger("mhc")
-
-Call = Callable[..., tuple[torch.Tensor, ...]]
-
-
-class Shelf(Protocol):
-    """Where records come from: a `KernelCache` or a `Pack`."""
-
-    def records(self) -> list[Record]:
-        """All sound records."""
-
-    def binary_path(self, record: Record) -> Path:
-        """The binary's file; raises `CacheCorrupt` when it is not what the record says."""
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A problem's kernel, and how it came to be chosen."""
-
-    call: Call
-    problem: Problem
-    device: str
-    runs: Runs
-    why: str
 
 
 class Kernels:
@@ -65,46 +30,47 @@ class Kernels:
     and step are made of the separate kernels, also where the tuner found the fused one to be faster.
     """
 
-    def __init__(self, tuned: Shelf | None, *, compiles: bool, fused: bool = True) -> None:
-        self._tuned = tuned
-        self._compiles = compiles
-        self._fused = fused
+    def __init__(self, resolver: Resolver) -> None:
+        self.resolver = resolver
         self._resolved: dict[tuple[Any, ...], Resolved] = {}
-        self._said: set[str] = set()
         self._lock = threading.Lock()
 
     @classmethod
-    def from_path(cls, path: str | Path, *, fused: bool = True) -> Kernels:
-        """Kernels of a cache folder or `.mhcpack`; raises `BadInput` where it is missing, damaged or empty."""
-        path = Path(path)
-        shelf: Shelf = KernelCache(path) if path.is_dir() else Pack(path)
-        if not shelf.records():
-            raise BadInput(f"kernels must come from a folder or pack that holds some, got {path}: run `mhc-tune tune`")
-        return cls(shelf, compiles=True, fused=fused)
+    def from_path(cls, path: str | Path, *, fused: bool = True, trust_binaries: bool = False) -> Kernels:
+        """Kernels of a cache folder or `.mhcpack`; raises `BadInput` where it is missing, damaged or empty.
+
+        Code that is not trusted (see `mhc-tune keys`) is not run without `trust_binaries`: its schedules are compiled.
+        """
+        return cls(_opened(Path(path), fused, trust_binaries))
 
     @classmethod
     def from_default_folder(cls) -> Kernels:
         """Kernels of the default cache folder, which may be empty or missing."""
-        return cls(KernelCache(default_folder()), compiles=True)
+        cache = KernelCache(default_folder(), lazy=True)
+        return cls(Resolver(cache, compiles=True, without_code=_why_without_code(cache)))
 
     @classmethod
     def defaults(cls, *, fused: bool = True) -> Kernels:
         """The default schedule of every kernel, compiled at first use."""
-        return cls(None, compiles=True, fused=fused)
+        return cls(Resolver(None, compiles=True, fused=fused))
 
     @classmethod
     def reference(cls) -> Kernels:
         """The torch reference for every op."""
-        return cls(None, compiles=False)
+        return cls(Resolver(None, compiles=False))
 
     def run(
         self, op: str, direction: Direction, streams: int, width: int, rounds: int, inputs: Sequence[Any]
     ) -> tuple[torch.Tensor, ...]:
         """Run one kernel on contiguous inputs, in the order of its arguments; the first decides dtype and device."""
-        first = inputs[0]
+        return self.look_up(op, direction, streams, width, rounds, inputs[0]).call(*inputs)
+
+    def look_up(
+        self, op: str, direction: Direction, streams: int, width: int, rounds: int, first: torch.Tensor
+    ) -> Resolved:
+        """The kernel for inputs that begin with `first`: a dictionary hit once it has been resolved."""
         key = (op, direction, streams, width, rounds, first.dtype, first.device, token_bucket(first.shape[0]))
-        resolved = self._resolved.get(key) or self._resolve(key)
-        return resolved.call(*inputs)
+        return self._resolved.get(key) or self._resolve(key)
 
     def report(self) -> KernelReport:
         """One row for every op, direction, shape and device that has run."""
@@ -116,115 +82,38 @@ class Kernels:
     def _resolve(self, key: tuple[Any, ...]) -> Resolved:
         op, direction, streams, width, rounds, dtype, device, tokens = key
         problem = Problem(op, direction, streams, width, DTYPE_NAMES[dtype], tokens, rounds)
-        with self._lock:
-            if key not in self._resolved:
-                self._resolved[key] = self._choose(problem, device)
-            return self._resolved[key]
-
-    def _choose(self, problem: Problem, device: torch.device) -> Resolved:
-        if self._tuned is None and not self._compiles:
-            return _reference(problem, device, "the torch reference was asked for")
-        if device.type != "cpu":
-            return self._fall_back(problem, device, f"this release has no kernels for {device.type} tensors")
-        if not self._fused and kernel_spec(problem.op, problem.direction).separate:
-            return self._separate(problem, device, "the separate kernels were asked for")
-        here = detect_device("cpu")
-        return (
-            self._tuned_kernel(problem, device, here)
-            or self._compiled_before(problem, device, here)
-            or self._compiled_now(problem, device, here)
-        )
-
-    def _tuned_kernel(self, problem: Problem, device: torch.device, here: Device) -> Resolved | None:
-        if self._tuned is None:
-            return None
-        found = self._load(self._tuned, problem, here)
-        if found is None:
-            return None
-        call, choice = found
-        if choice.how == "sibling device":
-            text = f"{problem.describe()} runs a kernel {choice.why}; tune here for a better one"
-            self._say(logging.WARNING, choice.how, text)
-        if choice.record.measurement.get("separate_wins", False):
-            return self._separate(problem, device, f"{choice.how}: faster than the fused kernel {choice.why}")
-        return Resolved(call, problem, str(device), "tuned", f"{choice.how}: {choice.why}")
-
-    def _separate(self, problem: Problem, device: torch.device, why: str) -> Resolved:
-        """A fused pass made of the kernels that run for its ops, each as it is resolved itself."""
 
         def run(op: str, direction: Direction, inputs: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-            return self.run(op, direction, problem.streams, problem.width, problem.rounds, inputs)
+            return self.run(op, direction, streams, width, rounds, inputs)
 
-        separate = kernel_spec(problem.op, problem.direction).separate
-        assert separate
-        return Resolved(partial(separate.call, run), problem, str(device), "separate", why)
+        with self._lock:
+            if key not in self._resolved:
+                self._say_where_ranks_may_differ()
+                self._resolved[key] = self.resolver.resolve(problem, device, run)
+            return self._resolved[key]
 
-    def _compiled_before(self, problem: Problem, device: torch.device, here: Device) -> Resolved | None:
-        found = self._load(_defaults_cache(), problem, here)
-        return found and Resolved(found[0], problem, str(device), "default", "compiled earlier; not tuned")
-
-    def _compiled_now(self, problem: Problem, device: torch.device, here: Device) -> Resolved:
-        """Compile the default schedule into the cache, so that the next process finds it; else fall back."""
-        from tiles.compile import compile_kernel, why_no_compiler
-
-        missing = why_no_compiler(here.target)
-        if missing:
-            return self._fall_back(problem, device, missing)
-        self._say(
-            logging.WARNING,
-            "compile",
-            f"no tuned kernel for {problem.describe()}: compiling default schedules, some seconds each, once. For "
-            f"faster ones: mhc-tune tune --streams {problem.streams} --width {problem.width} "
-            f"--tokens {problem.tokens} --dtype {problem.dtype}",
-        )
-        try:
-            schedule = kernel_spec(problem.op, problem.direction).default(problem, here.target)
-            built = compile_kernel(problem, schedule, here.target)
-            cache = _defaults_cache()
-            provenance = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "torch": torch.__version__}
-            record = cache.put(Key.of(problem, here), asdict(schedule), built.binary, built.source, {}, provenance)
-            call = LoadedKernel(cache.binary_path(record), problem)
-        except Exception as error:  # whatever a compiler does must not end a training run; the report tells
-            return self._fall_back(problem, device, f"{type(error).__name__}: {error}".splitlines()[0])
-        return Resolved(call, problem, str(device), "default", "compiled by this process; not tuned")
-
-    def _fall_back(self, problem: Problem, device: torch.device, why: str) -> Resolved:
-        self._say(logging.WARNING, why, f"{problem.describe()} runs the slow torch reference: {why}")
-        return _reference(problem, device, why)
-
-    def _load(self, shelf: Shelf, problem: Problem, here: Device) -> tuple[Call, Choice] | None:
-        """The nearest record's kernel that loads here, and how near it is."""
-        records = shelf.records()
-        for complaint in getattr(shelf, "complaints", ()):
-            self._say(logging.WARNING, complaint, complaint)
-        while choice := find(records, problem, here):
-            try:
-                return LoadedKernel(shelf.binary_path(choice.record), problem), choice
-            except (CacheCorrupt, LoadError) as error:
-                self._say(logging.WARNING, str(error), f"{problem.describe()}: a stored kernel is skipped: {error}")
-                records.remove(choice.record)
-        return None
-
-    def _say(self, level: int, topic: str, text: str) -> None:
-        """Log the first message on a topic."""
-        if topic not in self._said:
-            self._said.add(topic)
-            log.log(level, text)
+    def _say_where_ranks_may_differ(self) -> None:
+        found = self.resolver
+        if fleet.in_fleet() and not found.agreed and found.tuned is not None and found.tuned_records():
+            text = "every rank chooses kernels by itself: call mhc.load_kernels after init_process_group, on all ranks"
+            found.say("fleet", text)
 
 
-def _reference(problem: Problem, device: torch.device, why: str) -> Resolved:
-    return Resolved(partial(_run_reference, problem), problem, str(device), "reference", why)
+@collector.paused()
+def _opened(path: Path, fused: bool, trust_binaries: bool) -> Resolver:
+    """How kernels are found in a cache folder or pack. Raises `BadInput`."""
+    path = path.absolute()  # what runs first after a change of directory is found too
+    shelf = KernelCache(path, lazy=True) if path.is_dir() else Pack(path, lazy=True)
+    without_code = None if trust_binaries else _why_without_code(shelf)
+    resolver = Resolver(shelf, compiles=True, fused=fused, without_code=without_code, path=path)
+    if not resolver.tuned_records():
+        raise BadInput(f"kernels must come from a folder or pack that holds some, got {path}: run `mhc-tune tune`")
+    return resolver
 
 
-def _run_reference(problem: Problem, *inputs: Any) -> tuple[torch.Tensor, ...]:
-    """The reference with what the compiled kernels have: full precision under autocast, contiguous results."""
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        return tuple(result.contiguous() for result in run_reference(problem, *inputs))
-
-
-def _defaults_cache() -> KernelCache:
-    """Where compiled default schedules are kept: apart from tuned kernels, so that neither hides the other."""
-    return KernelCache(default_folder() / "defaults")
+def _why_without_code(shelf: KernelCache | Pack) -> str | None:
+    why = shelf.why_untrusted
+    return why and f"{why} (load_kernels with trust_binaries=True runs its code as it is)"
 
 
 class _Process:
@@ -250,12 +139,29 @@ def using(kernels: Kernels) -> Iterator[Kernels]:
         _Process.active = before
 
 
-def load_kernels(path: str | Path) -> Kernels:
+def load_kernels(path: str | Path, trust_binaries: bool = False) -> Kernels:
     """Run the tuned kernels of a cache folder or `.mhcpack` from now on, in the whole process.
 
-    Raises `BadInput` (a `ValueError`) with one line where the file is missing, damaged or of another format version.
+    Code that is not trusted (a pack that neither you nor a key of `mhc-tune keys` has signed, a folder that others may
+    write to) runs only with `trust_binaries`; else its schedules are compiled here, where a compiler is.
+
+    With torch.distributed initialised this is a collective call on the default group: all ranks make it, each with a
+    path that it can read, and all run what rank 0's path holds. A rank whose path lacks rank 0's code compiles rank 0's
+    schedule. So equal devices with equal compilers and thread counts give equal bits. Called before
+    `init_process_group`, or never, every rank chooses by itself, which is said once.
+
+    Raises `BadInput` (a `ValueError`) with one line where the file is missing, damaged or of another format version;
+    in a fleet on all ranks.
     """
-    _Process.active = Kernels.from_path(path)
+    if not fleet.in_fleet():
+        _Process.active = Kernels.from_path(path, trust_binaries=trust_binaries)
+        return _Process.active
+    found: Resolver | BadInput
+    try:
+        found = _opened(Path(path), fused=True, trust_binaries=trust_binaries)
+    except Exception as error:  # the other ranks wait for this one, whatever it finds
+        found = error if isinstance(error, BadInput) else BadInput(f"{path}: {type(error).__name__}: {error}")
+    _Process.active = Kernels(fleet.agree(found))
     return _Process.active
 
 

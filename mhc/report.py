@@ -8,15 +8,16 @@ from typing import Literal
 
 from tiles.family import Direction
 
-Runs = Literal["tuned", "default", "separate", "reference"]
+Runs = Literal["tuned", "recompiled", "shipped", "default", "separate", "reference"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One op that has run: `runs` is a tuned kernel, the default schedule, a fused pass made of separate kernels (which
-    have rows of their own), or the torch reference.
+    """One op that has run.
 
-    `tokens` is the token bucket (the next power of two); `why` is one sentence.
+    `runs` is a tuned kernel; a stored schedule compiled here, as its own code may not be called; one shipped with
+    this package; the default schedule; a fused pass made of separate kernels, which have rows of their own; or the
+    torch reference. `tokens` is the token bucket (the next power of two); `why` is one sentence.
     """
 
     op: str

@@ -19,6 +19,8 @@ STANDARD_LIBRARY_ONLY = ("tiles/cache.py", "tiles/family.py", "tiles/target.py",
 TILELANG_IN = (
     "tiles/compile.py",
     "tiles/dialect.py",
+    "tiles/rows.py",
+    "tiles/values.py",
     "tiles/coefficients/gates.py",
     "tiles/coefficients/sinkhorn.py",
 )

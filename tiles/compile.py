@@ -1,6 +1,7 @@
 """Family + problem + schedule + target -> artifact. With the programs, the only place that imports TileLang.
 
-A CPU artifact is a shared library that exports one C function (`tiles.launcher`); a CUDA artifact is a cubin.
+An artifact is a shared library that exports one C function: `tiles.launcher` on a CPU, `tiles.cuda_launcher` with the
+cubin inside for CUDA.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from tiles.cuda_launcher import IMAGE, Launch, with_cuda_launcher
 from tiles.errors import BadInput
 from tiles.family import KernelSpec, Problem
 from tiles.launcher import with_launcher
@@ -67,7 +70,7 @@ def why_no_compiler(target: Target) -> str | None:
     """What is missing to compile for `target` on this machine, or None."""
     if importlib.util.find_spec("tilelang") is None:
         return "tilelang is not installed: pip install tilelang"
-    if target.kind == "cpu" and _cxx() is None:
+    if _cxx() is None:
         return "no C++ compiler is on PATH: install g++ or set CXX"
     if target.kind == "cuda" and shutil.which("nvcc") is None:
         return "nvcc is not on PATH: install the CUDA toolkit"
@@ -81,14 +84,19 @@ def compile_kernel(problem: Problem, schedule: Any, target: Target) -> Artifact:
     why = spec.why_invalid(problem, schedule, target) or why_no_compiler(target)
     if why:
         raise BadInput(f"{problem.describe()}: {why}")
-    source = generate_source(spec, problem, schedule, target)
-    if target.kind == "cpu":
+    source, launch = _lower(spec, problem, schedule, target)
+    if launch is None:
         return Artifact(target, source, _compile_cpu(source, target, problem))
-    return _compile_cuda(source, target, problem)
+    return _compile_cuda(source, launch, target, problem)
 
 
 def generate_source(spec: KernelSpec, problem: Problem, schedule: Any, target: Target) -> str:
     """The C++ or CUDA text of a kernel."""
+    return _lower(spec, problem, schedule, target)[0]
+
+
+def _lower(spec: KernelSpec, problem: Problem, schedule: Any, target: Target) -> tuple[str, Launch | None]:
+    """The text of a kernel, and how it is launched on CUDA."""
     import tilelang
     from tilelang.backend.target import determine_target
 
@@ -101,13 +109,47 @@ def generate_source(spec: KernelSpec, problem: Problem, schedule: Any, target: T
         # Programs clamp their indices themselves: bounds that are checked in every lane would cost more than the loads.
         with resolved, tilelang.tvm.transform.PassContext(config={"tl.disable_safe_memory_legalize": True}):
             program = getattr(importlib.import_module(module), function)(problem, schedule, dialect_for(target))
-            source = str(tilelang.lower(program, target=resolved).kernel_source)
+            lowered_to = tilelang.lower(program, target=resolved)
+            source = str(lowered_to.kernel_source)
+            launch = _launch(lowered_to.device_mod) if target.kind == "cuda" else None
     except Exception as error:  # TVM raises many types; all mean that this schedule does not lower
         last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise CompileError(f"{problem.describe()} {asdict(schedule)}: TileLang refused: {last[0]}") from error
-    if target.kind == "cuda":
-        return source
-    return with_launcher(_without_tilelang(source), spec.arguments(problem))
+    if launch is not None:
+        return with_cuda_launcher(source, launch, spec.arguments(problem)), launch
+    return with_launcher(_without_tilelang(source), spec.arguments(problem)), None
+
+
+def _launch(module: Any) -> Launch:
+    """How the one kernel of a lowered CUDA program is launched."""
+    (function,) = module.functions.values()
+    attributes = function.attrs
+    extents = attributes["thread_extent"]
+    return Launch(
+        kernel=str(attributes["global_symbol"]),
+        parameters=tuple(parameter.name for parameter in function.params),
+        grid=tuple(_c_expression(extents[tag]) if tag in extents else "1" for tag in _tags("block")),
+        block=tuple(int(extents[tag]) if tag in extents else 1 for tag in _tags("thread")),
+        shared_bytes=int(attributes["dyn_shared_memory_buf"]) if "dyn_shared_memory_buf" in attributes else 0,
+        cluster=tuple(int(size) for size in attributes["cluster_dims"]) if "cluster_dims" in attributes else (),
+    )
+
+
+def _tags(kind: str) -> tuple[str, ...]:
+    """TVM's names of the three axes of a grid (block) or of a thread block (thread)."""
+    return tuple(f"{kind}Idx.{axis}" for axis in "xyz")
+
+
+def _c_expression(extent: Any) -> str:
+    """A launch extent in C, over `tokens` and `splits`, which are not negative: C's division rounds down too."""
+    if hasattr(extent, "value"):
+        return f"INT64_C({int(extent.value)})"
+    operator = {"Add": "+", "Sub": "-", "Mul": "*", "FloorDiv": "/"}.get(type(extent).__name__)
+    if operator:
+        return f"({_c_expression(extent.a)} {operator} {_c_expression(extent.b)})"
+    if type(extent).__name__ == "Var" and extent.name in ("tokens", "splits"):
+        return str(extent.name)
+    raise CompileError(f"a launch extent must be arithmetic over tokens and splits, got {extent}")
 
 
 def _without_tilelang(source: str) -> str:
@@ -135,11 +177,13 @@ def _compile_cpu(source: str, target: Target, problem: Problem) -> bytes:
         return library.read_bytes()
 
 
-def _compile_cuda(source: str, target: Target, problem: Problem) -> Artifact:
+def _compile_cuda(source: str, launch: Launch, target: Target, problem: Problem) -> Artifact:
     from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
 
+    compiler = _cxx()
+    assert compiler
     with tempfile.TemporaryDirectory(prefix="mhc-tune-") as folder:
-        text, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
+        text, cubin, library = (Path(folder) / name for name in ("kernel.cu", IMAGE, "kernel.so"))
         text.write_text(source, encoding="utf-8")
         said = _run(
             [
@@ -149,7 +193,10 @@ def _compile_cuda(source: str, target: Target, problem: Problem) -> Artifact:
             ],
             problem,
         )
-        return Artifact(target, source, cubin.read_bytes(), _resources(said))
+        host = [compiler, "-x", "c++", "-std=c++17", "-O2", "-fPIC", "-shared", str(text), "-o", str(library)]
+        _run([*host, "-ldl", "-pthread"], problem, folder)
+        used = {"threads": prod(launch.block), "dynamic_shared_bytes": launch.shared_bytes}
+        return Artifact(target, source, library.read_bytes(), _resources(said) | used)
 
 
 def _resources(said: str) -> dict[str, int]:
@@ -164,10 +211,10 @@ def _resources(said: str) -> dict[str, int]:
     return details
 
 
-def _run(command: list[str], problem: Problem) -> str:
-    """Run a compiler; its output, or `CompileError` with the end of it."""
+def _run(command: list[str], problem: Problem, folder: str | None = None) -> str:
+    """Run a compiler (in `folder`); its output, or `CompileError` with the end of it."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     except OSError as error:
         raise CompileError(f"{problem.describe()}: {command[0]} does not start: {error}") from error
     if done.returncode != 0:

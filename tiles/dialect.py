@@ -12,13 +12,11 @@ from math import prod
 from typing import Any, Protocol
 
 import tilelang.language as T
-from tilelang import tvm
 
 from tiles.limits import DOT_LANES
+from tiles.rows import CpuRow, CudaRow, Row
 from tiles.target import Target
-
-Expr = Any  # a TIR expression
-Buffer = Any  # a TIR buffer
+from tiles.values import Buffer, Expr, bind
 
 
 class Dialect(Protocol):
@@ -47,6 +45,9 @@ class Dialect(Protocol):
 
     def scratch(self, *extents: int) -> Buffer:
         """Uninitialised float32 storage that is indexed freely: by a lane, by a serial loop, by all lanes alike."""
+
+    def row(self, tensor: Buffer, dtype: str, lanes: int, *, copied: bool = False) -> Row:
+        """`lanes` elements of a tensor's row for a lane loop; `copied` where the loop reads what it also writes."""
 
     def lane(self, *indices: Expr) -> tuple[Expr, ...]:
         """Where the lane at `indices` finds its part of an accumulator."""
@@ -105,53 +106,6 @@ def dialect_for(target: Target) -> Dialect:
     return Cpu() if target.kind == "cpu" else Cuda()
 
 
-def bind(value: Expr) -> Expr:
-    """Name a value, so that the generated code computes it once.
-
-    A buffer element that goes into `T.max`, `T.min` or `T.reinterpret` and is stored to afterwards must be bound first:
-    TileLang 0.1.15's C generator names such operands by their text and would use the old value again after the store.
-    """
-    return tvm.tirx.script.builder.bind(value)
-
-
-def variable(value: Expr) -> Expr:
-    """An int32 in a variable of the generated code. TVM copies the expression behind a `bind` to where it is used, and
-    a C compiler that finds a minimum in a lane loop's index makes a gather of the load."""
-    held = T.alloc_local((1,), "int32")
-    _set(held, value)
-    return held[0]
-
-
-def as_value(size: Expr) -> Expr:
-    """A dynamic size to hand to a macro: TileLang 0.1.15 would rename the size itself to the macro's parameter."""
-    return T.max(size, 0)
-
-
-def token_range(tokens: Expr, split: Expr, splits: Expr, block: int) -> tuple[Buffer, Buffer, Buffer]:
-    """The first token, the end and the number of token blocks of one split, in whole blocks.
-
-    They are variables and not expressions: TVM's simplifier takes seconds over divisions by `splits` otherwise.
-    """
-    first, last, blocks = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
-    _set_token_range(first, last, blocks, tokens, split, splits, block)
-    return first, last, blocks
-
-
-@T.macro
-def _set(held: Buffer, value: Expr) -> None:
-    held[0] = value
-
-
-@T.macro
-def _set_token_range(
-    first: Buffer, last: Buffer, blocks: Buffer, tokens: Expr, split: Expr, splits: Expr, block: int
-) -> None:
-    share = T.ceildiv(T.ceildiv(tokens, block), splits) * block
-    first[0] = split * share
-    last[0] = T.min(first[0] + share, tokens)
-    blocks[0] = T.ceildiv(T.max(last[0] - first[0], 0), block)
-
-
 class Cpu:
     """Plain C for one core; the launcher spreads slices of tokens over the cores. `tiles.prelude` has what it calls."""
 
@@ -180,6 +134,9 @@ class Cpu:
 
     def scratch(self, *extents: int) -> Buffer:
         return T.alloc_local(extents, "float32")
+
+    def row(self, tensor: Buffer, dtype: str, lanes: int, *, copied: bool = False) -> Row:
+        return CpuRow(self, tensor, dtype, lanes, copied)
 
     def lane(self, *indices: Expr) -> tuple[Expr, ...]:
         return (0,)
@@ -243,6 +200,9 @@ class Cuda:
 
     def scratch(self, *extents: int) -> Buffer:
         return T.alloc_shared(extents, "float32")
+
+    def row(self, tensor: Buffer, dtype: str, lanes: int, *, copied: bool = False) -> Row:
+        return CudaRow(tensor, dtype, lanes)
 
     def lane(self, *indices: Expr) -> tuple[Expr, ...]:
         return indices

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, get_type_hints
 
 from tiles.errors import BadInput
@@ -195,7 +196,7 @@ class KernelSpec:
 
     def schedule_from(self, values: Mapping[str, Any]) -> Any:
         """The schedule with these field values; raises `BadInput` when names or types do not fit."""
-        fields = get_type_hints(self.schedule)
+        fields = _field_types(self.schedule)
         if set(values) != set(fields):
             raise BadInput(
                 f"a schedule of {self.name} has the fields {sorted(fields)}, got {sorted(values)}: re-tune this kernel"
@@ -206,6 +207,9 @@ class KernelSpec:
                     f"{self.name}: {name} must be of type {fields[name].__name__}, got {value!r}: re-tune this kernel"
                 )
         return self.schedule(**values)
+
+
+_field_types = cache(get_type_hints)
 
 
 @dataclass(frozen=True)

@@ -1,53 +1,65 @@
-"""One-file export of a kernel cache, `*.mhcpack`: written whole, opened with every check, imported with caution."""
+"""One-file export of a kernel cache, `*.mhcpack`: written whole, opened with every check."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
-from tiles.archive import Archive, packed
+from tiles.archive import Archive, Kernel, packed
 from tiles.cache import KernelCache, binary_name, write_atomically
-from tiles.compile import CompileError
 from tiles.errors import BadInput
-from tiles.record import Key, Record, check_schedule
+from tiles.record import Record
+from tiles.trust import sign, why_untrusted
 
 
-class Compiled(Protocol):
-    """What a recompilation gives back; `tiles.compile.Artifact` is one."""
+def write_pack(
+    cache: KernelCache, out: Path, records: Iterable[Record] | None = None, *, signed: bool = True
+) -> list[Record]:
+    """Export `records`, by default all of the cache, to `out`; returns what was written. See `write_kernels`.
 
-    @property
-    def binary(self) -> bytes:
-        """The compiled code."""
-
-    @property
-    def source(self) -> str:
-        """The text that it was compiled from."""
-
-
-def write_pack(cache: KernelCache, out: Path, records: Iterable[Record] | None = None) -> list[Record]:
-    """Export `records`, by default all of the cache, to `out`; returns what was written.
-
-    The file appears whole or not at all, and equal caches give equal bytes. Raises `BadInput` when there is nothing
-    to export and `CacheCorrupt` when an entry fails its check.
+    Raises `BadInput` when there is nothing to export, or a folder to sign for that others may write to.
     """
-    chosen = sorted(cache.records() if records is None else records, key=lambda record: record.key.digest)
+    chosen = list(cache.records() if records is None else records)
     if not chosen:
         raise BadInput(f"a pack must hold at least one kernel, got none in {cache.folder}: tune some first")
-    kernels = ((record, cache.binary_path(record).read_bytes(), cache.source(record)) for record in chosen)
-    content = packed(_created_by(), kernels)
+    return write_kernels(out, kernels_of(cache, chosen, vouch=signed), signed=signed)
+
+
+def kernels_of(shelf: KernelCache | Pack, records: Iterable[Record], *, vouch: bool) -> Iterator[Kernel]:
+    """Records of a cache or pack with their binaries and sources; raises `CacheCorrupt` for one that fails its check.
+
+    To `vouch` for the code, as a signature does, it has to be trusted: raises `BadInput` where it is not.
+    """
+    if vouch and shelf.why_untrusted:
+        where = shelf.folder if isinstance(shelf, KernelCache) else shelf.path
+        raise BadInput(
+            f"a signature vouches for code, got that of {where} ({shelf.why_untrusted}): trust it or leave it unsigned"
+        )
+    for record in records:
+        binary = shelf.binary(record) if isinstance(shelf, Pack) else shelf.binary_path(record).read_bytes()
+        yield record, binary, shelf.source(record)
+
+
+def write_kernels(out: Path, kernels: Iterable[Kernel], *, signed: bool = True) -> list[Record]:
+    """Write kernels (record, binary, source) as a pack, signed with the user's key; returns the records.
+
+    The file appears whole or not at all, and equal kernels give equal bytes. A signature vouches for the code: sign
+    only what may run. Raises `BadInput` where the pack cannot be signed or written, and for what a reader would refuse.
+    """
+    ordered = sorted(kernels, key=lambda kernel: kernel[0].key.digest)
+    content = packed(_created_by(), ordered, sign if signed else None)
     try:
         write_atomically(Path(out), content)
     except OSError as error:
         raise BadInput(f"the pack must be writable, got {out} ({error.strerror}): choose another path") from error
-    return chosen
+    return [record for record, *_ in ordered]
 
 
 class Pack:
@@ -55,10 +67,11 @@ class Pack:
 
     Opening checks everything in it and raises `BadInput` for a file that is missing, damaged, no pack, or of another
     format. Binaries are extracted when asked for, to a private folder that goes when the pack is closed, is no longer
-    referred to, or the process ends.
+    referred to, or the process ends. A `lazy` pack checks binaries and sources only as each is asked for, and the
+    signature when `why_untrusted` is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, lazy: bool = False) -> None:
         self.path = Path(path)
         self.complaints: list[str] = []
         self._folder: Path | None = None
@@ -69,15 +82,34 @@ class Pack:
         except OSError as error:
             raise BadInput(f"a pack must be a readable file, got {path} ({error.strerror}): check the path") from error
         try:
-            self._archive = Archive(file)
+            self._archive = Archive(file, lazy=lazy)
         except BadInput as error:
             self.close()
             raise BadInput(f"{self.path.name}: {error}") from error
+        if not lazy:
+            self.why_untrusted  # noqa: B018  (raises)
 
     @property
     def created_by(self) -> str:
         """The package and version that wrote the pack, for people to read."""
         return self._archive.created_by
+
+    @property
+    def signed_by(self) -> str | None:
+        """The public key that the pack says it is signed with; see `why_untrusted` for what that is worth."""
+        return self._archive.signature.key if self._archive.signature else None
+
+    @cached_property
+    def why_untrusted(self) -> str | None:
+        """Why the pack's code may not run unasked, or None where the user's own or a listed key signed it.
+
+        Raises `BadInput` for a signature that is not of this pack: it is damaged or forged, and nothing in it counts.
+        """
+        try:
+            return why_untrusted(self._archive.signature, self._archive.manifest)
+        except BadInput as error:
+            self.close()
+            raise BadInput(f"{self.path.name}: {error}") from error
 
     def records(self) -> list[Record]:
         """All records, ordered by digest."""
@@ -113,41 +145,6 @@ class Pack:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def import_pack(
-    path: Path, cache: KernelCache, *, trust_binaries: bool, recompile: Callable[[Record], Compiled]
-) -> list[tuple[Record, str]]:
-    """Bring a pack's kernels into a cache; returns each record with what became of it.
-
-    Schedules are data, binaries are code: without `trust_binaries` every kernel is compiled here, by `recompile`. A
-    kernel of other sources or another toolchain is always compiled, as its code may be called differently. The second
-    item is "copied", "recompiled", "kept: ..." where the cache has this kernel already, or "skipped: ...".
-    """
-    with Pack(path) as pack:
-        current_first = sorted(pack.records(), key=lambda record: not record.key.current)
-        return [_import_one(pack, record, cache, trust_binaries, recompile) for record in current_first]
-
-
-def _import_one(
-    pack: Pack, record: Record, cache: KernelCache, trust_binaries: bool, recompile: Callable[[Record], Compiled]
-) -> tuple[Record, str]:
-    try:
-        wanted = replace(record, key=Key.of(record.key.problem, record.key.device))
-        check_schedule(wanted)
-        held = cache.get(wanted.key)
-        if held is not None:
-            return held, "kept: the cache already holds a kernel for this key"
-        if trust_binaries and wanted.key == record.key:
-            binary, source, how = pack.binary(record), pack.source(record), "copied"
-        else:
-            compiled = recompile(wanted)
-            binary, source, how = compiled.binary, compiled.source, "recompiled"
-    except (BadInput, CompileError) as error:
-        return record, f"skipped: {error}"
-    provenance = record.provenance | {"imported": how}
-    stored = cache.put(wanted.key, record.schedule, binary, source, record.measurement, provenance)
-    return stored, how
 
 
 def _created_by() -> str:

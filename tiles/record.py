@@ -8,7 +8,8 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tiles.errors import BadInput
@@ -98,10 +99,10 @@ class Key:
         known = (self.op, self.direction) in kernel_specs()
         return known and (self.toolchain, self.sources) == (TILELANG, sources_hash(self.op))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """32 hexadecimal digits that name this key's files."""
-        return hashlib.sha256(to_json(asdict(self))).hexdigest()[:32]
+        return hashlib.sha256(to_json(_key_dict(self))).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,14 @@ def from_json(text: bytes) -> Any:
 
 def record_dict(record: Record) -> dict[str, Any]:
     """Plain data for JSON; `record_from` is the way back."""
-    return asdict(record)
+    return {
+        "key": _key_dict(record.key),
+        "schedule": dict(record.schedule),
+        "sha256": record.sha256,
+        "size": record.size,
+        "measurement": dict(record.measurement),
+        "provenance": dict(record.provenance),
+    }
 
 
 def record_from(values: object) -> Record:
@@ -146,6 +154,10 @@ def record_from(values: object) -> Record:
     fields = typed(values, _RECORD_FIELDS, "a record")
     for name in ("schedule", "measurement", "provenance"):
         check_scalars(fields[name], name, (int, float, bool) if name == "measurement" else (str, int, float, bool))
+    for name, value in fields["schedule"].items():
+        _check_text(name, _NAME, "a tunable's name")
+        if isinstance(value, str):
+            _check_text(value, _VERSION, "a tunable")
     _check_text(fields["sha256"], _SHA256, "sha256")
     _check_range(fields["size"], "size")
     return Record(**(fields | {"key": _key_from(fields["key"])}))
@@ -196,10 +208,15 @@ def check_schedule(record: Record) -> None:
         raise BadInput(f"{problem.describe()}: {why}")
 
 
+def _key_dict(key: Key) -> dict[str, Any]:
+    return {name: getattr(key, name) for name in _KEY_FIELDS} | {"device": key.device.as_dict()}
+
+
 def _key_from(values: object) -> Key:
     fields = typed(values, _KEY_FIELDS, "a key")
     device = typed(fields["device"], _DEVICE_FIELDS, "a device")
     _check_text(fields["op"], _NAME, "op")
+    _check_text(fields["dtype"], _NAME, "dtype")
     _check_text(fields["toolchain"], _VERSION, "toolchain")
     _check_text(fields["sources"], _VERSION, "sources")
     _check_text(device["arch"], _ARCH, "arch")

@@ -1,4 +1,8 @@
-"""Loads a compiled kernel and calls it on torch tensors: no tilelang, no compiler."""
+"""Loads a compiled kernel and calls it on torch tensors: no tilelang, no compiler.
+
+On a CUDA device it needs the NVIDIA driver and nothing else: calls go to torch's current stream and wait for nothing,
+so they can be captured in a CUDA graph once a first call has loaded the code.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,11 @@ import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from tiles.cuda_launcher import NO_DRIVER, OLD_DRIVER, ON_CUDA, TOO_MANY_TOKENS
 from tiles.family import Argument, KernelSpec, Problem
 from tiles.launcher import ENTRY
 from tiles.memory import POOL
@@ -21,38 +26,55 @@ Value = torch.Tensor | float
 ONE_THREAD_BYTES = 64 * 1024
 """A slice of tokens smaller than this does not pay for waking another thread (about 5 µs at 10 GB/s)."""
 
+SPLIT_TOKENS, MOST_SPLITS = 128, 64
+"""On CUDA, sums over tokens are split over thread blocks: one split for so many tokens, and at most so many splits. The
+count depends on nothing but the tokens, so that results repeat bit for bit on every device."""
+
 
 class LoadError(RuntimeError):
     """A binary does not load here; the text says why."""
 
 
 class LoadedKernel:
-    """A kernel ready to run on this machine's CPU.
+    """A kernel ready to run on this machine, on a device of its kind.
 
-    Calling it takes the inputs, scalars and updated tensors of `spec.arguments(problem)` in that order (contiguous CPU
-    tensors, any token count) and returns a tuple of all results in that order; partials come summed over slices.
+    Calling it takes the inputs, scalars and updated tensors of `spec.arguments(problem)` in that order (contiguous
+    tensors on one device, any token count) and returns a tuple of all results in that order; partials come summed over
+    slices.
     """
 
     def __init__(self, path: Path, problem: Problem) -> None:
         self.problem = problem
+        library = _library(path)
+        self.kind: Literal["cpu", "cuda"] = "cuda" if hasattr(library, ON_CUDA) else "cpu"
         self.spec: KernelSpec = kernel_spec(problem.op, problem.direction)
         self.arguments = self.spec.arguments(problem)
-        self._launch = _entry(path)
+        self._launch = _entry(library, self.kind)
+        self._run = self._on_cpu if self.kind == "cpu" else self._on_cuda
         self._given = [argument for argument in self.arguments if is_given(argument)]
         self._tensors = [argument for argument in self.arguments if argument.role != "scalar"]
         self._scalars = [argument for argument in self.arguments if argument.role == "scalar"]
         self._pointers: Any = ctypes.c_void_p * len(self._tensors)
         self._floats: Any = ctypes.c_float * len(self._scalars)
         self._token_bytes = max(1, sum(arg.nbytes(2) - arg.nbytes(1) for arg in self._tensors))
+        self._has_partials = any(argument.role == "partial" for argument in self._tensors)
         self._expected = lru_cache(maxsize=64)(self._shapes)
 
+    @property
+    def device(self) -> torch.device:
+        """A device that it runs on: the CPU, or the current one of CUDA's."""
+        return CPU if self.kind == "cpu" else torch.device("cuda", torch.cuda.current_device())
+
     def __call__(self, *inputs: Value) -> tuple[torch.Tensor, ...]:
-        """Run on as many slices of tokens as torch has threads, fewer when there is little to do."""
+        """Run on as many slices of tokens as are worth it."""
         tokens = self._tokens(inputs)
         return self.run(inputs, tokens, self.slices(tokens))
 
     def slices(self, tokens: int) -> int:
-        """How many slices a call on `tokens` tokens is split into."""
+        """How many slices a call on `tokens` tokens is split into: on a CPU one for each of torch's threads, fewer when
+        there is little to do."""
+        if self.kind == "cuda":
+            return max(1, min(MOST_SPLITS, tokens // SPLIT_TOKENS)) if self._has_partials else 1
         worth = tokens * self._token_bytes // ONE_THREAD_BYTES
         return max(1, min(torch.get_num_threads(), tokens, worth))
 
@@ -64,7 +86,7 @@ class LoadedKernel:
             if argument.role == "updated":
                 results[argument.name] = values[argument.name]  # type: ignore[assignment]
             elif argument.role != "input":
-                results[argument.name] = empty_result(argument, tokens, slices)
+                results[argument.name] = empty_result(argument, tokens, slices, inputs[0].device)  # type: ignore[union-attr]
         self.launch(values, results, tokens, slices)
         return tuple(
             summed(results[argument.name]) if argument.role == "partial" else results[argument.name]
@@ -77,9 +99,17 @@ class LoadedKernel:
         tensors: dict[str, Any] = inputs | results
         pointers = self._pointers(*[tensors[argument.name].data_ptr() for argument in self._tensors])
         scalars = self._floats(*[tensors[argument.name] for argument in self._scalars])
-        status = self._launch(pointers, scalars, tokens, slices)
+        status = self._run(pointers, scalars, tokens, slices, next(iter(results.values())).device)
         if status != 0:
-            raise RuntimeError(f"{self.spec.name} returned {status}: rebuild the kernel cache with `mhc-tune tune`")
+            raise RuntimeError(f"{self.spec.name} failed: {_why(self.kind, status)}")
+
+    def _on_cpu(self, pointers: Any, scalars: Any, tokens: int, slices: int, device: torch.device) -> int:
+        return int(self._launch(pointers, scalars, tokens, slices))
+
+    def _on_cuda(self, pointers: Any, scalars: Any, tokens: int, slices: int, device: torch.device) -> int:
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            return int(self._launch(pointers, scalars, tokens, slices, stream))
 
     def _tokens(self, inputs: Sequence[Value]) -> int:
         """The token count, after checking every input against its argument: a wrong pointer would corrupt memory."""
@@ -90,10 +120,12 @@ class LoadedKernel:
                 continue
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"{self.spec.name}: {argument.name} must be a tensor, got {value!r}")
-            if value.shape != shape or value.dtype != dtype or not value.is_cpu or not value.is_contiguous():
+            misplaced = value.device.type != self.kind or value.device != first.device  # type: ignore[union-attr]
+            if value.shape != shape or value.dtype != dtype or misplaced or not value.is_contiguous():
                 raise ValueError(
-                    f"{self.spec.name}: {argument.name} must be a contiguous {argument.dtype} CPU tensor of shape "
-                    f"{shape}, got {value.dtype} {tuple(value.shape)} on {value.device}"
+                    f"{self.spec.name}: {argument.name} must be a contiguous {argument.dtype} {self.kind} tensor of "
+                    f"shape {shape}, on one device with the others, got {value.dtype} {tuple(value.shape)} on "
+                    f"{value.device}"
                 )
         return tokens
 
@@ -112,14 +144,22 @@ def is_result(argument: Argument) -> bool:
     return argument.role in ("updated", "output", "partial")
 
 
-def empty_result(argument: Argument, tokens: int, slices: int) -> torch.Tensor:
+CPU = torch.device("cpu")
+
+
+def empty_result(argument: Argument, tokens: int, slices: int, device: torch.device = CPU) -> torch.Tensor:
     """Uninitialised memory for a result; a partial gets one row per slice."""
     shape = argument.sized(tokens)
-    return POOL.empty((slices, *shape) if argument.role == "partial" else shape, DTYPES[argument.dtype])
+    shape = (slices, *shape) if argument.role == "partial" else shape
+    if device.type == "cpu":
+        return POOL.empty(shape, DTYPES[argument.dtype])
+    return torch.empty(shape, dtype=DTYPES[argument.dtype], device=device)
 
 
 def summed(partials: torch.Tensor) -> torch.Tensor:
-    """The sum over slices, added in slice order so that it repeats bit for bit."""
+    """The sum over slices, in an order that depends on their number alone, so that it repeats bit for bit."""
+    if partials.is_cuda:
+        return partials.sum(0)
     total = partials[0]
     for part in partials[1:]:
         total = total.add_(part)
@@ -135,13 +175,38 @@ def run_reference(problem: Problem, *inputs: Value) -> tuple[torch.Tensor, ...]:
     return tuple(results[argument.name] for argument in arguments if is_result(argument))
 
 
-def _entry(path: Path) -> Any:  # ctypes has no public name for a foreign function's type
-    """The launcher of a shared library. It needs OpenMP's symbols, which torch brought into the process."""
+def _library(path: Path) -> ctypes.CDLL:
+    """A kernel's shared library. A CPU kernel needs OpenMP's symbols, which torch brought into the process."""
     try:
-        library = ctypes.CDLL(str(path))
-        launch = getattr(library, ENTRY)
+        library = ctypes.CDLL(str(path.absolute()))  # a bare name would be looked for in the system's folders
+        getattr(library, ENTRY)
     except (OSError, AttributeError) as error:
         raise LoadError(f"{path.name} does not load: {error}") from error
-    launch.argtypes = (ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_float), ctypes.c_int64, ctypes.c_int32)
+    return library
+
+
+def _entry(library: ctypes.CDLL, kind: str) -> Any:  # ctypes has no public name for a foreign function's type
+    launch = getattr(library, ENTRY)
+    stream = () if kind == "cpu" else (ctypes.c_void_p,)
+    pointers, floats = ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_float)
+    launch.argtypes = (pointers, floats, ctypes.c_int64, ctypes.c_int32, *stream)
     launch.restype = ctypes.c_int32
     return launch
+
+
+_LAUNCHER_SAYS = {
+    NO_DRIVER: "libcuda.so.1 was not found: install the NVIDIA driver",
+    OLD_DRIVER: "the NVIDIA driver is older than CUDA 12: update it",
+    TOO_MANY_TOKENS: "a call takes fewer than 2**31 tokens: split it",
+}
+
+
+def _why(kind: str, status: int) -> str:
+    """What a launcher's status means."""
+    if kind == "cuda" and status in _LAUNCHER_SAYS:
+        return _LAUNCHER_SAYS[status]
+    if kind == "cuda":
+        text = ctypes.c_char_p()
+        ctypes.CDLL("libcuda.so.1").cuGetErrorString(status, ctypes.byref(text))
+        return f"CUDA error {status}, {(text.value or b'unknown').decode()}"
+    return f"the kernel returned {status}: rebuild the kernel cache with `mhc-tune tune`"

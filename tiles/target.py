@@ -12,6 +12,9 @@ from tiles.errors import BadInput
 
 CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_100a", "sm_103a", "sm_120a")
 
+TEGRA = ("sm_87", "sm_101a", "sm_110a")
+"""Jetson's and Drive's architectures: they run only code that was built for them."""
+
 # The psABI levels of x86-64 and the /proc/cpuinfo flags that each adds (System V ABI, x86-64 supplement, table 3.1).
 X86_LEVELS: dict[str, frozenset[str]] = {
     "x86-64": frozenset(),
@@ -59,7 +62,7 @@ def parse_target(text: str) -> Target:
     """Read auto, cpu, cpu:ISA, cuda or cuda:ARCH; raises `BadInput` for anything else or for a missing GPU."""
     kind, _, arch = text.partition(":")
     if kind == "auto" and not arch:
-        return detect_device("cuda" if cuda_available() else "cpu").target
+        return parse_target("cuda" if cuda_available() else "cpu")
     if kind == "cpu":
         if not arch:
             return detect_device("cpu").target
@@ -67,13 +70,22 @@ def parse_target(text: str) -> Target:
             return Target("cpu", arch)
     if kind == "cuda":
         if not arch:
-            return detect_device("cuda").target
+            return _this_gpus_target()
         if arch in CUDA_ARCHS:
             return Target("cuda", arch)
     raise BadInput(
         f"target must be auto, cpu, cpu:ISA, cuda or cuda:ARCH, got {text}: ISA is one of {', '.join(X86_LEVELS)}, "
         f"ARCH one of {', '.join(CUDA_ARCHS)}"
     )
+
+
+def _this_gpus_target() -> Target:
+    seen = detect_device("cuda")
+    if seen.arch not in CUDA_ARCHS:
+        raise BadInput(
+            f"target cuda needs a GPU of {', '.join(CUDA_ARCHS)}, got {seen.name} ({seen.arch}): name target cpu"
+        )
+    return seen.target
 
 
 def detect_device(kind: Literal["cpu", "cuda"], index: int = 0) -> Device:
@@ -103,7 +115,8 @@ def cuda_arch(major: int, minor: int) -> str:
 def why_cannot_run(arch: str, device: Device) -> str | None:
     """Why code for `arch` does not run on `device`, or None where it does.
 
-    CPU levels are ordered; sm_80 code runs on every 8.x, architecture-specific code (sm_90a) only on its own.
+    CPU levels are ordered; sm_80 code runs on every 8.x but Tegra's, as code runs on later minor versions of its major
+    one; architecture-specific code (sm_90a) only on its own (CUDA programming guide, binary compatibility).
     """
     if device.kind == "cpu":
         levels = list(X86_LEVELS)
@@ -114,7 +127,10 @@ def why_cannot_run(arch: str, device: Device) -> str | None:
         return f"built for {arch}, this CPU offers {device.arch}"
     if arch == device.arch:
         return None
-    if arch[-1] != "a" and arch[:-1] == device.arch.rstrip("a")[:-1] and arch[-1] <= device.arch.rstrip("a")[-1]:
+    general = device.arch.rstrip("a")
+    if arch == general or (
+        arch[:-1] == general[:-1] and arch[-1] <= general[-1] and not {arch, device.arch} & {*TEGRA}
+    ):
         return None
     return f"built for {arch}, this GPU is {device.arch}"
 

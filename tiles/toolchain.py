@@ -11,7 +11,16 @@ from tiles.registry import families
 TILELANG = "0.1.15"
 """The pinned TileLang release. It is a constant, so that loading a pack needs no TileLang installed."""
 
-SHARED_SOURCES = ("dialect.py", "compile.py", "launcher.py", "limits.py", "prelude.py")
+SHARED_SOURCES = (
+    "dialect.py",
+    "compile.py",
+    "launcher.py",
+    "cuda_launcher.py",
+    "limits.py",
+    "prelude.py",
+    "rows.py",
+    "values.py",
+)
 """Files outside the families' folders that decide generated code."""
 
 

@@ -1,12 +1,15 @@
 """The last decision: the default ships unless it is beaten beyond the noise."""
 
+import math
 import random
+import statistics
 import sys
 
 import pytest
 
-from autotune.final import decide, floor_ms, measurement, provenance
-from autotune.measure import Roofline
+from autotune import final
+from autotune.final import PICKING, at_floor, decide, floor_ms, judging, measurement, picking, provenance
+from autotune.measure import Ratio, Roofline
 from tiles.family import Traffic
 
 
@@ -17,7 +20,7 @@ def times(ms, *, noise=0.02, seed=0, rounds=40):
 
 def test_a_clear_winner_wins_and_is_measured_by_the_rounds_that_did_not_pick_it():
     tuned = times(2.0, seed=1)
-    tuned[::2] = [1.0] * 20  # lucky in the rounds that pick
+    tuned[::PICKING] = [1.0] * 14  # lucky in the rounds that pick
     name, tuned_ms, default_ms, ratio = decide("default", {"default": times(4.0), "3": tuned, "4": times(3, seed=2)})
     assert name == "3"
     assert tuned_ms == pytest.approx(2.0, rel=0.02)
@@ -25,17 +28,66 @@ def test_a_clear_winner_wins_and_is_measured_by_the_rounds_that_did_not_pick_it(
     assert ratio == pytest.approx(2.0, rel=0.02)
 
 
-def test_the_luckiest_of_many_equals_does_not_win():
-    kept = 0
-    for seed in range(50):
-        field = {str(number): times(4.0, noise=0.1, seed=seed * 100 + number) for number in range(4)}
-        kept += decide("0", field)[0] == "0"
-    assert kept >= 48
+def on_a_virtual_machine(speeds, seed, *, rounds=60, noise=0.015):
+    """Rounds as such a machine times them: it drifts, other guests take it away for a while, single calls are late."""
+    draw, drift, stolen = random.Random(seed), 0.0, False
+    found, order = {name: [] for name in speeds}, list(speeds)
+    for _ in range(rounds):
+        drift = 0.95 * drift + draw.gauss(0, 0.015)
+        draw.shuffle(order)
+        for name in order:
+            stolen = draw.random() < (0.7 if stolen else 0.03)
+            late = 1 + draw.expovariate(2) if draw.random() < 0.05 else 1
+            found[name].append(speeds[name] * math.exp(drift + draw.gauss(0, noise)) * late * (1.3 if stolen else 1))
+    return found
+
+
+@pytest.mark.parametrize("finalists", [1, 3, 8])
+def test_of_equal_kernels_the_default_wins_however_many_there_are(finalists, monkeypatch):
+    """Without the least gain, so that the statistics alone hold the rate of wrong winners below 2.5 %."""
+    monkeypatch.setattr(final, "LEAST_GAIN", 0.0)
+    equals = {str(number): 4.0 for number in range(finalists + 1)}
+    wrong = sum(decide("0", on_a_virtual_machine(equals, seed, rounds=30))[0] != "0" for seed in range(400))
+    assert wrong <= 18, "P(more than 18 of 400 at 2.5 %) is below 0.5 %"
+
+
+def test_a_gain_of_three_percent_is_found_and_said_as_it_is():
+    speeds = {"0": 4.12, "1": 4.0, "2": 4.08, "3": 4.12}
+    found = [decide("0", on_a_virtual_machine(speeds, seed)) for seed in range(100)]
+    right = [ratio for name, _, _, ratio in found if name == "1"]
+    assert len(right) >= 85
+    assert statistics.median(right) == pytest.approx(1.03, abs=0.005)
+
+
+def test_what_is_a_little_slower_never_wins():
+    speeds = {"0": 4.0, "1": 4.04, "2": 4.08}
+    assert all(decide("0", on_a_virtual_machine(speeds, seed))[0] == "0" for seed in range(200))
+
+
+def test_rounds_pick_or_judge():
+    rounds = list(range(10))
+    assert list(picking(rounds)) == [0, 3, 6, 9]
+    assert sorted([*picking(rounds), *judging(rounds)]) == rounds
+
+
+@pytest.mark.parametrize(
+    ("ratio", "stop"),
+    [
+        (Ratio(2.0, 1.98, 2.02), True),
+        (Ratio(1.9, 1.7, 2.0), False),  # it may leave 18 %
+        (Ratio(1.5, 1.49, 1.51), False),
+        (Ratio(2.6, 2.5, 2.7), False),  # nothing is that far above the roofline
+        (Ratio(2.01, 1.97, 2.3), True),
+        (Ratio(2.0, 0.0, math.inf), False),
+    ],
+)
+def test_nothing_is_left_where_the_cautious_end_reaches_the_floor(ratio, stop):
+    assert at_floor(4.0, ratio, floor=2.0, noise=0.02) is stop
 
 
 def test_luck_in_the_picking_rounds_alone_is_not_enough():
     lucky = times(4.0)
-    lucky[::2] = [1.0] * 20
+    lucky[::PICKING] = [1.0] * 14
     assert decide("default", {"default": times(4.0, seed=1), "3": lucky}) == (
         "default",
         pytest.approx(4.0, rel=0.02),

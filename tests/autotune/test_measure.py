@@ -1,12 +1,13 @@
 """Timing: what is called how often, and what a difference is worth."""
 
+import itertools
 import math
 import random
 from types import SimpleNamespace
 
 import pytest
 
-from autotune import measure
+from autotune import measure, stopwatch
 from autotune.measure import (
     CHANNELS,
     PIXELS,
@@ -17,7 +18,6 @@ from autotune.measure import (
     arithmetic_peak,
     copy_bandwidth,
     interleaved,
-    last_level_cache_bytes,
     paired_ratio,
 )
 from tiles.family import Traffic
@@ -27,7 +27,7 @@ from tiles.family import Traffic
 def calls(monkeypatch):
     """Records calls in order, with an eviction as "evict"."""
     log = []
-    monkeypatch.setattr(measure, "evict_caches", lambda: log.append("evict"))
+    monkeypatch.setattr(stopwatch, "evict_caches", lambda: log.append("evict"))
     return log, {name: (lambda name=name: log.append(name)) for name in "abc"}
 
 
@@ -44,22 +44,34 @@ def test_each_round_runs_every_call_once_on_cold_caches(calls):
     assert len(set(rounds)) > 1, "the order is shuffled"
 
 
-def test_warm_caches_are_left_alone(calls):
-    log, functions = calls
-    interleaved(functions, rounds=2, cold=False)
-    assert "evict" not in log
-
-
 def test_time_limit_leaves_the_least_number_of_rounds(calls):
     _, functions = calls
     assert len(interleaved(functions, rounds=50, seconds=-1, least=6)["a"]) == 6
     assert len(interleaved(functions, rounds=4, seconds=-1, least=6)["a"]) == 4
 
 
-def test_eviction_reads_more_than_the_last_level_cache():
-    assert last_level_cache_bytes() >= 2**18
-    measure.evict_caches()
-    assert measure._eviction_buffer().nbytes >= 2 * last_level_cache_bytes() - 8
+class Stopwatch:
+    """Takes each call to last as long as it says."""
+
+    def __init__(self):
+        self.conditions, self.log = {}, []
+
+    def prepared(self, call):
+        self.log.append("prepared")
+        return call
+
+    def milliseconds(self, call):
+        return call()
+
+    def observe(self, calls):
+        self.log.append([call() for call in calls])
+
+
+def test_a_stopwatch_prepares_each_call_once_times_it_and_asks_the_device_at_the_end():
+    watch = Stopwatch()
+    times = interleaved({"a": lambda: 3.0, "b": lambda: 4.0}, stopwatch=watch, rounds=3)
+    assert times == {"a": [3.0] * 3, "b": [4.0] * 3}
+    assert watch.log == ["prepared", "prepared", [3.0, 4.0]]
 
 
 def test_copy_bandwidth_is_that_of_the_fastest_copy(monkeypatch):
@@ -82,6 +94,17 @@ def test_the_arithmetic_peak_is_that_of_the_fastest_call(monkeypatch, product, c
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(instants)))
     flops = 2 * SIDE**3 if 0.5 in product else 2 * PIXELS**2 * CHANNELS**2 * TAPS**2
     assert arithmetic_peak(repeats=3) == pytest.approx(flops / 0.5 / 1e9)
+
+
+def test_a_busy_machine_is_not_kept_long(monkeypatch):
+    instants = itertools.count(0.0, 1.0)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(instants)))
+    calls = []
+    assert measure._fastest(lambda: calls.append(1), 100) == 1.0
+    assert len(calls) == 1 + measure.LEAST_REPEATS
+    monkeypatch.setattr(measure, "LONGEST", 50.0)
+    measure._fastest(lambda: calls.append(1), 100)
+    assert len(calls) == 1 + measure.LEAST_REPEATS + 1 + 50
 
 
 def test_a_roofline_is_measured_in_giga():

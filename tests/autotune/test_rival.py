@@ -9,6 +9,7 @@ import mhc
 from autotune import rival
 from autotune.tasks import FUSED, SEPARATE
 from autotune.tuner import tune
+from autotune.worker import TaskFailed
 from autotune.workers import Workers
 from tiles.cache import KernelCache, Key
 from tiles.compile import compile_kernel
@@ -49,6 +50,19 @@ def test_separate_kernels_win_beyond_the_noise_only(tmp_path, separate_ms, wins)
         "separate_ratio": pytest.approx(2 / separate_ms[0]),
         "separate_wins": wins,
     }
+
+
+@pytest.mark.parametrize("at", ["compile", "compare_separate"])
+def test_separate_kernels_that_fail_are_no_rival(tmp_path, monkeypatch, at):
+    workers, failure = Recorded([2.0] * 12, [1.0] * 12), TaskFailed("CompileError: no")
+
+    def fails(*arguments):
+        if at == "compile":
+            return [failure]
+        raise failure
+
+    monkeypatch.setattr(workers, at, fails)
+    assert rival.weigh(PROBLEM, b"fused", KernelCache(tmp_path), DEVICE, workers, 0) == {}
 
 
 def test_rivals_are_the_tuned_kernels_where_there_are_some(tmp_path):

@@ -1,19 +1,23 @@
-"""Studies on disk: resumed, repaired, and freed of what killed processes left."""
+"""Studies on disk: resumed, repaired, and safe from writers that were killed or found the disk full."""
 
 import json
-import os
-import platform
+import resource
+import select
+import sqlite3
 import subprocess
 import sys
-from datetime import datetime, timedelta
+import threading
+import time
+from pathlib import Path
 
 import optuna
 import pytest
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from autotune import storage
-from autotune.storage import OWNER, claim, open_study, repair
+from autotune import database
+from autotune.journal import repair
+from autotune.storage import open_study, without_password
 from tiles.errors import BadInput
 
 DISTRIBUTIONS = {"block": optuna.distributions.CategoricalDistribution((1, 2, 4))}
@@ -33,10 +37,8 @@ def states(study):
     return [trial.state for trial in study.trials]
 
 
-def ended_process():
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+def sound(journal):
+    return all(json.loads(line) for line in journal.read_text().splitlines())
 
 
 def test_a_study_is_resumed_with_its_trials(tmp_path):
@@ -57,7 +59,19 @@ def test_a_torn_last_line_is_cut_off(tmp_path, torn):
     assert states(again) == [TrialState.COMPLETE]
     finish_one(again, 0.5)
     assert opened(tmp_path).best_value == 0.5
-    assert all(json.loads(line) for line in journal.read_text().splitlines())
+    assert sound(journal)
+
+
+def test_a_line_torn_while_the_study_is_open_does_not_spoil_the_next(tmp_path):
+    """Another worker was killed, or met a full disk, in the middle of a line."""
+    study, journal = opened(tmp_path), tmp_path / "merge.forward-1.journal"
+    finish_one(study)
+    with journal.open("ab") as file:
+        file.write(b'{"op_code": 4, "worker')
+    assert states(study) == [TrialState.COMPLETE]
+    finish_one(study, 0.5)
+    assert states(opened(tmp_path)) == [TrialState.COMPLETE] * 2
+    assert sound(journal)
 
 
 def test_damage_in_the_middle_is_said_and_nothing_is_thrown_away(tmp_path):
@@ -80,36 +94,51 @@ def test_repair_leaves_sound_and_missing_journals_alone(tmp_path):
     assert journal.read_bytes() == b'{"a":1}\n{"b":2}\n'
 
 
-@pytest.mark.parametrize(
-    ("owner", "age", "expected"),
-    [
-        ([platform.node(), ended_process()], timedelta(0), TrialState.FAIL),
-        ([platform.node(), os.getpid()], timedelta(0), TrialState.FAIL),
-        ([platform.node(), os.getppid()], timedelta(0), TrialState.RUNNING),
-        (["another host", 1], timedelta(0), TrialState.RUNNING),
-        (["another host", 1], timedelta(hours=2), TrialState.FAIL),
-        (None, timedelta(0), TrialState.RUNNING),
-    ],
-    ids=["process ended", "this process", "process lives", "elsewhere", "elsewhere, long ago", "just created"],
-)
-def test_running_trials_that_nobody_works_on_are_freed(tmp_path, monkeypatch, owner, age, expected):
-    trial = opened(tmp_path).ask(DISTRIBUTIONS)
-    if owner:
-        trial.set_user_attr(OWNER, owner)
-
-    class Later(datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return datetime.now(tz) + age
-
-    monkeypatch.setattr(storage, "datetime", Later)
-    assert states(opened(tmp_path)) == [expected]
+def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
+    journal = tmp_path / "some.journal"
+    journal.write_bytes(b"")
+    hold = (
+        "import sys, time; from pathlib import Path; from autotune.journal import AppendLock; "
+        "lock = AppendLock(Path(sys.argv[1])); lock.acquire(); print('held', flush=True); time.sleep(60)"
+    )
+    first, second = (
+        subprocess.Popen([sys.executable, "-c", hold, str(journal)], stdout=subprocess.PIPE) for _ in range(2)
+    )
+    try:
+        ready, _, _ = select.select([first.stdout, second.stdout], [], [], 60)
+        holder, waiting = (first, second) if first.stdout in ready else (second, first)
+        assert select.select([waiting.stdout], [], [], 0.5)[0] == []
+        holder.kill()
+        assert select.select([waiting.stdout], [], [], 20)[0] == [waiting.stdout]
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
 
 
-def test_claim_names_this_process(tmp_path):
-    study = opened(tmp_path)
-    claim(study.ask(DISTRIBUTIONS))
-    assert study.trials[0].user_attrs[OWNER] == [platform.node(), os.getpid()]
+def test_optunas_own_lock_file_left_by_a_killed_process_blocks_nobody(tmp_path):
+    finish_one(opened(tmp_path))
+    (tmp_path / "merge.forward-1.journal.lock").symlink_to(tmp_path / "merge.forward-1.journal")
+    start = time.monotonic()
+    finish_one(opened(tmp_path))
+    assert time.monotonic() - start < 20
+
+
+def test_a_full_disk_is_one_line_and_what_was_finished_is_kept(tmp_path):
+    study, journal = opened(tmp_path), tmp_path / "merge.forward-1.journal"
+    finish_one(study)
+    before, limits = journal.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A line is written in part, then no byte more: what a full disk does.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(BadInput, match=r"trials must be written to .*File too large.*run the same command again"):
+            finish_one(study)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert journal.read_bytes()[:-10] == before
+    finish_one(study, 0.5)
+    assert opened(tmp_path).best_value == 0.5
+    assert sound(journal)
 
 
 def test_a_url_is_a_database(tmp_path):
@@ -125,6 +154,54 @@ def test_a_bad_url_is_one_line(tmp_path, url):
         opened(tmp_path, url)
     assert url in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_driver_is_one_line_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(
+        BadInput, match=r"needs its driver.* no module psycopg.*pip install 'mhc-tune\[postgres\]'$"
+    ) as e:
+        opened(tmp_path, "postgresql+psycopg://user:secret@host/db")
+    assert "secret" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://user:secret@host/db", "postgresql://user:***@host/db"),
+        ("postgresql://user:se/cr@et@host:5432/db", "postgresql://user:***@host:5432/db"),
+        ("postgresql+psycopg://user@host:5432/db", "postgresql+psycopg://user@host:5432/db"),
+        ("tune --storage postgresql://u:secret@host/db --json", "tune --storage postgresql://u:***@host/db --json"),
+        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+    ],
+)
+def test_passwords_are_not_shown(url, shown):
+    assert without_password(url) == shown
+
+
+def test_a_database_that_goes_away_is_waited_for_and_then_said(tmp_path, monkeypatch):
+    """SQLite is locked by another writer, which is an operational error as a lost connection is."""
+    path = tmp_path / "trials.db"
+    study = opened(tmp_path, f"sqlite:///{path}?timeout=0.1")
+    finish_one(study)
+    monkeypatch.setattr(database, "PAUSE", 0.05)
+    monkeypatch.setattr(database, "PATIENCE", 0.5)
+    blocker = sqlite3.connect(path, isolation_level=None)
+    blocker.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(BadInput, match=r"the database must answer, got .*locked.* for 0.5 s: .* run the same command"):
+        study.set_user_attr("a", 1)
+    monkeypatch.setattr(database, "PATIENCE", 60)
+    threading.Timer(1.0, lambda: Path(tmp_path / "free").touch()).start()
+
+    def pause(seconds):
+        if (tmp_path / "free").exists() and blocker.in_transaction:
+            blocker.execute("ROLLBACK")
+
+    monkeypatch.setattr(database.time, "sleep", pause)
+    study.set_user_attr("a", 2)
+    blocker.close()
+    assert opened(tmp_path, f"sqlite:///{path}").user_attrs == {"a": 2}
+    assert states(study) == [TrialState.COMPLETE]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):

@@ -7,11 +7,16 @@ import toy
 
 from autotune import tuner
 from autotune.events import FinalistsMeet, ProblemFinished, ProblemStarted, TrialDone, TrialFailed
+from autotune.ledger import Ledger
 from autotune.measure import Roofline
+from autotune.pool import enumerate_pool
+from autotune.search import PoolSampler
+from autotune.storage import open_study
+from autotune.trials import Found
 from autotune.tuner import TuneFailed, tune
+from autotune.worker import TaskFailed
 from tiles.cache import KernelCache, Key
 from tiles.errors import BadInput
-from tiles.target import Device
 
 
 @pytest.fixture(autouse=True)
@@ -201,8 +206,8 @@ def test_ctrl_c_does_not_replace_a_better_record(cache):
     better = stored(cache)
     (cache.folder / "studies").rename(cache.folder / "old studies")
     workers = toy.ToyWorkers()
-    workers.interrupt_at = 3
-    interrupted(cache, workers, trials=100, seed=1)
+    workers.interrupt_at = 2
+    interrupted(cache, workers, trials=3, seed=1)  # too few trials for transfer to advise that record
     assert stored(cache) == better
 
 
@@ -299,10 +304,116 @@ def test_a_database_keeps_trials_as_well(cache, tmp_path):
 @pytest.mark.parametrize(
     ("device", "options", "said"),
     [
-        (Device("cuda", "H200", "sm_90a"), {}, r"measures on this machine's CPU, got cuda H200: pass target cpu"),
         (toy.DEVICE, {"trials": 0}, r"trials and tokens must be at least 1, got 0 and 64"),
     ],
 )
 def test_bad_input_is_one_line(cache, device, options, said):
     with pytest.raises(BadInput, match=said):
         tune(toy.PROBLEM, device, cache, workers=toy.ToyWorkers(), **options)
+
+
+def test_what_the_device_said_of_itself_is_kept_with_the_measurement(cache):
+    workers = toy.ToyWorkers()
+    workers.conditions = {"sm_mhz": 1980.0, "throttled": 0.0}
+    measured = run(cache, workers, trials=3)[0].record.measurement
+    assert (measured["sm_mhz"], measured["throttled"]) == (1980.0, 0.0)
+
+
+def test_a_finalist_that_fails_in_the_final_is_left_out(cache):
+    workers = toy.ToyWorkers()
+    compare = workers.compare
+
+    def crash(problem, binaries, unverified, seed):
+        if toy.code(toy.BEST).encode() in binaries.values():
+            raise TaskFailed("compare ended its process: SIGSEGV")
+        return compare(problem, binaries, unverified, seed)
+
+    workers.compare = crash
+    record = run(cache, workers, trials=100)[0].record
+    assert record.schedule not in (asdict(toy.BEST), asdict(toy.DEFAULT_SCHEDULE))
+    assert record.measurement["ratio"] > 2
+
+
+def test_searches_of_different_seeds_choose_schedules_within_two_percent(tmp_path):
+    """Many schedules are nearly as fast as the best, measurements scatter by 4 %, and half of the pool is tried."""
+
+    def time_of(schedule):
+        steps = abs(schedule.block.bit_length() - 5) ** 2 + abs(schedule.unroll.bit_length() - 2)
+        return 1 + 0.1 * steps + 0.01 * schedule.packed
+
+    chosen = []
+    for seed in range(12):
+        workers = toy.ToyWorkers(time_of, noise=0.04, seed=seed)
+        result, _ = run(KernelCache(tmp_path / str(seed)), workers, trials=17, seed=seed)
+        chosen.append(time_of(toy.ToySchedule(**result.record.schedule)))
+    assert max(chosen) <= 1.02 * min(chosen)
+    assert time_of(toy.DEFAULT_SCHEDULE) > 1.1 * max(chosen)
+
+
+def test_a_full_disk_blames_no_schedule(cache):
+    workers = toy.ToyWorkers()
+    workers.not_compiling = {toy.BEST}
+    compile_all = workers.compile
+
+    def compile_on_full_disk(*given):
+        done = compile_all(*given)
+        return [
+            TaskFailed("CompileError: g++: No space left on device") if isinstance(one, TaskFailed) else one
+            for one in done
+        ]
+
+    workers.compile = compile_on_full_disk
+    with pytest.raises(BadInput, match=r"room for temporary files, got CompileError.*run the same command again$"):
+        run(cache, workers, trials=100)
+    result, events = run(cache, toy.ToyWorkers(), trials=100)
+    assert of_kind(events, TrialFailed) == []
+    assert of_kind(events, ProblemStarted)[0].settled > 0
+    assert result.record.schedule == asdict(toy.BEST)
+
+
+def test_a_study_of_another_search_is_refused(cache, monkeypatch):
+    """Which its name rules out, unless somebody renames files."""
+    run(cache, toy.ToyWorkers(), trials=6)
+    study = next((cache.folder / "studies").glob("*.journal"))
+    study.write_text(study.read_text().replace("toy processor", "other processor"))
+    with pytest.raises(BadInput, match=r"must be of this search's device, got .*other processor.* where .*toy"):
+        run(cache, toy.ToyWorkers(), trials=8)
+
+
+def test_a_record_older_than_the_trials_of_others_is_not_the_end(cache, tmp_path):
+    """A worker that comes back after others went on takes part in what they found."""
+    url = f"sqlite:///{tmp_path / 'trials.db'}"
+    run(cache, toy.ToyWorkers(), trials=5, storage=url)
+    run(KernelCache(tmp_path / "elsewhere"), toy.ToyWorkers(), trials=100, storage=url)
+    workers = toy.ToyWorkers()
+    result, _ = run(cache, workers, trials=5, storage=url)
+    assert workers.assessed == []
+    assert len(workers.compared) == 1
+    assert result.record.schedule == stored(cache).schedule == asdict(toy.BEST)
+
+
+def test_what_other_workers_find_is_told_and_counts(cache, tmp_path):
+    """Another worker takes a trial in the middle of our batch and ends it in the middle of the next."""
+    ours, theirs = toy.ToyWorkers(), []
+    assess = ours.assess
+
+    def assess_beside_another(*given):
+        name = next((cache.folder / "studies").glob("*.journal")).stem
+        pool = enumerate_pool(toy.SPEC, toy.PROBLEM, toy.DEVICE.target)
+        if len(ours.assessed) == 4:
+            sampler = PoolSampler(pool, budget=100, seed=5)
+            other = Ledger(open_study(name, cache.folder / "studies", None, sampler), pool, 100)
+            theirs.append((other, *other.ask()))
+        if len(ours.assessed) == 8:
+            other, trial, _ = theirs[0]
+            assert other.complete(trial, Found(0.1, 7.0, 70.0, 69.0, 71.0, toy.code(toy.BEST)))
+        return assess(*given)
+
+    ours.assess = assess_beside_another
+    result, events = run(cache, ours, trials=12)
+    _, trial, _ = theirs[0]
+    told = next(event for event in of_kind(events, TrialDone) if event.number == trial.number)
+    assert (told.ms, told.best_ms) == (0.1, 0.1)
+    assert result.trials == 12
+    assert len(of_kind(events, TrialDone)) == 12
+    theirs[0][0].close()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from autotune.verify import ODD_TOKENS, WrongResult, verify
+from autotune.verify import GUARD_TOKENS, ODD_TOKENS, Guarded, WrongResult, give_updated, verify
 from tiles.family import TOKENS, Argument, Problem
 
 TOKEN_COUNT = 64
@@ -23,7 +23,9 @@ def reference(problem, values):
 
 
 def inputs(problem, tokens, seed):
-    return {"x": torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed)).bfloat16()}
+    x = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    x[:1, 0] = 0.0 if tokens == ODD_TOKENS else 1.0
+    return {"x": x}
 
 
 SPEC = SimpleNamespace(inputs=inputs, reference=reference, tolerance=lambda problem, name: (1e-2, 1e-4))
@@ -41,6 +43,7 @@ class Kernel:
 
     fault: str = "none"
     problem = PROBLEM
+    device = torch.device("cpu")
     arguments = ARGUMENTS
     spec = SPEC
 
@@ -78,6 +81,18 @@ class Kernel:
             neighbour(y, 1).view(torch.int16).fill_(-1)
         if self.fault == "writes before":
             neighbour(total, -1).zero_()
+        if self.fault == "adds behind":
+            neighbour(y, 1).add_(1)
+        if self.fault == "adds far behind":
+            neighbour(y, GUARD_TOKENS * 8).add_(1)
+        if self.fault == "changes an input" and tokens:
+            x[0, 0] += 1
+        if self.fault == "changes a bit of an input" and tokens == ODD_TOKENS:
+            x[0, 0] = -0.0
+        if self.fault == "writes beside an input":
+            neighbour(x, -1).zero_()
+        if self.fault == "uses what lies behind an input" and tokens == ODD_TOKENS:
+            y[-1] = 2 * x[-1] + 0 * neighbour(x, 1)
         if self.fault == "off by rounding":
             y.mul_(1 + 2**-8)
 
@@ -112,6 +127,12 @@ def test_inputs_are_drawn_afresh():
         ),
         ("writes behind", r"^y at 0 tokens in 1 slices: wrote outside of the result$"),
         ("writes NaN behind", r"^y at 0 tokens in 1 slices: wrote outside of the result$"),
+        ("adds behind", r"^y at 0 tokens in 1 slices: wrote outside of the result$"),
+        ("adds far behind", r"^y at 0 tokens in 1 slices: wrote outside of the result$"),
+        ("changes an input", r"^x at 1 tokens in 1 slices: wrote to an input or beside it$"),
+        ("changes a bit of an input", r"^x at 131 tokens in 3 slices: wrote to an input or beside it$"),
+        ("writes beside an input", r"^x at 0 tokens in 1 slices: wrote to an input or beside it$"),
+        ("uses what lies behind an input", r"^y at 131 tokens in 3 slices: 8 of 1048 elements .* got nan"),
         ("writes before", r"^total at 0 tokens in 1 slices: wrote outside of the result$"),
     ],
 )
@@ -119,3 +140,23 @@ def test_each_fault_is_found(fault, said):
     with pytest.raises(WrongResult, match=said) as caught:
         run(fault)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_results_start_as_nan_that_no_arithmetic_leaves_as_it_is(dtype):
+    guarded = Guarded(Argument("y", (TOKENS, 8), dtype, "output"), 3, 1)
+    assert guarded.tensor.isnan().all()
+    assert guarded.tensor.shape == (3, 8)
+    assert guarded.intact()
+    for change in (lambda guard: guard.add_(0), lambda guard: guard.mul_(-1), lambda guard: guard.fill_(torch.nan)):
+        guarded = Guarded(Argument("y", (TOKENS, 8), dtype, "output"), 3, 1)
+        change(neighbour(guarded.tensor, 1))
+        assert not guarded.intact()
+
+
+def test_what_a_kernel_updates_starts_as_it_is_given():
+    arguments = (*ARGUMENTS, Argument("dx", (TOKENS, 8), "float32", "updated"))
+    given, results = {"dx": torch.arange(16.0).view(2, 8)}, {"dx": torch.empty(2, 8), "y": torch.zeros(2, 8)}
+    give_updated(SimpleNamespace(arguments=arguments), given, results)
+    assert torch.equal(results["dx"], given["dx"])
+    assert not results["y"].any()

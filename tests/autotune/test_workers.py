@@ -1,41 +1,27 @@
 """Real processes and real binaries: bad kernels are a reason and never a crash of the tuner."""
 
+import errno
 import os
-import shutil
-import subprocess
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+import worker_tasks
+from faults import HEADER, PROBLEM, RIGHT, built
 
-from autotune.tasks import DEFAULT, TUNED
+from autotune.tasks import DEFAULT, TUNED, Timed
 from autotune.worker import TaskFailed
 from autotune.workers import Workers
+from tiles.errors import BadInput
 from tiles.family import Problem
-
-PROBLEM = Problem("aggregate", "forward", 2, 64, tokens=64)
-
-# u[t, c] = Σ_i pre[t, i] x[t, i, c], on one slice of tokens.
-RIGHT = """
-  const float *x = (float *)tensors[0], *pre = (float *)tensors[1];
-  float *u = (float *)tensors[2];
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int c = 0; c < 64; ++c)
-      u[t * 64 + c] = pre[t * 2] * x[t * 128 + c] + pre[t * 2 + 1] * x[t * 128 + 64 + c];
-"""
 
 
 def binary(tmp_path, body):
     """A shared library with a kernel's entry that does `body`."""
-    text, library = tmp_path / "kernel.cpp", tmp_path / "kernel.so"
-    text.write_text(
-        "#include <stdint.h>\n#include <stdlib.h>\n#include <unistd.h>\n"
-        'extern "C" int32_t mhc_launch(void **tensors, const float *scalars, int64_t tokens, int32_t slices) {'
-        f"{body} return 0; }}"
-    )
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", str(text), "-o", str(library)], check=True)
-    return library.read_bytes()
+    text = tmp_path / "kernel.cpp"
+    text.write_text(f"{HEADER}{body} return 0; }}")
+    return built(text)
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +48,17 @@ def test_a_right_kernel_is_timed_against_the_default(workers, tmp_path):
         ("", r"^WrongResult: u at 1 tokens in 1 slices: 64 of 64 elements .* got nan"),
         (RIGHT.replace("t * 2 + 1", "t * 2"), r"^WrongResult: u at 1 tokens"),
         (RIGHT + "if (tokens > 0) u[tokens * 64] = 0;", r"^WrongResult: u at 1 tokens .* wrote outside of the result$"),
-        ("return 7;", r"^RuntimeError: aggregate\.forward returned 7"),
+        (RIGHT + "if (tokens > 0) u[-1] = 0;", r"^WrongResult: u at 1 tokens .* wrote outside of the result$"),
+        (RIGHT + "if (tokens > 0) ((float *)x)[3] += 1;", r"^WrongResult: x at 1 tokens .* wrote to an input"),
+        ("return 7;", r"^RuntimeError: aggregate\.forward failed: the kernel returned 7"),
         ("abort();", r"^assess ended its process: SIGABRT"),
         ("*(volatile int *)0 = 1;", r"^assess ended its process: SIGSEGV"),
         ("_exit(5);", r"^assess ended its process: exit code 5"),
     ],
-    ids=["does nothing", "wrong value", "out of bounds", "status", "abort", "segmentation fault", "exit"],
+    ids=[
+        *("does nothing", "wrong value", "out of bounds", "before", "input", "status", "abort"),
+        *("segmentation fault", "exit"),
+    ],
 )
 def test_a_bad_kernel_is_a_reason_and_the_next_one_is_measured(workers, tmp_path, body, reason):
     right = binary(tmp_path, RIGHT)
@@ -82,6 +73,47 @@ def test_a_kernel_that_hangs_is_killed(tmp_path):
         workers._measure_seconds = 1
         with pytest.raises(TaskFailed, match=r"^assess took longer than 1 s and was killed$"):
             workers.assess(PROBLEM, binary(tmp_path, "for (;;) usleep(1000);"), b"", seed=1)
+
+
+def test_a_process_that_ran_a_wrong_kernel_measures_no_other(workers, tmp_path):
+    right = binary(tmp_path, RIGHT)
+    workers.assess(PROBLEM, right, right, seed=1)
+    before = workers._measurer._process
+    with pytest.raises(TaskFailed, match="wrote outside"):
+        workers.assess(PROBLEM, binary(tmp_path, RIGHT + "if (tokens > 0) u[tokens * 64] = 0;"), right, seed=1)
+    assert before.returncode == -signal.SIGKILL
+    workers.assess(PROBLEM, right, right, seed=1)
+    assert workers._measurer._process is not before
+
+
+def test_compilers_share_the_memory_that_the_measuring_process_has_alone():
+    with Workers(memory=6 * 2**30) as workers:
+        limits = [worker.call(60, worker_tasks.limits)[0] for worker in (*workers._compilers, workers._measurer)]
+    assert limits == [3 * 2**30, 3 * 2**30, 6 * 2**30]
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_kernel(tmp_path, monkeypatch):
+    with Workers() as workers:
+        folder = Path(workers._scratch.name)
+
+        def full(path, data):
+            path.touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            with pytest.raises(BadInput, match=r"No space left on device\): make room there or set TMPDIR") as caught:
+                workers._file(b"a kernel")
+        assert "\n" not in str(caught.value)
+        assert not list(folder.glob("*.so"))
+        assert workers._file(b"a kernel").read_bytes() == b"a kernel"
+
+
+def test_conditions_are_those_of_the_last_measurement(tmp_path):
+    with Workers() as workers:
+        workers._measurer.call = lambda *task: Timed({"a": [1.0]}, {"sm_mhz": 1980.0})
+        assert workers.compare(PROBLEM, {"a": b"code"}, [], seed=1) == {"a": [1.0]}
+        assert workers.conditions == {"sm_mhz": 1980.0}
 
 
 def test_what_is_no_library_is_a_reason(workers):

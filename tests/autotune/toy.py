@@ -73,7 +73,7 @@ class ToyWorkers:
 
     threads = 2
 
-    def __init__(self, time=milliseconds, *, noise=0.01, gb_per_s=1e6, gflops=1e6):
+    def __init__(self, time=milliseconds, *, noise=0.01, gb_per_s=1e6, gflops=1e6, seed=0):
         self.time, self.noise, self._roofline = time, noise, Roofline(gb_per_s, gflops)
         self.compiled: list[str] = []
         self.assessed: list[str] = []
@@ -82,7 +82,8 @@ class ToyWorkers:
         self.not_compiling: set[ToySchedule] = set()
         self.wrong: set[str] = set()
         self.interrupt_at: int | None = None
-        self._random = random.Random(0)
+        self.conditions: dict[str, float] = {}
+        self._random = random.Random(seed)
 
     def roofline(self) -> Roofline:
         return self._roofline

@@ -2,25 +2,28 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from autotune.measure import Roofline
-from cli import bench, ours
+from cli import bench, loading, ours
 from cli.cases import DIRECTIONS, OPS, make_case
 from cli.compositions import COMPOSED
 from cli.contenders import Contender
 from cli.main import app
-from mhc.kernels import Kernels, _reference
+from mhc import resolve
+from mhc.kernels import Kernels
+from mhc.resolve import Resolver
 from tiles.cache import KernelCache
 from tiles.family import Problem
 from tiles.target import detect_device
 
 SHAPE = (2, 8, 4)
+LOADED = {"from": "pack", "kernels": 16, "load_ms": 12.5, "total_ms": 31.25, "look_up_us": 1.75}
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +37,7 @@ def bench_eagerly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[.
     monkeypatch.setattr(bench, "existing_cache", lambda folder: KernelCache(tmp_path))
     monkeypatch.setattr(bench, "IMPLS", ("eager",))
     monkeypatch.setattr(bench, "ROUNDS", 2)
+    monkeypatch.setattr(loading, "measure", lambda folder, shape, skipped: [{"shape": shape, **LOADED}])
     shape = ["--streams", "2", "--width", "8", "--tokens", "4", "--dtype", "float32"]
     return lambda *more: CliRunner().invoke(app, ["bench", *shape, *more])
 
@@ -44,12 +48,14 @@ def test_ops_and_directions_can_be_chosen(bench_eagerly: Callable[..., Any]) -> 
     printed = json.loads(result.stdout)
     assert [(row["op"], row["direction"]) for row in printed["results"]] == [("merge", "both"), ("stack", "both")]
     assert (printed["copy_gb_per_s"], printed["gflops_peak"]) == (10.0, 50.0)
+    assert printed["load"] == []
     assert "merge n=2 C=8 float32 T=4: both\n" in result.stderr
 
 
 def test_all_ops_and_directions_are_the_default(bench_eagerly: Callable[..., Any]) -> None:
     result = bench_eagerly("--json")
     rows = json.loads(result.stdout)["results"]
+    assert json.loads(result.stdout)["load"]
     assert {(row["op"], row["direction"]) for row in rows} == {(op, way) for op in OPS for way in DIRECTIONS}
     for row in rows:
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
@@ -58,6 +64,16 @@ def test_all_ops_and_directions_are_the_default(bench_eagerly: Callable[..., Any
         assert row["form"]
     combined = {row["form"] for row in rows if row["op"] in COMPOSED}
     assert all(form.count("; ") == 3 for form in combined)
+
+
+def test_loading_can_be_timed_alone(bench_eagerly: Callable[..., Any]) -> None:
+    result = bench_eagerly("--op", "load", "--json")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert printed["results"] == []
+    assert printed["load"] == [{"shape": [2, 8, 4, "float32"], **LOADED}]
+    table = bench_eagerly("--op", "load").stdout
+    assert all(text in table for text in ("pack", "first call ends ms", "12.5", "31.2", "1.75"))
 
 
 def test_the_backward_is_compiled_apart_and_not_where_it_is_not_asked_for(
@@ -118,23 +134,22 @@ def test_fused_passes_run_where_the_name_says_so(
     impl: str, op: str, runs: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fused = {"default": True, "separate": False}[impl]
-    kernels = Kernels(None, compiles=True, fused=fused)
-    monkeypatch.setattr(Kernels, "_compiled_before", lambda self, problem, device, here: None)
-    monkeypatch.setattr(Kernels, "_compiled_now", _reference_in_its_place)
+    kernels = Kernels.defaults(fused=fused)
+    monkeypatch.setattr(Resolver, "_compiled", _reference_in_its_place)
     monkeypatch.setattr(ours, "KERNELS", {impl: (lambda folder: kernels, "default")})
     case = make_case(op, *SHAPE, "float32", seed=1)
     assert len(list(ours.contender(impl, case, ("both",), tmp_path, skipped := []))) == 1, skipped
     assert {row.op for row in kernels.report()} == runs
 
 
-def _reference_in_its_place(kernels: Kernels, problem: Problem, device: Any, here: Any) -> Any:
-    return replace(_reference(problem, device, "the test"), runs="default")
+def _reference_in_its_place(resolver: Resolver, option: Any, problem: Problem, here: Any) -> Any:
+    return resolve.reference(problem, torch.device("cpu"), "the test").call, ""
 
 
 def test_separate_means_without_fused_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(KernelCache, "records", lambda self: [object()])
     made = {impl: make(tmp_path) for impl, (make, _) in ours.KERNELS.items()}
-    assert {impl: kernels._fused for impl, kernels in made.items()} == {
+    assert {impl: kernels.resolver.fused for impl, kernels in made.items()} == {
         "tuned": True,
         "separate": False,
         "default": True,
@@ -168,7 +183,7 @@ def test_the_whole_run_is_described(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(bench, "ROUNDS", 1)
     report = bench.run(detect_device("cpu"), tmp_path, [(*SHAPE, "float32")], ["aggregate"], ["forward"], ["eager"])
     assert set(report) == {
-        *("device", "threads", "copy_gb_per_s", "gflops_peak", "torch", "results", "skipped"),
+        *("device", "threads", "copy_gb_per_s", "gflops_peak", "torch", "results", "load", "skipped"),
     }
     (row,) = report["results"]
     assert set(row) == {

@@ -7,6 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from cli.output import say
 from cli.render import bench_table, number
 
 NOISY = """
@@ -26,6 +27,11 @@ def test_nothing_but_the_object_reaches_stdout() -> None:
     assert done.stdout.split() == ["{", '"answer":', "42", "}"]
     for said in ("a library prints", "C code writes", "a child prints", "a message"):
         assert said in done.stderr
+
+
+def test_what_a_terminal_would_obey_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    say("a\x1b]0;title\x07 file\u202ename \udcff.json\nbéta")
+    assert capsys.readouterr().err == "a?]0;title? file?name ?.json\nbéta\n"
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class Script:
 def tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     def run(script: Script, *more: str) -> Any:
         monkeypatch.setattr(command, "tune_kernel", script)
-        monkeypatch.setattr(command, "Workers", FakeWorkers)
+        monkeypatch.setattr(command, "Workers", lambda **_: FakeWorkers())
         shape = ["--target", "cpu", "--streams", "2", "--width", "64", "--tokens", "32", "--dtype", "float32"]
         return CliRunner().invoke(app, ["tune", *shape, "--cache", str(tmp_path), *more])
 
@@ -120,15 +120,15 @@ def test_a_kernel_that_fails_does_not_stop_the_others(tuning: Callable[..., Any]
     assert len(script.calls) > 3
 
 
-def test_minutes_are_shared_by_the_kernels(tuning: Callable[..., Any]) -> None:
+def test_seconds_are_shared_by_the_kernels(tuning: Callable[..., Any]) -> None:
     script = Script()
-    assert tuning(script, "--minutes", "1").exit_code == 0
+    assert tuning(script, "--seconds", "60").exit_code == 0
     shares = [options["seconds"] for _, options in script.calls]
     assert shares[0] == pytest.approx(60 / len(shares), rel=0.1)
     assert shares[-1] == pytest.approx(60, rel=0.1)
 
 
-def test_without_minutes_only_trials_limit(tuning: Callable[..., Any]) -> None:
+def test_without_seconds_only_trials_limit(tuning: Callable[..., Any]) -> None:
     script = Script()
     assert tuning(script).exit_code == 0
     assert all(options.get("seconds") is None for _, options in script.calls)

@@ -1,8 +1,14 @@
 """Every test runs with a cache folder of its own session, on the torch reference unless it asks for `kernels`."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 import mhc
+from mhc.resolve import Resolver
+
+sys.path.insert(0, str(Path(__file__).parent))  # the tests import `fake_kernels`
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,17 +25,16 @@ def _on_reference(cache_folder):
         yield
 
 
-class Compiled(mhc.Kernels):
-    """Compiled default schedules that never give way to the reference."""
-
-    def _fall_back(self, problem, device, why):
-        raise AssertionError(f"meant to test a compiled kernel: {problem.describe()}: {why}")
-
-
 @pytest.fixture(scope="session")
 def compiled(cache_folder):
-    """Shared by the session, as compiling takes seconds a kernel."""
-    return Compiled.defaults()
+    """Compiled default schedules that never give way to the reference; shared, as compiling takes seconds a kernel."""
+
+    def options(problem, device):
+        return [option for option in Resolver.options(kernels.resolver, problem, device) if option.runs != "reference"]
+
+    kernels = mhc.Kernels.defaults()
+    kernels.resolver.options = options
+    return kernels
 
 
 @pytest.fixture

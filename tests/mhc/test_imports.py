@@ -30,7 +30,8 @@ print(*sorted({row.runs for row in mhc.kernel_report()}))
 def python(code, **environment):
     """Run code in a fresh process with nothing on PATH; its printed lines."""
     root = str(Path(mhc.__file__).parents[1])
-    variables = {"PATH": "", "PYTHONPATH": root, "HOME": os.environ.get("HOME", "/"), **environment}
+    kept = {name: os.environ.get(name, "/") for name in ("HOME", "MHC_TUNE_KEYS")}
+    variables = {"PATH": "", "PYTHONPATH": root, **kept, **environment}
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

@@ -1,6 +1,16 @@
-"""Lets the tests of this folder import `building`."""
+"""Lets the tests of this folder import `building` and `launching`."""
 
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory):
+    """A library that stands in for NVIDIA's driver."""
+    from launching import build_driver
+
+    return build_driver(tmp_path_factory.mktemp("driver"))

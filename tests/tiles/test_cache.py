@@ -2,31 +2,25 @@
 
 import dataclasses
 import json
-import random
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
+from stored import DEVICE, KEY, SCHEDULE, put
 
-import tiles
-from tiles.cache import CacheCorrupt, KernelCache, Key, binary_name, default_folder, source_name, token_bucket
+from tiles.cache import (
+    CacheCorrupt,
+    KernelCache,
+    Key,
+    binary_name,
+    default_folder,
+    source_name,
+    token_bucket,
+)
 from tiles.errors import BadInput
 from tiles.family import Problem
 from tiles.record import record_dict, record_from
 from tiles.registry import kernel_spec, kernel_specs
 from tiles.target import Device
-
-ROOT = Path(tiles.__file__).parent.parent
-DEVICE = Device("cpu", "A CPU", "x86-64-v3")
-KEY = Key("merge", "forward", 4, 64, "float32", 128, 20, DEVICE, "0.1.15", "0123abcd")
-SCHEDULE = {"block_width": 64, "unroll": True}
-
-
-def put(cache, key=KEY, binary=b"\x7fELF code", tuned_ms=1.5):
-    return cache.put(key, SCHEDULE, binary, "int f();\n", {"tuned_ms": tuned_ms, "default_kept": False}, {"host": "a"})
 
 
 @pytest.fixture
@@ -45,6 +39,19 @@ def test_default_folder_is_the_environments_then_the_platforms(monkeypatch, tmp_
     monkeypatch.delenv("MHC_TUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert default_folder() == tmp_path / "xdg" / "mhc-tune"
+
+
+def test_the_default_folder_without_platformdirs_is_the_same(monkeypatch, tmp_path):
+    monkeypatch.delenv("MHC_TUNE_CACHE", raising=False)
+    for home in (None, str(tmp_path / "xdg")):
+        if home:
+            monkeypatch.setenv("XDG_CACHE_HOME", home)
+        else:
+            monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        wanted = default_folder()
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "platformdirs", None)
+            assert default_folder() == wanted
 
 
 def test_key_is_the_canonical_problem_in_its_token_bucket():
@@ -257,59 +264,31 @@ def test_a_binary_that_changes_after_the_record_was_read_is_refused(cache):
         cache.source(record)
 
 
-WRITER = """
-import dataclasses, random, sys
-from pathlib import Path
-from tests_key import KEY
-from tiles.cache import KernelCache
-
-cache, seed = KernelCache(Path(sys.argv[1])), int(sys.argv[2])
-draw = random.Random(seed)
-for step in range(int(sys.argv[3])):
-    key = dataclasses.replace(KEY, tokens=2 ** draw.randrange(4))
-    cache.put(key, {"block": step}, draw.randbytes(draw.randrange(1, 20_000)), "source", {"step": step}, {})
-    print(key.tokens, step, flush=True)
-"""
+def test_a_lazy_cache_checks_a_binary_when_it_is_asked_for(cache):
+    record = put(cache)
+    (cache.folder / binary_name(record)).write_bytes(b"\x7fELF evil")
+    lazy = KernelCache(cache.folder, lazy=True)
+    assert (lazy.get(KEY), lazy.records(), lazy.complaints) == (record, [record], [])
+    with pytest.raises(CacheCorrupt, match="SHA-256"):
+        lazy.binary_path(record)
+    (cache.folder / binary_name(record)).unlink()
+    assert lazy.records() == []
+    assert "is missing" in lazy.complaints[0]
 
 
-def writer(tmp_path, seed, steps):
-    """A process that keeps putting kernels under four keys, and prints (tokens, step) after each."""
-    (tmp_path / "tests_key.py").write_text(
-        "from tiles.cache import Key\nfrom tiles.target import Device\n" + f"KEY = {KEY!r}\n"
-    )
-    command = [sys.executable, "-c", WRITER, str(tmp_path / "cache"), str(seed), str(steps)]
-    path = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=path)
+def test_what_another_process_changed_is_read_anew(cache):
+    reader = KernelCache(cache.folder)
+    for step in range(3):
+        record = put(cache, binary=b"%d" % step, tuned_ms=step)
+        assert reader.records() == [record]
+        assert reader.get(KEY) == record
+    (cache.folder / f"{KEY.digest}.json").unlink()
+    assert (reader.records(), reader.get(KEY), reader.complaints) == ([], None, [])
 
 
-def test_killed_writers_leave_every_finished_kernel_sound(tmp_path):
-    draw = random.Random(0)
-    for attempt in range(8):
-        process = writer(tmp_path, attempt, 10**6)
-        first = process.stdout.readline()
-        time.sleep(draw.uniform(0, 0.06))
-        process.send_signal(signal.SIGKILL)
-        said = [first, *process.stdout.read().splitlines()]
-        process.wait()
-        process.stdout.close()
-        finished = {int(line.split()[0]): int(line.split()[1]) for line in said if line.count(" ") == 1}
-        assert finished
-        cache = KernelCache(tmp_path / "cache")
-        steps = {record.key.tokens: record.measurement["step"] for record in cache.records()}
-        assert cache.complaints == []
-        # The step after the last one said may have landed too; nothing that was said may be gone.
-        last = max(finished.values())
-        assert all(steps[tokens] in (step, last + 1) for tokens, step in finished.items())
-
-
-def test_writers_of_the_same_keys_at_once_never_mix_their_files(tmp_path):
-    processes = [writer(tmp_path, seed, 25) for seed in range(3)]
-    cache = KernelCache(tmp_path / "cache")
-    while any(process.poll() is None for process in processes):
-        cache.records()
-    for process in processes:
-        assert process.wait() == 0
-        process.stdout.close()
-    assert {record.key.tokens for record in cache.records()} == {1, 2, 4, 8}
-    assert cache.complaints == []
-    assert not list(cache.folder.glob(".*"))
+def test_what_has_not_changed_is_not_parsed_again(cache, monkeypatch):
+    record = put(cache)
+    reader = KernelCache(cache.folder)
+    assert reader.records() == [record]
+    monkeypatch.setattr("tiles.cache.record_from", lambda values: pytest.fail("parsed again"))
+    assert (reader.records(), reader.get(KEY)) == ([record], record)

@@ -1,27 +1,41 @@
 """Look-up order: exact, nearest bucket, sibling device, and never code of other sources."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from tiles.family import Problem
-from tiles.lookup import find
+from tiles.lookup import candidates
 from tiles.record import Key, Record
+from tiles.registry import kernel_spec
 from tiles.target import Device
 
 HERE = Device("cpu", "This CPU", "x86-64-v3")
 PROBLEM = Problem("merge", "forward", 4, 64, "float32", tokens=1024)
 
 
-def record(tokens=1024, device=HERE, problem=PROBLEM, **changes):
+SCHEDULE = asdict(kernel_spec("merge", "forward").default(PROBLEM, HERE.target))
+
+
+def record(tokens=1024, device=HERE, problem=PROBLEM, schedule=None, **changes):
     key = Key.of(replace(problem, tokens=tokens), device)
-    return Record(replace(key, **changes), {}, "0" * 64, 0, {}, {})
+    return Record(replace(key, **changes), schedule or {}, "0" * 64, 0, {}, {})
+
+
+def find(records, problem, device):
+    """The first candidate whose own code may run, or None."""
+    return next((c for c in candidates(records, problem, device) if not c.rebuild and not c.refused), None)
+
+
+def only(offer, device=HERE, **options):
+    (found,) = candidates([offer], PROBLEM, device, **options)
+    return found
 
 
 def test_exact_wins_and_says_so():
     wanted = record(1024)
     choice = find([record(512), wanted, record(1024, replace(HERE, name="Other"))], PROBLEM, HERE)
-    assert (choice.record, choice.how) == (wanted, "exact")
+    assert (choice.offer, choice.how) == (wanted, "exact")
     assert choice.why == "tuned for 1024 tokens on this device, This CPU"
 
 
@@ -35,13 +49,13 @@ def test_tokens_of_the_same_bucket_are_exact():
 )
 def test_nearest_bucket_by_log2_the_larger_on_a_tie(measured, chosen):
     choice = find([record(tokens) for tokens in measured], PROBLEM, HERE)
-    assert (choice.record.key.tokens, choice.how) == (chosen, "nearest bucket")
+    assert (choice.offer.key.tokens, choice.how) == (chosen, "nearest bucket")
     assert choice.why == f"tuned for {chosen} tokens on this device, the nearest to the 1024 wanted"
 
 
 def test_this_devices_far_bucket_beats_a_siblings_exact_one():
     far = record(1)
-    assert find([record(1024, replace(HERE, name="Other")), far], PROBLEM, HERE).record == far
+    assert find([record(1024, replace(HERE, name="Other")), far], PROBLEM, HERE).offer == far
 
 
 def test_sibling_of_the_same_architecture_and_nearest_bucket():
@@ -49,10 +63,9 @@ def test_sibling_of_the_same_architecture_and_nearest_bucket():
     older = record(1024, replace(HERE, name="Older", arch="x86-64-v2"))
     near, far = record(2048, sibling), record(64, sibling)
     choice = find([older, far, near], PROBLEM, HERE)
-    assert (choice.record, choice.how) == (near, "sibling device")
+    assert (choice.offer, choice.how) == (near, "sibling device")
     assert choice.why == (
-        "tuned for 2048 tokens on Other (x86-64-v3), whose code runs on this device, This CPU (x86-64-v3), "
-        "for the 1024 tokens wanted"
+        "tuned for 2048 tokens on Other (x86-64-v3), for the 1024 tokens wanted on this device, This CPU (x86-64-v3)"
     )
     assert find([older], PROBLEM, HERE).how == "sibling device"
 
@@ -84,7 +97,7 @@ def test_gpu_siblings_share_an_architecture():
 def test_unfit_records_never_serve(unfit):
     assert find([unfit], PROBLEM, HERE) is None
     fit = record(64)
-    assert find([unfit, fit], PROBLEM, HERE).record == fit
+    assert find([unfit, fit], PROBLEM, HERE).offer == fit
 
 
 def test_the_choice_does_not_depend_on_the_records_order():
@@ -92,5 +105,53 @@ def test_the_choice_does_not_depend_on_the_records_order():
     assert find(twins, PROBLEM, HERE) == find(twins[::-1], PROBLEM, HERE)
 
 
-def test_nothing_stored_is_none():
-    assert find([], PROBLEM, HERE) is None
+def test_nothing_stored_is_no_candidate():
+    assert candidates([], PROBLEM, HERE) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "because"),
+    [
+        ({"toolchain": "0.0.1"}, "it was made with TileLang 0.0.1, this version uses"),
+        ({"sources": "other"}, "other kernel sources"),
+        ({"format": 2}, "format 2"),
+    ],
+    ids=["toolchain", "sources", "format"],
+)
+def test_schedules_of_other_versions_are_kept_for_compiling(changes, because):
+    found = only(record(schedule=SCHEDULE, **changes))
+    assert because in found.rebuild
+    assert (found.refused, found.how) == (None, "exact")
+
+
+def test_schedules_without_code_that_may_run_are_kept_for_compiling():
+    found = only(record(schedule=SCHEDULE), without_code="it is not signed")
+    assert (found.rebuild, found.refused) == ("it is not signed", None)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "because"),
+    [({}, "has the fields"), (SCHEDULE | {"block_width": 7}, "must divide 64, got 7")],
+    ids=["fields", "rule"],
+)
+def test_schedules_that_todays_rules_refuse_are_refused(schedule, because):
+    assert because in only(record(schedule=schedule, sources="other")).refused
+
+
+def test_code_for_a_newer_isa_is_refused_and_so_is_its_schedule():
+    newer = replace(HERE, name="Newer", arch="x86-64-v4")
+    for changes in ({}, {"sources": "other"}):
+        found = only(record(device=newer, schedule=SCHEDULE, **changes))
+        assert found.refused == "built for x86-64-v4, this CPU offers x86-64-v3"
+
+
+def test_ready_code_of_this_device_then_its_stale_schedules_then_siblings():
+    other = replace(HERE, name="Other")
+    best_first = [
+        record(64),
+        record(1024, sources="other", schedule=SCHEDULE),
+        record(1024, other),
+        record(1024, other, sources="other", schedule=SCHEDULE),
+    ]
+    found = candidates(reversed(best_first), PROBLEM, HERE)
+    assert [candidate.offer for candidate in found] == best_first

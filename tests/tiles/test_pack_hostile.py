@@ -35,8 +35,9 @@ def cache(tmp_path):
 
 @pytest.fixture
 def packed(cache, tmp_path):
+    """A pack without a signature, as every change would break it: an attacker leaves it out."""
     path = tmp_path / "kernels.mhcpack"
-    write_pack(cache, path)
+    write_pack(cache, path, signed=False)
     return path
 
 
@@ -90,8 +91,9 @@ def test_missing_folder_and_other_files_are_refused(tmp_path, packed):
 
 
 def test_another_format_is_refused_by_name(packed):
-    edited(packed, lambda manifest: manifest.update(format=2, layout="new"))
-    assert "format must be 1, got 2" in refused(packed)
+    for number in (0, 3, True, "2", 10**30):
+        edited(packed, lambda manifest, number=number: manifest.update(format=number, layout="new"))
+        assert "format must be 1 or 2, got " in refused(packed)
 
 
 HOSTILE_NAMES = [
@@ -256,6 +258,27 @@ def test_manifests_with_hostile_values(packed, originals):
             packed.write_bytes(whole)
             edited(packed, change)
             assert_refused_or_right(packed, originals)
+
+
+MANY = [
+    b"[" + b"{}," * 5_000_000 + b"{}]",
+    b'{"a":[' + b'"b",' * 4_000_000 + b"1]}",
+    b"[" * 200_000,
+    b'{"format":' + b"9" * 10_000_000 + b"}",
+    b'{"format":1.' + b"9" * 10_000_000 + b"}",
+    b'["' + b"\\u00e9" * 2_000_000 + b'"]',
+    b'{"' + b"x" * 15_000_000 + b'": 1}',
+]
+
+
+@pytest.mark.parametrize("text", MANY, ids=range(len(MANY)))
+def test_huge_manifests_are_refused_before_they_are_read(packed, text):
+    with zipfile.ZipFile(packed, "w") as stored:
+        stored.writestr("manifest.json", text)  # not compressed: its ratio is 1
+    tracemalloc.start()
+    refused(packed)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[]", "null", "{}", '{"format": NaN}', "\ufeff{}"])

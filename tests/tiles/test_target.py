@@ -82,6 +82,14 @@ def test_the_accelerated_form_from_capability_9_on(capability, arch):
     assert cuda_arch(*capability) == arch
 
 
+@pytest.mark.parametrize("text", ["cuda", "auto"])
+def test_a_gpu_that_nothing_is_built_for_is_named(h200, monkeypatch, text):
+    spark = SimpleNamespace(name="NVIDIA GB10", major=12, minor=1, multi_processor_count=48, L2_cache_size=2**24)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: spark)
+    with pytest.raises(BadInput, match=r"got NVIDIA GB10 \(sm_121a\): name target cpu"):
+        parse_target(text)
+
+
 def test_an_x86_level_needs_all_levels_below_it():
     flags = [flag for needed in X86_LEVELS.values() for flag in needed]
     assert target.x86_level(flags) == "x86-64-v4"
@@ -110,6 +118,11 @@ def test_an_x86_level_needs_all_levels_below_it():
         ("sm_103a", gpu("sm_100a"), False),
         ("sm_100", gpu("sm_120a"), False),
         ("sm_90a", gpu("sm_100a"), False),
+        ("sm_120", gpu("sm_121a"), True),
+        ("sm_120a", gpu("sm_121a"), False),
+        ("sm_80", gpu("sm_87"), False),
+        ("sm_87", gpu("sm_89"), False),
+        ("sm_87", gpu("sm_87"), True),
     ],
 )
 def test_what_runs_where(arch, device, runs):

@@ -11,8 +11,10 @@ from typing import Any
 import tilelang.language as T
 
 from tiles.apply.schedule import ApplySchedule
-from tiles.dialect import Buffer, Dialect, Expr, bind
+from tiles.dialect import Dialect
 from tiles.family import Problem
+from tiles.rows import Row
+from tiles.values import Buffer, Expr, bind
 
 
 class Apply:
@@ -22,29 +24,49 @@ class Apply:
         n, width, dtype = problem.streams, problem.width, problem.dtype
         streams = tuple(range(n))
 
-        def load(buffer: Buffer, token: Expr, column: Expr) -> Expr:
-            return bind(dialect.load(buffer[token, column], dtype))
+        def row(buffer: Buffer, copied: bool = False) -> Row:
+            return dialect.row(buffer, dtype, block, copied=copied)
+
+        def rows(buffer: Buffer, copied: bool = False) -> list[Row]:
+            return [row(buffer, copied) for _ in streams]
+
+        def fetch(parts: list[Row], token: Expr, column: Expr) -> None:
+            for i in streams:
+                parts[i].fetch(token, i * width + column)
+
+        def place(parts: list[Row], token: Expr, column: Expr) -> None:
+            for i in streams:
+                parts[i].place(token, i * width + column)
+
+        def flush(parts: list[Row]) -> None:
+            for part in parts:
+                part.flush()
 
         @T.macro
         def aggregate(x: Buffer, u: Buffer, token: Expr, pre: Sequence[Expr]) -> None:
             """u_c = Σ_i pre_i x_ic."""
+            state, mixed = rows(x), row(u)
             for chunk in T.serial(width // block):
+                fetch(state, token, chunk * block)
+                mixed.place(token, chunk * block)
                 for lane in dialect.lanes(block):
-                    c = chunk * block + lane
-                    mixed = sum(pre[i] * load(x, token, i * width + c) for i in streams)
-                    u[token, c] = dialect.store(mixed, dtype)
+                    mixed.put(lane, sum(pre[i] * state[i].get(lane) for i in streams))
+                mixed.flush()
 
         @T.macro
         def merge(x: Buffer, f: Buffer, out: Buffer, token: Expr, res: Any, post: Sequence[Expr]) -> None:
             """out_ic = Σ_j res_ij x_jc + post_i f_c."""
+            state, sublayer, mixed = rows(x), row(f), rows(out)
             for chunk in T.serial(width // block):
+                fetch(state, token, chunk * block)
+                sublayer.fetch(token, chunk * block)
+                place(mixed, token, chunk * block)
                 for lane in dialect.lanes(block):
-                    c = chunk * block + lane
-                    sublayer = load(f, token, c)
-                    rows = [load(x, token, j * width + c) for j in streams]
+                    added = sublayer.get(lane)
+                    values = [state[j].get(lane) for j in streams]
                     for i in streams:
-                        mixed = post[i] * sublayer + sum(res[i][j] * rows[j] for j in streams)
-                        out[token, i * width + c] = dialect.store(mixed, dtype)
+                        mixed[i].put(lane, post[i] * added + sum(res[i][j] * values[j] for j in streams))
+                flush(mixed)
 
         @T.macro
         def merge_back(
@@ -61,28 +83,32 @@ class Apply:
         ) -> None:
             """dx_jc = Σ_i res_ij g_ic;  df_c = Σ_i post_i g_ic;  dres_ij = Σ_c g_ic x_jc;  dpost_i = Σ_c g_ic f_c.
 
-            g may be dx itself: it is staged, since a C compiler does not vectorise a loop that reads what it writes.
+            g may be dx itself.
             """
             res_sums = [[dialect.accumulator(block) for _ in streams] for _ in streams]
             post_sums = [dialect.accumulator(block) for _ in streams]
-            staged = [dialect.tile(block) for _ in streams]
+            state, sublayer, upper = rows(x), row(f), rows(g, copied=True)
+            state_grads, sublayer_grads = rows(dx), row(df)
             for chunk in T.serial(width // block):
+                fetch(upper, token, chunk * block)
+                fetch(state, token, chunk * block)
+                sublayer.fetch(token, chunk * block)
+                place(state_grads, token, chunk * block)
+                sublayer_grads.place(token, chunk * block)
                 for lane in dialect.lanes(block):
-                    for i in streams:
-                        staged[i][lane] = dialect.load(g[token, i * width + chunk * block + lane], dtype)
-                for lane in dialect.lanes(block):
-                    c, at = chunk * block + lane, dialect.lane(lane)
-                    grads = [bind(staged[i][lane]) for i in streams]
-                    sublayer = load(f, token, c)
-                    df[token, c] = dialect.store(sum(post[i] * grads[i] for i in streams), dtype)
+                    at = dialect.lane(lane)
+                    grads = [upper[i].get(lane) for i in streams]
+                    added = sublayer.get(lane)
+                    sublayer_grads.put(lane, sum(post[i] * grads[i] for i in streams))
                     for j in streams:
-                        row = load(x, token, j * width + c)
-                        mixed = sum(res[i][j] * grads[i] for i in streams)
-                        dx[token, j * width + c] = dialect.store(mixed, dtype)
+                        value = state[j].get(lane)
+                        state_grads[j].put(lane, sum(res[i][j] * grads[i] for i in streams))
                         for i in streams:
-                            res_sums[i][j][at] += grads[i] * row
+                            res_sums[i][j][at] += grads[i] * value
                     for i in streams:
-                        post_sums[i][at] += grads[i] * sublayer
+                        post_sums[i][at] += grads[i] * added
+                flush(state_grads)
+                sublayer_grads.flush()
             for i in streams:
                 dpost[token, i] = dialect.total(post_sums[i])[0]
                 for j in streams:
@@ -92,16 +118,39 @@ class Apply:
         def weigh(x: Buffer, du: Buffer, token: Expr, dpre: Buffer, lane_of_token: Expr) -> None:
             """dpre_i = Σ_c du_c x_ic, into dpre [n, tokens of a block]."""
             sums = [dialect.accumulator(block) for _ in streams]
+            state, upper = rows(x), row(du)
             for chunk in T.serial(width // block):
+                fetch(state, token, chunk * block)
+                upper.fetch(token, chunk * block)
                 for lane in dialect.lanes(block):
-                    c, at = chunk * block + lane, dialect.lane(lane)
-                    grad = load(du, token, c)
+                    at = dialect.lane(lane)
+                    grad = upper.get(lane)
                     for i in streams:
-                        sums[i][at] += grad * load(x, token, i * width + c)
+                        sums[i][at] += grad * state[i].get(lane)
             for i in streams:
                 dpre[i, lane_of_token] = dialect.total(sums[i])[0]
 
-        self.aggregate, self.merge, self.merge_back, self.weigh = aggregate, merge, merge_back, weigh
+        @T.macro
+        def aggregate_back(x: Buffer, du: Buffer, dx: Buffer, dpre: Buffer, token: Expr, pre: Sequence[Expr]) -> None:
+            """dx_ic = pre_i du_c;  dpre_i = Σ_c du_c x_ic."""
+            sums = [dialect.accumulator(block) for _ in streams]
+            state, upper, state_grads = rows(x), row(du), rows(dx)
+            for chunk in T.serial(width // block):
+                fetch(state, token, chunk * block)
+                upper.fetch(token, chunk * block)
+                place(state_grads, token, chunk * block)
+                for lane in dialect.lanes(block):
+                    at = dialect.lane(lane)
+                    grad = upper.get(lane)
+                    for i in streams:
+                        sums[i][at] += grad * state[i].get(lane)
+                        state_grads[i].put(lane, pre[i] * grad)
+                flush(state_grads)
+            for i in streams:
+                dpre[token, i] = dialect.total(sums[i])[0]
+
+        self.aggregate, self.merge, self.weigh = aggregate, merge, weigh
+        self.aggregate_back, self.merge_back = aggregate_back, merge_back
         self.streams = streams
 
     def gates(self, weights: Buffer, token: Expr) -> list[Expr]:
@@ -133,8 +182,8 @@ def aggregate_forward(problem: Problem, schedule: ApplySchedule, dialect: Dialec
 
 def aggregate_backward(problem: Problem, schedule: ApplySchedule, dialect: Dialect) -> Any:
     """dx_ic = pre_i du_c;  dpre_i = Σ_c du_c x_ic."""
-    n, width, dtype, block = problem.streams, problem.width, problem.dtype, schedule.block_width
-    streams, stored = tuple(range(n)), dialect.storage(dtype)
+    n, width, stored = problem.streams, problem.width, dialect.storage(problem.dtype)
+    apply = Apply(problem, schedule.block_width, dialect)
     tokens = T.dynamic("tokens")
 
     @T.prim_func
@@ -146,17 +195,7 @@ def aggregate_backward(problem: Problem, schedule: ApplySchedule, dialect: Diale
         dpre: T.Tensor((tokens, n), "float32"),
     ):
         with dialect.kernel(tokens, threads=schedule.threads) as token:
-            weights = [bind(pre[token, i]) for i in streams]
-            sums = [dialect.accumulator(block) for _ in streams]
-            for chunk in T.serial(width // block):
-                for lane in dialect.lanes(block):
-                    c, at = chunk * block + lane, dialect.lane(lane)
-                    grad = bind(dialect.load(du[token, c], dtype))
-                    for i in streams:
-                        sums[i][at] += grad * dialect.load(x[token, i * width + c], dtype)
-                        dx[token, i * width + c] = dialect.store(weights[i] * grad, dtype)
-            for i in streams:
-                dpre[token, i] = dialect.total(sums[i])[0]
+            apply.aggregate_back(x, du, dx, dpre, token, apply.gates(pre, token))
 
     return aggregate_backward
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tiles.family import Problem
+from tiles.family import DTYPE_BYTES, Problem
 from tiles.limits import REGISTERS, divisors, why_bad_threads, why_not_divisor, why_too_much_scratch
 from tiles.target import Target
 
 STAGED_BYTES = 32 * 1024
 """What merge's backward keeps of a token's gradients at a time: most of an L1 cache."""
+
+THREADS = (32, 64, 96, 128, 160, 192, 256, 320)
+"""CUDA threads a block to choose from: those that are no power of two suit widths such as 2560 = 320 × 8."""
+
+VECTOR_BYTES = 16
+"""The longest vector that a CUDA thread loads or stores."""
 
 
 @dataclass(frozen=True)
@@ -26,24 +32,27 @@ class ApplySchedule:
 
 
 def default(problem: Problem, target: Target) -> ApplySchedule:
-    """On a CPU the whole row, or what of it stays near where it is staged; on CUDA as many columns as the accumulators
-    leave registers for."""
+    """On a CPU the whole row, or what of it stays near where it is staged; on CUDA as many threads as the row keeps
+    busy with the longest vectors that the registers take."""
     if target.kind == "cpu":
         staged = problem.op == "merge" and problem.direction == "backward"
         most = max(8, STAGED_BYTES // (4 * problem.streams)) if staged else problem.width
         return ApplySchedule(problem.width if problem.width <= most else divisors(problem.width, 8, most)[-1], 0)
-    threads = 128
-    fitting = [size for size in divisors(problem.width, 8, 1024) if _registers(problem, size, threads) <= REGISTERS]
-    return ApplySchedule(fitting[-1] if fitting else divisors(problem.width, 8, 128)[0], threads)
+    for lanes in (lanes for lanes in (8, 4, 2, 1) if lanes * DTYPE_BYTES[problem.dtype] <= VECTOR_BYTES):
+        for threads in (count for count in reversed(THREADS) if problem.width % (lanes * count) == 0):
+            schedule = ApplySchedule(lanes * threads, threads)
+            if _why_not_cuda(problem, schedule) is None:
+                return schedule
+    return ApplySchedule(divisors(problem.width, 8, 128)[0], 32)
 
 
 def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
     """Column blocks that divide the width, and thread counts on CUDA."""
-    blocks = divisors(problem.width, 32, 2048)
+    blocks = {*divisors(problem.width, 32, 2048), default(problem, target).block_width}
     if target.kind == "cpu":
         return {"block_width": tuple(sorted({*blocks, problem.width})), "threads": (0,)}
-    default_block = default(problem, target).block_width
-    return {"block_width": tuple(sorted({*blocks, default_block})), "threads": (32, 64, 128, 256, 512)}
+    vectors = {lanes * threads for lanes in (4, 8) for threads in THREADS if problem.width % (lanes * threads) == 0}
+    return {"block_width": tuple(sorted(blocks | vectors)), "threads": THREADS}
 
 
 def why_invalid(problem: Problem, schedule: ApplySchedule, target: Target) -> str | None:
@@ -54,9 +63,18 @@ def why_invalid(problem: Problem, schedule: ApplySchedule, target: Target) -> st
     why = why or why_too_much_scratch(scratch(problem, schedule, target), target)
     if why or target.kind == "cpu" or schedule == default(problem, target):
         return why
-    held = _registers(problem, schedule.block_width, schedule.threads)
+    return _why_not_cuda(problem, schedule)
+
+
+def _why_not_cuda(problem: Problem, schedule: ApplySchedule) -> str | None:
+    """What a thread block asks of a schedule: even shares, sums in a tree, values in registers."""
+    if schedule.block_width % schedule.threads:
+        return f"threads must divide block_width {schedule.block_width}, got {schedule.threads}: choose 32"
+    if problem.direction == "backward" and schedule.threads & (schedule.threads - 1):
+        return f"threads that sum must be a power of two, got {schedule.threads}: choose 64 or 128"
+    held = _registers(problem, schedule.block_width // schedule.threads)
     if held > REGISTERS:
-        return f"accumulators must fit {REGISTERS} registers, got {held}: choose a smaller block_width"
+        return f"a thread's values must fit {REGISTERS} registers, got {held}: choose a smaller block_width"
     return None
 
 
@@ -66,8 +84,10 @@ def scratch(problem: Problem, schedule: ApplySchedule, target: Target) -> int:
     return 4 * problem.streams * schedule.block_width if staged else 0
 
 
-def _registers(problem: Problem, block_width: int, threads: int) -> int:
-    """float32 values that a CUDA thread holds across columns: sums in the backwards, one row in the forwards."""
-    n, lanes = problem.streams, -(-block_width // threads)
-    sums = {("aggregate", "backward"): n, ("merge", "backward"): n * n + n}.get((problem.op, problem.direction), 0)
-    return (sums + n + 2) * lanes
+def _registers(problem: Problem, lanes: int) -> int:
+    """Registers that a CUDA thread with `lanes` columns holds: sums over columns in the backwards, and rows of streams
+    and sublayers as they are stored."""
+    n, backward = problem.streams, problem.direction == "backward"
+    rows = {"aggregate": 2 * n + 1 if backward else n + 1, "merge": 3 * n + 2 if backward else 2 * n + 1}[problem.op]
+    sums = (n * n + n if problem.op == "merge" else n) if backward else 0
+    return sums * lanes + -(-rows * lanes * DTYPE_BYTES[problem.dtype] // 4)

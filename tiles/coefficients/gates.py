@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import tilelang.language as T
 
 from tiles.coefficients.sinkhorn import Sinkhorn
-from tiles.dialect import Dialect, bind
+from tiles.dialect import Dialect
 from tiles.family import Problem
+from tiles.values import bind
 
 
 class ForwardScratch(NamedTuple):

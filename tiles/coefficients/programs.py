@@ -7,8 +7,9 @@ import tilelang.language as T
 from tiles.coefficients.gates import Backward, Forward
 from tiles.coefficients.schedule import CoefficientsSchedule
 from tiles.coefficients.sinkhorn import Sinkhorn
-from tiles.dialect import Dialect, as_value, bind, token_range
+from tiles.dialect import Dialect
 from tiles.family import Problem
+from tiles.values import as_value, bind, token_range
 
 
 def sinkhorn_forward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 
 import tilelang.language as T
 
-from tiles.dialect import Dialect, bind
+from tiles.dialect import Dialect
 from tiles.family import Problem
+from tiles.values import bind
 
 LOWEST = -1e38  # keeps a difference of two finite logits finite
 

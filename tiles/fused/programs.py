@@ -12,10 +12,11 @@ import tilelang.language as T
 
 from tiles.apply.programs import Apply
 from tiles.coefficients import gates
-from tiles.dialect import Buffer, Dialect, Expr, as_value, bind, token_range, variable
+from tiles.dialect import Dialect
 from tiles.family import Problem
 from tiles.fused.schedule import FusedSchedule
 from tiles.project.programs import gradients, projection
+from tiles.values import Buffer, Expr, as_value, bind, token_range, variable
 
 
 def pre_forward(problem: Problem, schedule: FusedSchedule, dialect: Dialect) -> Any:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import tilelang.language as T
 
-from tiles.dialect import Buffer, Dialect, Expr, View, as_value, bind, token_range, variable
+from tiles.dialect import Dialect, View
 from tiles.family import Problem
 from tiles.project.schedule import BackwardSchedule, ForwardSchedule
+from tiles.values import Buffer, Expr, as_value, bind, token_range, variable
 
 
 def forward(problem: Problem, schedule: ForwardSchedule, dialect: Dialect) -> Any:

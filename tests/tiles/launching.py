@@ -1,0 +1,41 @@
+"""Runs launchers against the fake driver."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def build_driver(folder: Path) -> str:
+    """The fake, under the real one's SONAME. It uses CUDA's own header where there is one."""
+    path = folder / "libcuda.so.1"
+    include = [f"-I{found}" for found in Path("/usr/local").glob("cuda*/include")]
+    command = ["g++", "-std=c++17", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", *include]
+    subprocess.run([*command, str(HERE / "fake_driver.cpp"), "-o", str(path)], check=True)
+    return str(path)
+
+
+def launched(driver: str, jobs: list[dict]) -> list[list[dict]]:
+    done = subprocess.run(
+        [sys.executable, str(HERE / "fake_launch.py"), driver],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def job(library: str, *calls: tuple[int, int, int, int], **more) -> dict:
+    """Calls are (tokens, splits, stream, device)."""
+    return {
+        "library": library,
+        "tensors": [0xA000, 0xB000],
+        "scalars": [0.5],
+        "parameters": 5,
+        "calls": list(calls),
+    } | more
