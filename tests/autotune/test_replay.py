@@ -1,6 +1,7 @@
 """Replay: every sampler on a small space, what is summed up, and the spaces recorded by others."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,18 @@ def test_spaces_recorded_by_others_reach_the_goals():
     found = {row["space"]: row["found"]["median"] for row in rows}
     assert all(found[name] <= goal for name, goal in GOALS.items()), found
     assert all(row["duplicates"] == 0 for row in rows)
+
+
+def test_our_own_spaces_are_searched_soon_and_better_than_by_others():
+    """In the median 99 % of the optimum within 50 trials, but for one space (results/spaces tells why); the mean score
+    over the spaces above every other sampler's."""
+    files = sorted((Path(__file__).parents[2] / "results" / "spaces").glob("*.json.gz"))
+    assert len(files) >= 6
+    names = ["ours", "tpe", "random", "local"]
+    rows = replay_all(files, names, 50, 7)
+    ours = [row for row in rows if row["sampler"] == "ours"]
+    late = [row["space"] for row in ours if row["to_99"] is None or row["to_99"] > 50]
+    assert late in ([], ["pre forward n=4 C=64 float32 T=2048"])
+    assert all(row["duplicates"] == 0 for row in ours)
+    scores = {name: statistics.fmean(row["score"] for row in rows if row["sampler"] == name) for name in names}
+    assert all(scores["ours"] > scores[other] for other in names[1:]), scores
