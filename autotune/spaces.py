@@ -5,13 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from autotune.pool import Pool
+from tiles.cache import write_atomically
 
 FORMAT = "mhc-tune space"
 VERSION = 1
@@ -72,16 +72,7 @@ def write_space(space: RecordedSpace, path: Path) -> None:
     }
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     # No time stamp in the file: equal spaces are equal bytes.
-    packed = gzip.compress(text.encode(), mtime=0)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(packed)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, gzip.compress(text.encode(), mtime=0))
 
 
 def space_from(data: Mapping[str, Any]) -> RecordedSpace:

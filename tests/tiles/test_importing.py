@@ -1,11 +1,11 @@
 """Importing packs: code runs here only where it was compiled here or is trusted."""
 
-import random
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from packing import DEVICE, FROM, MEASURED, PROBLEMS, fill, filled
 
 from tiles.cache import KernelCache, Key
 from tiles.compile import CompileError, compile_kernel
@@ -15,26 +15,12 @@ from tiles.importing import import_pack
 from tiles.pack import Pack, write_pack
 from tiles.registry import kernel_spec
 from tiles.runtime import LoadedKernel, run_reference
-from tiles.target import Device, detect_device
-
-DEVICE = Device("cpu", "A CPU", "x86-64")
-PROBLEMS = [Problem("merge", direction, 4, 64, "float32", 128) for direction in ("forward", "backward")]
-PROBLEMS.append(Problem("aggregate", "forward", 2, 64, "bfloat16", 32))
-MEASURED, FROM = {"tuned_ms": 1.5, "ratio": 1.2}, {"host": "a"}
-
-
-def fill(cache, problem, binary, **changes):
-    """Store a kernel with its default schedule; `changes` are to the key."""
-    schedule = asdict(kernel_spec(problem.op, problem.direction).default(problem, DEVICE.target))
-    return cache.put(replace(Key.of(problem, DEVICE), **changes), schedule, binary, f"// {binary!r}", MEASURED, FROM)
+from tiles.target import detect_device
 
 
 @pytest.fixture
 def cache(tmp_path):
-    cache = KernelCache(tmp_path / "cache")
-    for index, problem in enumerate(PROBLEMS):
-        fill(cache, problem, random.Random(index).randbytes(500))
-    return cache
+    return filled(tmp_path / "cache")
 
 
 @pytest.fixture

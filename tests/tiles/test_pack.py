@@ -7,37 +7,21 @@ import stat
 import subprocess
 import sys
 import zipfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from packing import DEVICE, PROBLEMS, fill, filled
 
 import tiles
 from tiles.cache import CacheCorrupt, KernelCache, Key
 from tiles.errors import BadInput
-from tiles.family import Problem
 from tiles.pack import Pack, write_pack
-from tiles.registry import kernel_spec
-from tiles.target import Device
-
-DEVICE = Device("cpu", "A CPU", "x86-64")
-PROBLEMS = [Problem("merge", direction, 4, 64, "float32", 128) for direction in ("forward", "backward")]
-PROBLEMS.append(Problem("aggregate", "forward", 2, 64, "bfloat16", 32))
-MEASURED, FROM = {"tuned_ms": 1.5, "ratio": 1.2}, {"host": "a"}
-
-
-def fill(cache, problem, binary, **changes):
-    """Store a kernel with its default schedule; `changes` are to the key."""
-    schedule = asdict(kernel_spec(problem.op, problem.direction).default(problem, DEVICE.target))
-    return cache.put(replace(Key.of(problem, DEVICE), **changes), schedule, binary, f"// {binary!r}", MEASURED, FROM)
 
 
 @pytest.fixture
 def cache(tmp_path):
-    cache = KernelCache(tmp_path / "cache")
-    for index, problem in enumerate(PROBLEMS):
-        fill(cache, problem, random.Random(index).randbytes(500))
-    return cache
+    return filled(tmp_path / "cache")
 
 
 @pytest.fixture
