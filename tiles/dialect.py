@@ -37,9 +37,6 @@ class Dialect(Protocol):
     def lanes(self, *extents: int) -> Any:
         """A loop nest whose iterations are independent (or only add to accumulators)."""
 
-    def tile(self, *extents: int) -> Buffer:
-        """float32 storage with one element per lane."""
-
     def accumulator(self, *extents: int) -> Buffer:
         """float32 storage that starts at zero and that a lane loop of these extents adds to; read it with `total`."""
 
@@ -124,9 +121,6 @@ class Cpu:
     def lanes(self, *extents: int) -> Any:
         return T.grid(*extents)
 
-    def tile(self, *extents: int) -> Buffer:
-        return T.alloc_local(extents, "float32")
-
     def accumulator(self, *extents: int) -> Buffer:
         scalar = T.alloc_local((1,), "float32")
         _set_zero(scalar)
@@ -189,9 +183,6 @@ class Cuda:
 
     def lanes(self, *extents: int) -> Any:
         return T.Parallel(*extents)
-
-    def tile(self, *extents: int) -> Buffer:
-        return T.alloc_fragment(extents, "float32")
 
     def accumulator(self, *extents: int) -> Buffer:
         fragment = T.alloc_fragment(extents, "float32")

@@ -38,7 +38,7 @@ class CpuRow:
 
     def __init__(self, dialect: Any, tensor: Buffer, dtype: str, lanes: int, copied: bool) -> None:
         self._dialect, self._tensor, self._dtype = dialect, tensor, dtype
-        self._copy = dialect.tile(lanes) if copied else None
+        self._copy = T.alloc_local((lanes,), "float32") if copied else None
         self._at: tuple[Expr, Expr] = (0, 0)
 
     def fetch(self, row: Expr, column: Expr) -> None:
