@@ -11,7 +11,7 @@ from simulated import Simulated
 
 from tiles.family import Problem
 from tiles.fused.chain_schedule import ChainSchedule
-from tiles.project.matmul_schedule import TiledBackward, TiledForward
+from tiles.project.matmul_schedule import TiledSchedule
 
 TOKENS = (0, 1, 16, 37)
 SHAPES = ((1, 8, "float32"), (2, 64, "bfloat16"), (3, 72, "float16"), (4, 40, "bfloat16"), (8, 16, "float32"))
@@ -22,14 +22,14 @@ SHAPES = ((1, 8, "float32"), (2, 64, "bfloat16"), (3, 72, "float16"), (4, 40, "b
 def test_project_forward(tmp_path, shape, splits):
     width = 16 if shape[0] * shape[1] < 96 else 32  # splits may not be more than the blocks of columns
     splits = min(splits, -(-shape[0] * shape[1] // width))
-    kernel = Simulated(tmp_path, Problem("project", "forward", *shape), TiledForward(16, width, 2, splits, 1, 32))
+    kernel = Simulated(tmp_path, Problem("project", "forward", *shape), TiledSchedule(16, width, 2, splits, 1, 32))
     for tokens in TOKENS:
         kernel.check(tokens, seed=tokens)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_project_backward(tmp_path, shape):
-    kernel = Simulated(tmp_path, Problem("project", "backward", *shape), TiledBackward(16, 32, 1, 2, 1, 32))
+    kernel = Simulated(tmp_path, Problem("project", "backward", *shape), TiledSchedule(16, 32, 1, 2, 1, 32))
     for tokens in TOKENS:
         for splits in (1, 3):
             kernel.check(tokens, seed=tokens, splits=splits)
@@ -59,7 +59,7 @@ def test_chains_backward(tmp_path, op, shape, blocks):
 def test_sums_over_splits_do_not_depend_on_the_other_tokens(tmp_path):
     """Split sums are added in order: a token's result is the same bits alone and among others."""
     problem = Problem("project", "forward", 4, 64, "bfloat16")
-    kernel = Simulated(tmp_path, problem, TiledForward(16, 32, 2, 4, 1, 32))
+    kernel = Simulated(tmp_path, problem, TiledSchedule(16, 32, 2, 4, 1, 32))
     inputs = kernel.spec.inputs(problem, 21, 0)
     many = kernel.run(inputs, 21)
     alone = kernel.run({"x": inputs["x"][17:18].clone(), "phi": inputs["phi"]}, 1)
@@ -70,7 +70,7 @@ def test_sums_over_splits_do_not_depend_on_the_other_tokens(tmp_path):
 def test_one_part_of_phi_would_not_be_enough(tmp_path, monkeypatch):
     """The tolerance that the tests hold the two parts to is one that a single part fails."""
     monkeypatch.setattr("tiles.project.matmul_programs.part", _first_part_only)
-    kernel = Simulated(tmp_path, Problem("project", "forward", 4, 64, "bfloat16"), TiledForward(16, 32, 2, 1, 1, 32))
+    kernel = Simulated(tmp_path, Problem("project", "forward", 4, 64, "bfloat16"), TiledSchedule(16, 32, 2, 1, 1, 32))
     with pytest.raises(AssertionError, match="z:"):
         kernel.check(37, seed=0)
 

@@ -276,7 +276,7 @@ class _Before:
                 for lane in dialect.lanes(block):
                     pre[T.min(start + lane, last - 1), i] = held.pre[i, lane]
 
-        self.project, self.coefficients = projection(problem, tiled(problem, schedule), dialect), coefficients
+        self.project, self.coefficients = projection(problem, tiled(schedule), dialect), coefficients
         self._tile = schedule.block_tokens
 
     def groups(self, tokens: Expr) -> Expr:
@@ -359,7 +359,7 @@ class _After:
             join_columns(alphas, dalpha, split, first, last, 3)
             join_columns(biases, dbias, split, first, last, outputs)
 
-        part = tiled(problem, schedule)
+        part = tiled(schedule)
         self.coefficients, self.join, self.spread = coefficients, join, gradients(problem, part, dialect)
         self.groups = column_groups(problem, part)
 

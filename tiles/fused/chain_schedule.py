@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from tiles.apply import schedule as apply
 from tiles.apply.schedule import ApplySchedule
@@ -11,7 +11,7 @@ from tiles.coefficients import schedule as coefficients
 from tiles.family import Problem
 from tiles.limits import why_bad_threads, why_not_divisor, why_too_much_scratch
 from tiles.project import matmul_schedule
-from tiles.project.matmul_schedule import Tiled, TiledBackward, TiledForward
+from tiles.project.matmul_schedule import TiledSchedule
 from tiles.target import Target
 
 CHUNKS = (0, 1024, 2048)
@@ -36,7 +36,7 @@ TILES = {
 class ChainSchedule:
     """Project's tiles, passes over rows of tokens, and between them the coefficients.
 
-    block_tokens, block_width, stages, splits, resident, threads: as in `TiledForward` and `TiledBackward`.
+    block_tokens, block_width, stages, splits, resident, threads: as in `TiledSchedule`.
     lane_tokens: tokens of a thread block of the coefficients, a lane each.
     row_width: columns in one lane loop of aggregate and merge; a divisor of C.
     row_threads: CUDA threads of those passes.
@@ -57,10 +57,9 @@ class ChainSchedule:
     chunk_tokens: int
 
 
-def tiled(problem: Problem, schedule: ChainSchedule) -> Tiled:
+def tiled(schedule: ChainSchedule) -> TiledSchedule:
     """Project's part."""
-    kind = TiledForward if problem.direction == "forward" else TiledBackward
-    return kind(*(getattr(schedule, name) for name in kind.__dataclass_fields__))
+    return TiledSchedule(*(getattr(schedule, field.name) for field in fields(TiledSchedule)))
 
 
 def default(problem: Problem, target: Target) -> ChainSchedule:
@@ -98,7 +97,7 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
 
 def why_invalid(problem: Problem, schedule: ChainSchedule, target: Target) -> str | None:
     """None, or the rule that the schedule breaks."""
-    why = matmul_schedule.why_invalid(problem, tiled(problem, schedule), target, staged=_staged(problem))
+    why = matmul_schedule.why_invalid(problem, tiled(schedule), target, staged=_staged(problem))
     why = why or why_bad_threads(schedule.row_threads, target)
     why = why or why_not_divisor("row_width", schedule.row_width, problem.width)
     if why:
@@ -117,7 +116,7 @@ def why_invalid(problem: Problem, schedule: ChainSchedule, target: Target) -> st
 
 def scratch(problem: Problem, schedule: ChainSchedule) -> int:
     """Bytes of shared memory of the kernel that needs most."""
-    tiles = matmul_schedule.scratch(problem, tiled(problem, schedule), staged=_staged(problem))
+    tiles = matmul_schedule.scratch(problem, tiled(schedule), staged=_staged(problem))
     return max(tiles, _lane_scratch(problem, schedule))
 
 

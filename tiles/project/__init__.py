@@ -7,7 +7,7 @@ from typing import Any
 
 from tiles.family import PAPER_ROUNDS, Direction, KernelFamily, KernelSpec, Problem
 from tiles.project import reference, schedule, signature, traffic
-from tiles.project.matmul_schedule import TiledBackward, TiledForward
+from tiles.project.matmul_schedule import TiledSchedule
 from tiles.tolerance import float32_sum, in_parts, stored, token_sum
 
 
@@ -45,7 +45,7 @@ def _spec(direction: Direction, kinds: tuple[type, ...], computes: Any) -> Kerne
 FAMILY = KernelFamily(
     "project",
     (
-        _spec("forward", (schedule.ForwardSchedule, TiledForward), reference.forward),
-        _spec("backward", (schedule.BackwardSchedule, TiledBackward), reference.backward),
+        _spec("forward", (schedule.ForwardSchedule, TiledSchedule), reference.forward),
+        _spec("backward", (schedule.BackwardSchedule, TiledSchedule), reference.backward),
     ),
 )

@@ -13,14 +13,14 @@ from tiles.dialect import Dialect
 from tiles.facts import checked
 from tiles.family import Problem
 from tiles.matmul import PART, part, tiles_for
-from tiles.project.matmul_schedule import TiledBackward, TiledForward, padded_outputs, padded_products
+from tiles.project.matmul_schedule import TiledSchedule, padded_outputs, padded_products
 from tiles.values import Buffer, Expr, as_value, bind, token_range
 
 SUM_TOKENS, SUM_THREADS = 16, 128
 """Tokens and threads of a block that sums over splits."""
 
 
-def forward(problem: Problem, schedule: TiledForward, dialect: Dialect) -> Any:
+def forward(problem: Problem, schedule: TiledSchedule, dialect: Dialect) -> Any:
     """z_tk = Σ_c x̄_tc phi_kc;  s_t = Σ_c x̄_tc²: `schedule.splits` sums over parts of the columns, added in order."""
     fan_in, outputs, splits = problem.fan_in, problem.outputs, schedule.splits
     stored, block = dialect.storage(problem.dtype), schedule.block_tokens
@@ -105,7 +105,7 @@ def projection(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
     return project
 
 
-def backward(problem: Problem, schedule: TiledBackward, dialect: Dialect) -> Any:
+def backward(problem: Problem, schedule: TiledSchedule, dialect: Dialect) -> Any:
     """dx̄_tc = Σ_k dz_tk phi_kc + 2 ds_t x̄_tc;  dphi_kc = Σ_t dz_tk x̄_tc, one partial sum per split of the tokens."""
     fan_in, outputs, stored = problem.fan_in, problem.outputs, dialect.storage(problem.dtype)
     spread, groups = gradients(problem, schedule, dialect), column_groups(problem, schedule)

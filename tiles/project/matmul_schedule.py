@@ -23,32 +23,13 @@ THREAD_BLOCKS = 256
 
 
 @dataclass(frozen=True)
-class TiledForward:
-    """Tiles of tokens × columns, all outputs of a token in one tile of sums.
-
-    block_tokens: tokens in a tile, a multiple of 16.
-    block_width: columns in a tile, a multiple of 16.
-    stages: tiles that are on their way or in use at a time.
-    splits: parts of the columns, each summed by thread blocks of its own and added in order.
-    resident: thread blocks that a multiprocessor shall have registers for.
-    threads: CUDA threads a block.
-    """
-
-    block_tokens: int
-    block_width: int
-    stages: int
-    splits: int
-    resident: int
-    threads: int
-
-
-@dataclass(frozen=True)
-class TiledBackward:
-    """Tiles of tokens × columns that are read once for both gradients.
+class TiledSchedule:
+    """Tiles of tokens × columns. The forward keeps sums for all outputs of a tile's tokens while it walks the columns;
+    the backward those of a tile's columns while it walks the tokens, and reads each tile once for both gradients.
 
     block_tokens, block_width: tokens and columns in a tile, multiples of 16.
-    stages: tiles that are on their way or in use at a time: 1 or 2.
-    splits: parts of the tokens, each with sums for dphi of its own, added in order.
+    stages: tiles that are on their way or in use at a time.
+    splits: parts of the columns (backward: of the tokens), each with sums of its own, added in order.
     resident: thread blocks that a multiprocessor shall have registers for.
     threads: CUDA threads a block.
     """
@@ -61,10 +42,7 @@ class TiledBackward:
     threads: int
 
 
-Tiled = TiledForward | TiledBackward
-
-
-def default(problem: Problem, target: Target, *, staged: int = 1) -> Tiled:
+def default(problem: Problem, target: Target, *, staged: int = 1) -> TiledSchedule:
     """The first of some usual shapes that fits, large tiles first; enough splits to keep a large GPU busy.
 
     Here and below, `staged` counts the tiles of the streams' shape that a backward stages.
@@ -73,7 +51,7 @@ def default(problem: Problem, target: Target, *, staged: int = 1) -> Tiled:
     return next(schedule for schedule in usual if why_invalid(problem, schedule, target, staged=staged) is None)
 
 
-def _usual_forward(problem: Problem) -> Iterator[TiledForward]:
+def _usual_forward(problem: Problem) -> Iterator[TiledSchedule]:
     tokens = max(1, problem.tokens)
     most = 16 if tokens <= 16 else 64 if tokens <= 2048 else 128
     rows = [block for block in (128, 64, 32, 16) if block <= most]
@@ -81,17 +59,17 @@ def _usual_forward(problem: Problem) -> Iterator[TiledForward]:
         for count, threads, resident in product(stages, dict.fromkeys((max(64, 2 * block), 256)), (2, 1)):
             blocks, columns = -(-tokens // block), -(-problem.fan_in // width)
             splits = _power_of_two(min(64, THREAD_BLOCKS // blocks, columns // 2))
-            yield TiledForward(block, width, count, splits, resident, threads)
+            yield TiledSchedule(block, width, count, splits, resident, threads)
 
 
-def _usual_backward(problem: Problem) -> Iterator[TiledBackward]:
+def _usual_backward(problem: Problem) -> Iterator[TiledSchedule]:
     tokens = max(1, problem.tokens)
     rows = [block for block in (64, 32, 16) if block < 2 * tokens or block == MMA]
     shapes = product((128, 64, 32, 16), rows, (2, 1), (256, 128, 64, 32), (2, 1))
     for width, block, stages, threads, resident in shapes:
         groups = problem.streams * -(-problem.width // width)
         splits = _power_of_two(min(64, -(-THREAD_BLOCKS // groups), tokens // (4 * block)))
-        yield TiledBackward(block, width, stages, splits, resident, threads)
+        yield TiledSchedule(block, width, stages, splits, resident, threads)
 
 
 def _power_of_two(most: int) -> int:
@@ -102,25 +80,17 @@ def _power_of_two(most: int) -> int:
 def space(problem: Problem, target: Target, *, staged: int = 1) -> Mapping[str, tuple[int, ...]]:
     """Tiles, stages, splits, registers, threads."""
     usual = default(problem, target, staged=staged)
-    if isinstance(usual, TiledForward):
-        choices: dict[str, tuple[int, ...]] = {
-            "block_tokens": (16, 32, 64, 128),
-            "block_width": (32, 64, 128, 256),
-            "stages": tuple(range(1, _most_stages(problem, staged) + 1)),
-            "splits": (1, 2, 4, 8, 16, 32, 64),
-        }
-    else:
-        choices = {
-            "block_tokens": (16, 32, 64, 128),
-            "block_width": (32, 64, 128, 256),
-            "stages": tuple(range(1, _most_stages(problem, staged) + 1)),
-            "splits": (1, 2, 4, 8, 16, 32),
-        }
+    choices: dict[str, tuple[int, ...]] = {
+        "block_tokens": (16, 32, 64, 128),
+        "block_width": (32, 64, 128, 256),
+        "stages": tuple(range(1, _most_stages(problem, staged) + 1)),
+        "splits": (1, 2, 4, 8, 16, 32, 64) if problem.direction == "forward" else (1, 2, 4, 8, 16, 32),
+    }
     choices |= {"resident": (1, 2, 3, 4), "threads": (64, 128, 256)}
     return {name: tuple(sorted({*values, getattr(usual, name)})) for name, values in choices.items()}
 
 
-def why_invalid(problem: Problem, schedule: Tiled, target: Target, *, staged: int = 1) -> str | None:
+def why_invalid(problem: Problem, schedule: TiledSchedule, target: Target, *, staged: int = 1) -> str | None:
     """None, or the rule that the schedule breaks."""
     rows = schedule.block_tokens
     for name, size in (("tokens", rows), ("columns", schedule.block_width)):
@@ -129,7 +99,7 @@ def why_invalid(problem: Problem, schedule: Tiled, target: Target, *, staged: in
     why = why_bad_threads(schedule.threads, target) or _why_bad_counts(problem, schedule, staged)
     if why:
         return why
-    if isinstance(schedule, TiledForward):
+    if problem.direction == "forward":
         shared = _even(schedule.threads, rows)
     else:
         shared = _even(schedule.threads, rows, schedule.block_width) and _even(schedule.threads, schedule.block_width)
@@ -145,15 +115,14 @@ def why_invalid(problem: Problem, schedule: Tiled, target: Target, *, staged: in
     return why_too_much_scratch((needed + SYSTEM_SHARED) * schedule.resident - SYSTEM_SHARED, target)
 
 
-def _why_bad_counts(problem: Problem, schedule: Tiled, staged: int) -> str | None:
+def _why_bad_counts(problem: Problem, schedule: TiledSchedule, staged: int) -> str | None:
     most = _most_stages(problem, staged)
-    if isinstance(schedule, TiledForward):
+    if problem.direction == "forward":
         columns = -(-problem.fan_in // schedule.block_width)
         if not 1 <= schedule.splits <= columns:
             return f"splits must be in 1..{columns}, the blocks of columns, got {schedule.splits}: choose 1"
-    else:
-        if not 1 <= schedule.splits <= 1024:
-            return f"splits must be in 1..1024, got {schedule.splits}: choose 4"
+    elif not 1 <= schedule.splits <= 1024:
+        return f"splits must be in 1..1024, got {schedule.splits}: choose 4"
     if not 1 <= schedule.stages <= most:
         return f"stages must be in 1..{most} for {problem.dtype}, got {schedule.stages}: choose 1"
     if not 1 <= schedule.resident <= 8:
@@ -177,9 +146,9 @@ def _even(threads: int, rows: int, columns: int | None = None) -> bool:
     return warps % bands == 0 and (columns is None or columns % (8 * warps // bands) == 0)
 
 
-def padded_outputs(problem: Problem, schedule: Tiled) -> int:
+def padded_outputs(problem: Problem, schedule: TiledSchedule) -> int:
     """Columns of the sums for both parts of all outputs: every warp gets whole instructions."""
-    rows = schedule.block_tokens if isinstance(schedule, TiledForward) else schedule.block_width
+    rows = schedule.block_tokens if problem.direction == "forward" else schedule.block_width
     unit = max(MMA, 8 * -(-schedule.threads // 32 * MMA // rows))
     return -(-2 * problem.outputs // unit) * unit
 
@@ -189,19 +158,19 @@ def padded_products(problem: Problem) -> int:
     return -(-3 * problem.outputs // MMA) * MMA
 
 
-def registers(problem: Problem, schedule: Tiled) -> int:
+def registers(problem: Problem, schedule: TiledSchedule) -> int:
     """float32 values that a thread holds of its tiles of sums."""
     sums = padded_outputs(problem, schedule)
-    if isinstance(schedule, TiledForward):
+    if problem.direction == "forward":
         return -(-schedule.block_tokens * (schedule.block_width + sums) // schedule.threads)
     return -(-schedule.block_width * (schedule.block_tokens + sums) // schedule.threads)
 
 
-def scratch(problem: Problem, schedule: Tiled, *, staged: int = 1) -> int:
+def scratch(problem: Problem, schedule: TiledSchedule, *, staged: int = 1) -> int:
     """Bytes of shared memory: the tiles of the loop, or the settled sums after it where they need more."""
     size, outputs, width = DTYPE_BYTES[problem.dtype], problem.outputs, schedule.block_width
     sums = padded_outputs(problem, schedule)
-    if isinstance(schedule, TiledForward):
+    if problem.direction == "forward":
         rows = schedule.block_tokens
         held = schedule.stages * width * (rows * size + outputs * 4) + 2 * sums * width
         settled = 4 * rows * sums

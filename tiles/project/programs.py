@@ -13,14 +13,14 @@ import tilelang.language as T
 from tiles.dialect import Cpu, Dialect, View
 from tiles.family import Problem
 from tiles.project import matmul_programs
-from tiles.project.matmul_schedule import TiledBackward, TiledForward
+from tiles.project.matmul_schedule import TiledSchedule
 from tiles.project.schedule import BackwardSchedule, ForwardSchedule, Schedule
 from tiles.values import Buffer, Expr, as_value, bind, token_range, variable
 
 
 def forward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
     """z_tk = Σ_c x̄_tc phi_kc;  s_t = Σ_c x̄_tc²."""
-    if isinstance(schedule, TiledForward):
+    if isinstance(schedule, TiledSchedule):
         return matmul_programs.forward(problem, schedule, dialect)
     assert isinstance(schedule, ForwardSchedule)
     assert isinstance(dialect, Cpu)
@@ -80,7 +80,7 @@ def projection(problem: Problem, schedule: Any, dialect: Cpu) -> Any:
 
 def backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
     """dx̄_tc = Σ_k dz_tk phi_kc + 2 ds_t x̄_tc;  dphi_kc = Σ_t dz_tk x̄_tc, one partial sum per split of the tokens."""
-    if isinstance(schedule, TiledBackward):
+    if isinstance(schedule, TiledSchedule):
         return matmul_programs.backward(problem, schedule, dialect)
     assert isinstance(schedule, BackwardSchedule)
     assert isinstance(dialect, Cpu)

@@ -19,7 +19,7 @@ from tiles.limits import (
     why_too_much_scratch,
 )
 from tiles.project import matmul_schedule
-from tiles.project.matmul_schedule import TiledBackward, TiledForward
+from tiles.project.matmul_schedule import TiledSchedule
 from tiles.target import Target
 
 
@@ -59,7 +59,7 @@ class BackwardSchedule:
 
 
 OnCpu = ForwardSchedule | BackwardSchedule
-Schedule = OnCpu | TiledForward | TiledBackward
+Schedule = OnCpu | TiledSchedule
 
 
 def default(problem: Problem, target: Target) -> Schedule:
@@ -99,10 +99,10 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
 
 def why_invalid(problem: Problem, schedule: Schedule, target: Target) -> str | None:
     """None, or the rule that the schedule breaks."""
-    tiled = isinstance(schedule, TiledForward | TiledBackward)
+    tiled = isinstance(schedule, TiledSchedule)
     if tiled != (target.kind == "cuda"):
         return f"a schedule must be of its target's kind, got {schedule} for {target}: re-tune this kernel"
-    if isinstance(schedule, TiledForward | TiledBackward):
+    if isinstance(schedule, TiledSchedule):
         return matmul_schedule.why_invalid(problem, schedule, target)
     tokens, outputs, width = schedule.register_tokens, schedule.register_outputs, schedule.block_width
     why = why_bad_threads(schedule.threads, target) or why_bad_register_block(tokens, outputs)
@@ -129,7 +129,7 @@ def _why_invalid_backward(problem: Problem, schedule: BackwardSchedule, target: 
 
 def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
     """Bytes of scratch."""
-    if isinstance(schedule, TiledForward | TiledBackward):
+    if isinstance(schedule, TiledSchedule):
         return matmul_schedule.scratch(problem, schedule)
     if isinstance(schedule, ForwardSchedule):
         return 4 * forward_scratch(problem, schedule)
