@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import tilelang.language as T
 
-from tiles.limits import DOT_LANES
+from tiles.limits import DOT_LANES, OWNED_REGISTERS
 from tiles.rows import CpuRow, CudaRow, Row
 from tiles.target import Target
 from tiles.values import Buffer, Expr
@@ -42,6 +42,19 @@ class Dialect(Protocol):
 
     def scratch(self, *extents: int) -> Buffer:
         """Uninitialised float32 storage that is indexed freely: by a lane, by a serial loop, by all lanes alike."""
+
+    def own(self, *extents: int) -> Buffer:
+        """Uninitialised float32 storage. The last index is a lane of `own_lanes`, which alone touches its part; the
+        others come from `each`, so that registers can hold it."""
+
+    def own_lanes(self, count: int) -> Any:
+        """A loop over lanes that own storage. On CUDA a kernel with such loops has a thread for each lane."""
+
+    def each(self, count: int) -> Any:
+        """A loop over an index of what lanes own."""
+
+    def reciprocal(self, value: Expr) -> Expr:
+        """1 / value to about float32's precision, for values far from float32's limits."""
 
     def row(self, tensor: Buffer, dtype: str, lanes: int, *, copied: bool = False) -> Row:
         """`lanes` elements of a tensor's row for a lane loop; `copied` where the loop reads what it also writes."""
@@ -106,6 +119,18 @@ class Cpu:
 
     def scratch(self, *extents: int) -> Buffer:
         return T.alloc_local(extents, "float32")
+
+    def own(self, *extents: int) -> Buffer:
+        return self.scratch(*extents)
+
+    def own_lanes(self, count: int) -> Any:
+        return T.serial(count)
+
+    def each(self, count: int) -> Any:
+        return T.serial(count)
+
+    def reciprocal(self, value: Expr) -> Expr:
+        return T.float32(1) / value
 
     def row(self, tensor: Buffer, dtype: str, lanes: int, *, copied: bool = False) -> Row:
         return CpuRow(self, tensor, dtype, lanes, copied)
@@ -175,6 +200,18 @@ class Cuda:
     def scratch(self, *extents: int) -> Buffer:
         return T.alloc_shared(extents, "float32")
 
+    def own(self, *extents: int) -> Buffer:
+        return Registers(extents[:-1]) if prod(extents[:-1]) <= OWNED_REGISTERS else self.scratch(*extents)
+
+    def own_lanes(self, count: int) -> Any:
+        return (T.get_thread_binding(),)
+
+    def each(self, count: int) -> Any:
+        return T.unroll(count) if count**2 <= OWNED_REGISTERS else T.serial(count)
+
+    def reciprocal(self, value: Expr) -> Expr:
+        return T.fast_rcp(value)
+
     def row(self, tensor: Buffer, dtype: str, lanes: int, *, copied: bool = False) -> Row:
         return CudaRow(tensor, dtype, lanes)
 
@@ -190,7 +227,29 @@ class Cuda:
         return T.exp(value)
 
     def barrier(self) -> Any:
-        T.sync_threads()
+        return T.sync_threads()  # a macro emits what its statements evaluate to
+
+
+class Registers:
+    """What a CUDA thread owns: `[..., lane]` is its element `[...]`, as a lane is a thread."""
+
+    def __init__(self, extents: tuple[int, ...]) -> None:
+        self._held = T.alloc_local(extents or (1,), "float32")
+
+    def __getitem__(self, index: Any) -> Expr:
+        return self._held[_without_lane(index)]
+
+    def __setitem__(self, index: Any, value: Expr) -> None:
+        _put(self._held, _without_lane(index), value)
+
+
+def _without_lane(index: Any) -> tuple[Expr, ...]:
+    return (index[:-1] if isinstance(index, tuple) else ()) or (0,)
+
+
+@T.macro
+def _put(held: Buffer, index: Any, value: Expr) -> None:
+    held[index] = value
 
 
 @T.macro

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tiles.target import Target
 
 SHARED_BYTES = {
@@ -20,6 +22,8 @@ STACK_BYTES = 512 * 1024
 REGISTERS = 160
 """float32 accumulators a CUDA thread may hold; above this the 255 registers spill."""
 
+OWNED_REGISTERS = 64
+"""Floats of one array of its own that a CUDA thread keeps in registers; a longer one is in shared memory."""
 
 DOT_LANES = 16
 """On a CPU a running dot product is one vector of partial sums, of at most this many lanes (`tiles.prelude`)."""
@@ -41,6 +45,11 @@ def scratch_bytes(target: Target) -> int:
     if target.kind == "cpu":
         return STACK_BYTES
     return SHARED_BYTES.get(target.arch, SHARED_BYTES_HOPPER)
+
+
+def owned_scratch(target: Target) -> Callable[[int], int]:
+    """Of so many floats that a lane owns, those that are in scratch (`Dialect.own`)."""
+    return lambda floats: floats if target.kind == "cpu" or floats > OWNED_REGISTERS else 0
 
 
 def why_too_much_scratch(needed: int, target: Target) -> str | None:

@@ -47,10 +47,7 @@ class Simulated:
             buffer.name: "float32" if str(buffer.dtype) == "float32" else problem.dtype
             for buffer in program.buffer_map.values()
         }
-        self.shapes = {
-            buffer.name: [int(size) if hasattr(size, "value") else str(size.name) for size in buffer.shape]
-            for buffer in program.buffer_map.values()
-        }
+        self.shapes = {buffer.name: [str(size) for size in buffer.shape] for buffer in program.buffer_map.values()}
 
     def run(self, inputs: dict[str, Any], tokens: int, splits: int = 1) -> dict[str, torch.Tensor]:
         """All results; partials summed over splits. Results and workspace start out as NaN."""
@@ -60,7 +57,7 @@ class Simulated:
         for name, shape in self.shapes.items():
             if name not in arguments or not is_given(arguments[name]):
                 dtype = DTYPES[arguments[name].dtype if name in arguments else self.workspace[name]]
-                values[name] = torch.full([sizes.get(size, size) for size in shape], torch.nan, dtype=dtype)
+                values[name] = torch.full([eval(size, sizes) for size in shape], torch.nan, dtype=dtype)
             elif arguments[name].role == "updated":
                 values[name] = inputs[name].clone()
         passed = [

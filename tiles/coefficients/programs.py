@@ -14,7 +14,7 @@ from tiles.values import as_value, bind, token_range
 
 def sinkhorn_forward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect) -> Any:
     """res = SK(logits)."""
-    n, block = problem.streams, schedule.block_tokens
+    n, block, each = problem.streams, schedule.block_tokens, dialect.each
     rounds = Sinkhorn(problem, block, dialect)
     tokens = T.dynamic("tokens")
 
@@ -23,23 +23,24 @@ def sinkhorn_forward(problem: Problem, schedule: CoefficientsSchedule, dialect: 
         logits: T.Tensor((tokens, n, n), "float32"),
         res: T.Tensor((tokens, n, n), "float32"),
     ):
-        with dialect.kernel(T.ceildiv(tokens, block), threads=schedule.threads) as start:
-            work, matrix = dialect.scratch(n, n, block), dialect.scratch(n, n, block)
-            column = dialect.scratch(n, block)
-            for i, j in T.grid(n, n):
-                for lane in dialect.lanes(block):
-                    work[i, j, lane] = logits[T.min(start * block + lane, tokens - 1), i, j]
+        with dialect.kernel(T.ceildiv(tokens, block), threads=block) as start:
+            work, matrix, column = dialect.own(n, n, block), dialect.own(n, n, block), dialect.own(n, block)
+            for i in each(n):
+                for j in each(n):
+                    for lane in dialect.own_lanes(block):
+                        work[i, j, lane] = logits[T.min(start * block + lane, tokens - 1), i, j]
             rounds.forward(work, matrix, column, None)
-            for i, j in T.grid(n, n):
-                for lane in dialect.lanes(block):
-                    res[T.min(start * block + lane, tokens - 1), i, j] = matrix[i, j, lane]
+            for i in each(n):
+                for j in each(n):
+                    for lane in dialect.own_lanes(block):
+                        res[T.min(start * block + lane, tokens - 1), i, j] = matrix[i, j, lane]
 
     return sinkhorn_forward
 
 
 def sinkhorn_backward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect) -> Any:
     """dlogits = SKᵀ(dres)."""
-    n, block = problem.streams, schedule.block_tokens
+    n, block, each = problem.streams, schedule.block_tokens, dialect.each
     rounds = Sinkhorn(problem, block, dialect)
     tokens = T.dynamic("tokens")
 
@@ -49,19 +50,21 @@ def sinkhorn_backward(problem: Problem, schedule: CoefficientsSchedule, dialect:
         dres: T.Tensor((tokens, n, n), "float32"),
         dlogits: T.Tensor((tokens, n, n), "float32"),
     ):
-        with dialect.kernel(T.ceildiv(tokens, block), threads=schedule.threads) as start:
-            work, matrix = dialect.scratch(n, n, block), dialect.scratch(n, n, block)
-            grad, column = dialect.scratch(n, n, block), dialect.scratch(n, block)
+        with dialect.kernel(T.ceildiv(tokens, block), threads=block) as start:
+            work, matrix = dialect.scratch(n, n, block), dialect.own(n, n, block)
+            grad, column = dialect.own(n, n, block), dialect.own(n, block)
             kept = dialect.scratch(max(1, problem.rounds - 1), 2 * n, block)
-            for i, j in T.grid(n, n):
-                for lane in dialect.lanes(block):
-                    work[i, j, lane] = logits[T.min(start * block + lane, tokens - 1), i, j]
-                    grad[i, j, lane] = dres[T.min(start * block + lane, tokens - 1), i, j]
+            for i in each(n):
+                for j in each(n):
+                    for lane in dialect.own_lanes(block):
+                        work[i, j, lane] = logits[T.min(start * block + lane, tokens - 1), i, j]
+                        grad[i, j, lane] = dres[T.min(start * block + lane, tokens - 1), i, j]
             rounds.forward(work, matrix, column, kept)
             rounds.backward(work, matrix, column, kept, grad)
-            for i, j in T.grid(n, n):
-                for lane in dialect.lanes(block):
-                    dlogits[T.min(start * block + lane, tokens - 1), i, j] = grad[i, j, lane]
+            for i in each(n):
+                for j in each(n):
+                    for lane in dialect.own_lanes(block):
+                        dlogits[T.min(start * block + lane, tokens - 1), i, j] = grad[i, j, lane]
 
     return sinkhorn_backward
 
@@ -83,14 +86,11 @@ def forward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect) 
         post: T.Tensor((tokens, n), "float32"),
         res: T.Tensor((tokens, n, n), "float32"),
     ):
-        with dialect.kernel(T.ceildiv(tokens, block), threads=schedule.threads) as step:
+        with dialect.kernel(T.ceildiv(tokens, block), threads=block) as step:
             held = coefficients.scratch()
             start, last = bind(step * block), as_value(tokens)
             coefficients.run(held, z, s, alpha, bias, eps, start, last)
-            coefficients.store(held, post, res, start, last)
-            for i in T.serial(n):
-                for lane in dialect.lanes(block):
-                    pre[T.min(start + lane, tokens - 1), i] = held.pre[i, lane]
+            coefficients.store(held, pre, post, res, start, last)
 
     return coefficients_forward
 
@@ -98,7 +98,7 @@ def forward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect) 
 def backward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect) -> Any:
     """dh from dpre, dpost and dres;  dz = alpha∘dh·r;  ds = -½ r² Σ_k alpha dh_k z_k r / K;
     dalpha_g = Σ_t Σ_{k∈g} dh_k z_k r and dbias = Σ_t dh, one partial sum per split of the tokens."""
-    n, block, outputs = problem.streams, schedule.block_tokens, problem.outputs
+    n, block, outputs, each = problem.streams, schedule.block_tokens, problem.outputs, dialect.each
     coefficients = Backward(problem, block, dialect)
     tokens, splits = T.dynamic("tokens"), T.dynamic("splits")
 
@@ -117,25 +117,21 @@ def backward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect)
         dalpha: T.Tensor((splits, 3), "float32"),
         dbias: T.Tensor((splits, outputs), "float32"),
     ):
-        with dialect.kernel(splits, threads=schedule.threads) as split:
+        with dialect.kernel(splits, threads=block) as split:
             held = coefficients.scratch()
             coefficients.clear(held)
             first, last, blocks = token_range(tokens, split, splits, block)
             for step in T.serial(blocks[0]):
                 start = bind(first[0] + step * block)
-                for i in T.serial(n):
-                    for lane in dialect.lanes(block):
+                for i in each(n):
+                    for lane in dialect.own_lanes(block):
                         held.dpre[i, lane] = dpre[T.min(start + lane, last[0] - 1), i]
                         held.dpost[i, lane] = dpost[T.min(start + lane, last[0] - 1), i]
-                for i, j in T.grid(n, n):
-                    for lane in dialect.lanes(block):
-                        held.dres[i, j, lane] = dres[T.min(start + lane, last[0] - 1), i, j]
+                    for j in each(n):
+                        for lane in dialect.own_lanes(block):
+                            held.dres[i, j, lane] = dres[T.min(start + lane, last[0] - 1), i, j]
                 coefficients.run(held, z, s, alpha, bias, eps, start, last[0])
-                for lane in dialect.lanes(block):
-                    ds[T.min(start + lane, last[0] - 1)] = held.ds[lane]
-                for k in T.serial(outputs):
-                    for lane in dialect.lanes(block):
-                        dz[T.min(start + lane, last[0] - 1), k] = held.dz[k, lane]
+                coefficients.store_logits(held, dz, ds, start, last[0])
             coefficients.store(held, dalpha, dbias, split)
 
     return coefficients_backward

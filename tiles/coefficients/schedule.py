@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tiles.family import Problem
-from tiles.limits import scratch_bytes, why_bad_threads, why_too_much_scratch
+from tiles.limits import owned_scratch, scratch_bytes, why_too_much_scratch
 from tiles.target import Target
 
 
@@ -14,26 +14,23 @@ from tiles.target import Target
 class CoefficientsSchedule:
     """How many tokens are worked on at once.
 
-    block_tokens: lanes, one token each.
-    threads: CUDA threads a block; 0 on a CPU.
+    block_tokens: lanes, one token each; on CUDA the threads of a block.
     """
 
     block_tokens: int
-    threads: int
 
 
 def default(problem: Problem, target: Target) -> CoefficientsSchedule:
     """The most lanes up to 32 whose scratch fits."""
     lanes = 32
-    while lanes > 1 and 4 * _floats(problem, lanes) > scratch_bytes(target):
+    while lanes > 1 and scratch(problem, CoefficientsSchedule(lanes), target) > scratch_bytes(target):
         lanes //= 2
-    return CoefficientsSchedule(lanes, 0 if target.kind == "cpu" else 32)
+    return CoefficientsSchedule(lanes)
 
 
 def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
-    """Lanes; thread counts on CUDA."""
-    lanes = {8, 16, 32, 64, 128, default(problem, target).block_tokens}
-    return {"block_tokens": tuple(sorted(lanes)), "threads": (0,) if target.kind == "cpu" else (32, 64, 128)}
+    """Lanes."""
+    return {"block_tokens": tuple(sorted({8, 16, 32, 64, 128, default(problem, target).block_tokens}))}
 
 
 def why_invalid(problem: Problem, schedule: CoefficientsSchedule, target: Target) -> str | None:
@@ -41,33 +38,30 @@ def why_invalid(problem: Problem, schedule: CoefficientsSchedule, target: Target
     lanes = schedule.block_tokens
     if not 1 <= lanes <= 1024:
         return f"block_tokens must be in 1..1024, got {lanes}: choose 32"
-    return why_bad_threads(schedule.threads, target) or why_too_much_scratch(scratch(problem, schedule, target), target)
+    return why_too_much_scratch(scratch(problem, schedule, target), target)
 
 
 def scratch(problem: Problem, schedule: CoefficientsSchedule, target: Target) -> int:
     """Bytes of scratch."""
-    return 4 * _floats(problem, schedule.block_tokens)
-
-
-def _floats(problem: Problem, lanes: int) -> int:
-    """float32 values that the program's scratch holds."""
-    n = problem.streams
+    n, lanes, owned = problem.streams, schedule.block_tokens, owned_scratch(target)
     if problem.op == "coefficients":
-        return forward_scratch(problem, lanes) if problem.direction == "forward" else backward_scratch(problem, lanes)
-    held = 2 * n * n + n
-    if problem.direction == "backward":
-        held += n * n + 2 * n * max(1, problem.rounds - 1)
-    return held * lanes
+        held = forward_scratch if problem.direction == "forward" else backward_scratch
+        return 4 * held(problem, lanes, target)
+    matrix, column = owned(n * n), owned(n)
+    if problem.direction == "forward":
+        return 4 * lanes * (2 * matrix + column)
+    return 4 * lanes * (n * n + 2 * matrix + column + 2 * n * max(1, problem.rounds - 1))
 
 
-def forward_scratch(problem: Problem, lanes: int) -> int:
-    """float32 values that `programs.Forward` holds in scratch."""
-    n = problem.streams
-    return (2 * n * n + 3 * n + 1) * lanes
+def forward_scratch(problem: Problem, lanes: int, target: Target) -> int:
+    """float32 values that `gates.Forward` holds in scratch."""
+    n, owned = problem.streams, owned_scratch(target)
+    return lanes * (2 * owned(n * n) + 3 * owned(n) + owned(1))
 
 
-def backward_scratch(problem: Problem, lanes: int) -> int:
-    """float32 values that `programs.Backward` holds in scratch."""
-    n = problem.streams
-    held = 2 * n * max(1, problem.rounds - 1) + n * n + 2 * n + 2 * problem.outputs + 4
-    return forward_scratch(problem, lanes) + held * lanes
+def backward_scratch(problem: Problem, lanes: int, target: Target) -> int:
+    """float32 values that `gates.Backward` holds in scratch."""
+    n, outputs, owned = problem.streams, problem.outputs, owned_scratch(target)
+    forward = n * n + owned(n * n) + 3 * owned(n) + owned(1)
+    kept, sums = 2 * n * max(1, problem.rounds - 1), outputs + 3
+    return lanes * (forward + kept + 2 * owned(n) + owned(n * n) + owned(outputs) + 2 * owned(1) + sums)

@@ -21,17 +21,18 @@ LOWEST = -1e38  # keeps a difference of two finite logits finite
 
 
 class Sinkhorn:
-    """The rounds on blocks of matrices; `logits` and `matrix` are scratch [n, n, tokens]."""
+    """The rounds on blocks of matrices: `logits` [n, n, tokens] is scratch or owned, `matrix`, `grad` and `column`
+    [n, tokens] are owned by lanes, `kept` [rounds - 1, 2n, tokens] is scratch."""
 
     def __init__(self, problem: Problem, block: int, dialect: Dialect) -> None:
         n, rounds = problem.streams, problem.rounds
-        streams = tuple(range(n))
+        streams, each = tuple(range(n)), dialect.each
 
         @T.macro
         def column_start(logits: Any, column: Any) -> None:
             """logits -> log of the first column step's numerators (at most 0); column[j] its sums, in [1, n]."""
-            for j in T.serial(n):
-                for lane in dialect.lanes(block):
+            for j in each(n):
+                for lane in dialect.own_lanes(block):
                     values = [bind(logits[i, j, lane]) for i in streams]
                     top = bind(_maximum(values))
                     shifted = [_bounded(bind(value - top)) for value in values]
@@ -42,30 +43,30 @@ class Sinkhorn:
         @T.macro
         def row_start(logits: Any, column: Any, matrix: Any) -> None:
             """The matrix after the first round."""
-            for i in T.serial(n):
-                for lane in dialect.lanes(block):
+            for i in each(n):
+                for lane in dialect.own_lanes(block):
                     values = [bind(logits[i, j, lane]) for j in streams]
                     top = bind(_maximum(values))
                     row = [bind(dialect.exp(values[j] - top) / column[j, lane]) for j in streams]
-                    inverse = bind(T.float32(1) / sum(row))
+                    inverse = bind(dialect.reciprocal(sum(row)))
                     for j in streams:
                         matrix[i, j, lane] = row[j] * inverse
 
         @T.macro
         def round_(matrix: Any, kept: Any, step: Any) -> None:
             """One round, columns then rows; `kept` [rounds, 2n, tokens] takes the sums where it is given."""
-            for j in T.serial(n):
-                for lane in dialect.lanes(block):
+            for j in each(n):
+                for lane in dialect.own_lanes(block):
                     total = bind(sum(matrix[i, j, lane] for i in streams))
-                    inverse = bind(T.float32(1) / total)
+                    inverse = bind(dialect.reciprocal(total))
                     if kept is not None:
                         kept[step, j, lane] = total
                     for i in streams:
                         matrix[i, j, lane] = matrix[i, j, lane] * inverse
-            for i in T.serial(n):
-                for lane in dialect.lanes(block):
+            for i in each(n):
+                for lane in dialect.own_lanes(block):
                     total = bind(sum(matrix[i, j, lane] for j in streams))
-                    inverse = bind(T.float32(1) / total)
+                    inverse = bind(dialect.reciprocal(total))
                     if kept is not None:
                         kept[step, n + i, lane] = total
                     for j in streams:
@@ -73,16 +74,16 @@ class Sinkhorn:
 
         @T.macro
         def row_back(matrix: Any, grad: Any) -> None:
-            for i in T.serial(n):
-                for lane in dialect.lanes(block):
+            for i in each(n):
+                for lane in dialect.own_lanes(block):
                     total = bind(sum(grad[i, j, lane] for j in streams))
                     for j in streams:
                         grad[i, j, lane] = grad[i, j, lane] - matrix[i, j, lane] * total
 
         @T.macro
         def column_back(matrix: Any, grad: Any) -> None:
-            for j in T.serial(n):
-                for lane in dialect.lanes(block):
+            for j in each(n):
+                for lane in dialect.own_lanes(block):
                     total = bind(sum(grad[i, j, lane] for i in streams))
                     for i in streams:
                         grad[i, j, lane] = grad[i, j, lane] - matrix[i, j, lane] * total
@@ -98,23 +99,27 @@ class Sinkhorn:
         @T.macro
         def backward(logits: Any, matrix: Any, column: Any, kept: Any, grad: Any) -> None:
             """grad: of the matrix that `forward` left -> of the logits that it was given."""
-            for i, j in T.grid(n, n):
-                for lane in dialect.lanes(block):
-                    grad[i, j, lane] = grad[i, j, lane] * matrix[i, j, lane]
+            for i in each(n):
+                for j in each(n):
+                    for lane in dialect.own_lanes(block):
+                        grad[i, j, lane] = grad[i, j, lane] * matrix[i, j, lane]
             for back in T.serial(rounds - 1):
                 step = rounds - 2 - back
                 row_back(matrix, grad)
-                for i, j in T.grid(n, n):
-                    for lane in dialect.lanes(block):
-                        matrix[i, j, lane] = matrix[i, j, lane] * kept[step, n + i, lane]
+                for i in each(n):
+                    for j in each(n):
+                        for lane in dialect.own_lanes(block):
+                            matrix[i, j, lane] = matrix[i, j, lane] * kept[step, n + i, lane]
                 column_back(matrix, grad)
-                for i, j in T.grid(n, n):
-                    for lane in dialect.lanes(block):
-                        matrix[i, j, lane] = matrix[i, j, lane] * kept[step, j, lane]
+                for i in each(n):
+                    for j in each(n):
+                        for lane in dialect.own_lanes(block):
+                            matrix[i, j, lane] = matrix[i, j, lane] * kept[step, j, lane]
             row_back(matrix, grad)
-            for i, j in T.grid(n, n):
-                for lane in dialect.lanes(block):
-                    matrix[i, j, lane] = dialect.exp(logits[i, j, lane]) / column[j, lane]
+            for i in each(n):
+                for j in each(n):
+                    for lane in dialect.own_lanes(block):
+                        matrix[i, j, lane] = dialect.exp(logits[i, j, lane]) / column[j, lane]
             column_back(matrix, grad)
 
         self.forward, self.backward = forward, backward

@@ -5,7 +5,7 @@ time come from the L2 cache. The coefficients are a kernel of their own, a lane 
 x [T, nC]: stream i of a token begins at column i·C.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import tilelang.language as T
 
@@ -15,15 +15,16 @@ from tiles.coefficients import gates
 from tiles.dialect import Dialect
 from tiles.facts import checked
 from tiles.family import Problem
-from tiles.fused.chain_schedule import ChainSchedule, tiled
+from tiles.fused.chain_schedule import ChainSchedule, split_sums, tiled
+from tiles.matmul import tiles_for
 from tiles.project.matmul_programs import SplitSums, column_groups, gradients, projection
 from tiles.values import Buffer, Expr, as_value, variable
 
-LANE_THREADS = 32
-"""Threads of a block of the coefficients' kernel: one warp, whose lanes are tokens and share nothing."""
+SPLITS_AHEAD = 4
+"""Splits whose sums are loaded at a time where they are added up."""
 
-SUM_ROWS = 32
-"""Rows that are summed side by side where the sums of all lane blocks are joined."""
+SUM_ROWS, JOIN_THREADS = 32, 256
+"""Rows that are summed side by side where the sums of all lane blocks are joined, and threads of that kernel."""
 
 
 def pre_forward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) -> Any:
@@ -46,12 +47,12 @@ def pre_forward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) -> 
         res: T.Tensor((tokens, n, n), "float32"),
         z: T.Tensor((tokens, outputs), "float32"),
         s: T.Tensor((tokens,), "float32"),
-        parts: T.Tensor((schedule.splits, tokens, outputs + 1), "float32"),
+        parts: T.Tensor((schedule.splits, tokens * (outputs + 1)), "float32"),
         pre: T.Tensor((tokens, n), "float32"),
     ):
         with dialect.kernel(before.groups(tokens), schedule.splits, threads=schedule.threads) as (group, split):
-            before.project(x, phi, group, split, as_value(tokens), SplitSums(parts, split))
-        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=LANE_THREADS) as block:
+            before.project(x, phi, group, split, as_value(tokens), SplitSums(parts, split, outputs))
+        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=schedule.lane_tokens) as block:
             before.coefficients(alpha, bias, eps, pre, post, res, z, s, parts, block, as_value(tokens))
         with dialect.kernel(rows.blocks(tokens), threads=schedule.row_threads) as block:
             for turn in T.serial(rows.turns(block, tokens)):
@@ -86,7 +87,7 @@ def step_forward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) ->
         res_next: T.Tensor((tokens, n, n), "float32"),
         z: T.Tensor((tokens, outputs), "float32"),
         s: T.Tensor((tokens,), "float32"),
-        parts: T.Tensor((schedule.splits, tokens, outputs + 1), "float32"),
+        parts: T.Tensor((schedule.splits, tokens * (outputs + 1)), "float32"),
         pre: T.Tensor((tokens, n), "float32"),
     ):
         with dialect.kernel(rows.blocks(tokens), threads=schedule.row_threads) as block:
@@ -94,8 +95,8 @@ def step_forward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) ->
                 token = rows.token(block, turn)
                 mixed.merge(x, f, x_next, token, mixed.mixing(res, token), mixed.gates(post, token))
         with dialect.kernel(before.groups(tokens), schedule.splits, threads=schedule.threads) as (group, split):
-            before.project(x_next, phi, group, split, as_value(tokens), SplitSums(parts, split))
-        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=LANE_THREADS) as block:
+            before.project(x_next, phi, group, split, as_value(tokens), SplitSums(parts, split, outputs))
+        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=schedule.lane_tokens) as block:
             before.coefficients(alpha, bias, eps, pre, post_next, res_next, z, s, parts, block, as_value(tokens))
         with dialect.kernel(rows.blocks(tokens), threads=schedule.row_threads) as block:
             for turn in T.serial(rows.turns(block, tokens)):
@@ -140,13 +141,13 @@ def pre_backward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) ->
             for turn in T.serial(rows.turns(block, tokens)):
                 token = rows.token(block, turn)
                 apply.weigh(x, du, token, dpre, token)
-        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=LANE_THREADS) as block:
+        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=schedule.lane_tokens) as block:
             grads, sums = (dpre, dpost, dres), (alphas, biases)
             after.coefficients(*grads, z, s, alpha, bias, eps, dz, ds, pre, *sums, block, as_value(tokens))
         with dialect.kernel(after.groups, splits, threads=schedule.threads) as (group, split):
             beside = (du, dx, pre)
             after.spread(x, phi, dz, ds, dx, dphi, group, split, as_value(tokens), as_value(splits), beside)
-        with dialect.kernel(splits, threads=schedule.row_threads) as split:
+        with dialect.kernel(splits, threads=JOIN_THREADS) as split:
             after.join(alphas, biases, dalpha, dbias, split, as_value(tokens), as_value(splits))
 
     return after.planned(pre_backward)
@@ -200,7 +201,7 @@ def step_backward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) -
             for turn in T.serial(rows.turns(block, tokens)):
                 token = rows.token(block, turn)
                 apply.weigh(near, du, token, dpre, token)
-        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=LANE_THREADS) as block:
+        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=schedule.lane_tokens) as block:
             grads, sums = (dpre, dpost_next, dres_next), (alphas, biases)
             after.coefficients(*grads, z, s, alpha, bias, eps, dz, ds, pre, *sums, block, as_value(tokens))
         with dialect.kernel(after.groups, splits, threads=schedule.threads) as (group, split):
@@ -211,7 +212,7 @@ def step_backward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) -
                 token = rows.token(block, turn)
                 mix, gate = mixed.mixing(res, token), mixed.gates(post, token)
                 mixed.merge_back(x, f, near, dx, df, dres, dpost, token, mix, gate)
-        with dialect.kernel(splits, threads=schedule.row_threads) as split:
+        with dialect.kernel(splits, threads=JOIN_THREADS) as split:
             after.join(alphas, biases, dalpha, dbias, split, as_value(tokens), as_value(splits))
 
     return after.planned(step_backward)
@@ -236,12 +237,27 @@ class _Rows:
         return variable(block + turn * self._blocks)
 
 
+class _Sums(NamedTuple):
+    """A block's sums [tokens · (N + 1)] as if they were all tokens' [T, N] or, where `column` is given, [T]."""
+
+    near: Buffer
+    start: Expr
+    outputs: int
+    column: int | None
+
+    def __getitem__(self, index: Any) -> Expr:
+        token, column = index if self.column is None else (index, self.column)
+        return self.near[(token - self.start) * (self.outputs + 1) + column]
+
+
 class _Before:
     """The macros before a sublayer: `project` for a tile, `coefficients` for a block of tokens."""
 
     def __init__(self, problem: Problem, schedule: ChainSchedule, dialect: Dialect) -> None:
-        n, block, outputs, splits = problem.streams, schedule.lane_tokens, problem.outputs, schedule.splits
-        lanes = gates.Forward(problem, block, dialect)
+        block, outputs, splits = schedule.lane_tokens, problem.outputs, schedule.splits
+        lanes, tiles = gates.Forward(problem, block, dialect), tiles_for(dialect)
+        turns, elements = split_sums(problem)
+        turn = block * elements
 
         @T.macro
         def coefficients(
@@ -259,22 +275,24 @@ class _Before:
         ) -> None:
             """The splits' sums in order, then all that comes from them."""
             start = variable(group * block)
-            held = lanes.scratch()
-            for k in T.serial(outputs + 1):
-                for lane in dialect.lanes(block):
-                    total = T.alloc_var("float32", init=0.0)
-                    for split in T.serial(splits):
-                        total += parts[split, T.min(start + lane, last - 1), k]
-                    if k < outputs:
-                        z[T.min(start + lane, last - 1), k] = total
-                    else:
-                        s[T.min(start + lane, last - 1)] = total
+            held, near = lanes.scratch(), dialect.scratch(turns * turn)
+            for at in T.serial(turns):
+                total = tiles.sums(1, turn)
+                for split in T.unroll(splits, unroll_factor=SPLITS_AHEAD):
+                    for _, e in dialect.lanes(1, turn):
+                        total[0, e] += parts[split, start * (outputs + 1) + at * turn + e]
+                for _, e in dialect.lanes(1, turn):
+                    near[at * turn + e] = total[0, e]
+            for t, k in dialect.lanes(block, outputs):
+                if start + t < last:
+                    z[start + t, k] = near[t * (outputs + 1) + k]
+            for t in dialect.lanes(block):
+                if start + t < last:
+                    s[start + t] = near[t * (outputs + 1) + outputs]
             dialect.barrier()
-            lanes.run(held, z, s, alpha, bias, eps, start, last)
-            lanes.store(held, post, res, start, last)
-            for i in T.serial(n):
-                for lane in dialect.lanes(block):
-                    pre[T.min(start + lane, last - 1), i] = held.pre[i, lane]
+            sums = _Sums(near, start, outputs, None), _Sums(near, start, outputs, outputs)
+            lanes.run(held, *sums, alpha, bias, eps, start, last)
+            lanes.store(held, pre, post, res, start, last)
 
         self.project, self.coefficients = projection(problem, tiled(schedule), dialect), coefficients
         self._tile = schedule.block_tokens
@@ -288,7 +306,7 @@ class _After:
     """The macros on the way back: `coefficients` for a block of tokens, `spread` for a tile of columns, `join`."""
 
     def __init__(self, problem: Problem, schedule: ChainSchedule, dialect: Dialect) -> None:
-        n, outputs, block = problem.streams, problem.outputs, schedule.lane_tokens
+        n, outputs, block, each = problem.streams, problem.outputs, schedule.lane_tokens, dialect.each
         lanes = gates.Backward(problem, block, dialect)
         self._schedule = schedule
 
@@ -314,21 +332,17 @@ class _After:
             start = variable(group * block)
             held = lanes.scratch()
             lanes.clear(held)
-            for i in T.serial(n):
-                for lane in dialect.lanes(block):
+            for i in each(n):
+                for lane in dialect.own_lanes(block):
                     held.dpre[i, lane] = dpre[i, T.min(start + lane, last - 1)]
                     held.dpost[i, lane] = dpost[T.min(start + lane, last - 1), i]
-            for i, j in T.grid(n, n):
-                for lane in dialect.lanes(block):
-                    held.dres[i, j, lane] = dres[T.min(start + lane, last - 1), i, j]
+                for j in each(n):
+                    for lane in dialect.own_lanes(block):
+                        held.dres[i, j, lane] = dres[T.min(start + lane, last - 1), i, j]
             lanes.run(held, z, s, alpha, bias, eps, start, last)
-            for lane in dialect.lanes(block):
-                ds[T.min(start + lane, last - 1)] = held.ds[lane]
-            for k in T.serial(outputs):
-                for lane in dialect.lanes(block):
-                    dz[T.min(start + lane, last - 1), k] = held.dz[k, lane]
-            for i in T.serial(n):
-                for lane in dialect.lanes(block):
+            lanes.store_logits(held, dz, ds, start, last)
+            for i in each(n):
+                for lane in dialect.own_lanes(block):
                     pre[T.min(start + lane, last - 1), i] = held.forward.pre[i, lane]
             lanes.store(held, alphas, biases, group)
 

@@ -21,6 +21,9 @@ ROW_THREADS = (64, 128, 256)
 ROW_BLOCKS = (0, 528)
 """Thread blocks of a pass over rows: four for each multiprocessor of a Hopper GPU; 0: one for each token."""
 
+SUM_ELEMENTS = 32
+"""Sums over splits that a thread holds at a time."""
+
 TILES = {
     "block_tokens": (16, 64, 128),
     "block_width": (32, 64, 128),
@@ -37,7 +40,7 @@ class ChainSchedule:
     """Project's tiles, passes over rows of tokens, and between them the coefficients.
 
     block_tokens, block_width, stages, splits, resident, threads: as in `TiledSchedule`.
-    lane_tokens: tokens of a thread block of the coefficients, a lane each.
+    lane_tokens: tokens of a thread block of the coefficients, a thread each.
     row_width: columns in one lane loop of aggregate and merge; a divisor of C.
     row_threads: CUDA threads of those passes.
     row_blocks: thread blocks of those passes, which take tokens in turns; 0: one for each token.
@@ -60,6 +63,12 @@ class ChainSchedule:
 def tiled(schedule: ChainSchedule) -> TiledSchedule:
     """Project's part."""
     return TiledSchedule(*(getattr(schedule, field.name) for field in fields(TiledSchedule)))
+
+
+def split_sums(problem: Problem) -> tuple[int, int]:
+    """A thread adds up N + 1 sums over splits for its lane's share of them: in how many turns, how many at a time."""
+    turns = -(-(problem.outputs + 1) // SUM_ELEMENTS)
+    return turns, -(-(problem.outputs + 1) // turns)
 
 
 def default(problem: Problem, target: Target) -> ChainSchedule:
@@ -90,7 +99,7 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
     tiles = matmul_schedule.space(problem, target, staged=_staged(problem))
     choices = {name: [value for value in values if value in TILES[name]] for name, values in tiles.items()}
     vectors = [8 * threads for threads in ROW_THREADS if problem.width % (8 * threads) == 0]
-    choices |= {"lane_tokens": [16, 32], "row_width": vectors, "row_threads": list(ROW_THREADS)}
+    choices |= {"lane_tokens": [32], "row_width": vectors, "row_threads": list(ROW_THREADS)}
     choices |= {"row_blocks": list(ROW_BLOCKS), "chunk_tokens": list(CHUNKS)}
     return {name: tuple(sorted({*values, getattr(usual, name)})) for name, values in choices.items()}
 
@@ -111,15 +120,19 @@ def why_invalid(problem: Problem, schedule: ChainSchedule, target: Target) -> st
     if rows != _rows(problem, target):
         op = "merge" if problem.op == "step" else "aggregate"
         why = apply.why_invalid(replace(problem, op=op, direction="backward"), rows, target)
-    return why or why_too_much_scratch(_lane_scratch(problem, schedule), target)
+    return why or why_too_much_scratch(_lane_scratch(problem, schedule, target), target)
 
 
-def scratch(problem: Problem, schedule: ChainSchedule) -> int:
+def scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
     """Bytes of shared memory of the kernel that needs most."""
     tiles = matmul_schedule.scratch(problem, tiled(schedule), staged=_staged(problem))
-    return max(tiles, _lane_scratch(problem, schedule))
+    return max(tiles, _lane_scratch(problem, schedule, target))
 
 
-def _lane_scratch(problem: Problem, schedule: ChainSchedule) -> int:
-    of = coefficients.forward_scratch if problem.direction == "forward" else coefficients.backward_scratch
-    return 4 * of(problem, schedule.lane_tokens)
+def _lane_scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
+    """Bytes for a block of tokens in the kernel of the coefficients; forward, the sums over splits as well."""
+    lanes = schedule.lane_tokens
+    if problem.direction == "backward":
+        return 4 * coefficients.backward_scratch(problem, lanes, target)
+    turns, elements = split_sums(problem)
+    return 4 * (coefficients.forward_scratch(problem, lanes, target) + turns * elements * lanes)

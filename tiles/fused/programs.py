@@ -86,7 +86,6 @@ def step_forward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
             for t in T.serial(count):
                 token = variable(start + t)
                 apply.merge(x, f, x_next, token, apply.mixing(res, token), apply.gates(post, token))
-            dialect.barrier()
             before.run(x_next, phi, alpha, bias, eps, u, post_next, res_next, z, s, start, last, count)
 
     return step_forward
@@ -179,10 +178,8 @@ def step_backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any
                 for t in T.serial(count):
                     token = variable(start + t)
                     apply.merge(x, f, dx, token, apply.mixing(res, token), apply.gates(post, token))
-                dialect.barrier()
                 after.logits(held, dx, du, dpost_next, dres_next, z, s, alpha, bias, eps, start, last[0], count)
                 after.spread(held, dx, phi, du, dx_next, dx, dphi, split, start, last[0])
-                dialect.barrier()
                 for t in T.serial(count):
                     token = variable(start + t)
                     mix, gate = apply.mixing(res, token), apply.gates(post, token)
@@ -220,10 +217,8 @@ class _Before:
             held = coefficients.scratch()
             for r in T.serial(T.ceildiv(count, rows)):
                 project(x, phi, z, s, start + r * rows, last)
-            dialect.barrier()
             coefficients.run(held, z, s, alpha, bias, eps, start, last)
-            coefficients.store(held, post, res, start, last)
-            dialect.barrier()
+            coefficients.store(held, None, post, res, start, last)
             for t in T.serial(count):
                 apply.aggregate(x, u, start + t, [bind(held.pre[i, t]) for i in apply.streams])
 
@@ -271,9 +266,7 @@ class _After:
                     held.dres[i, j, lane] = dres[T.min(start + lane, last - 1), i, j]
             for t in T.serial(count):
                 apply.weigh(x, du, start + t, held.dpre, t)
-            dialect.barrier()
             coefficients.run(held, z, s, alpha, bias, eps, start, last)
-            dialect.barrier()
 
         def joined(
             held: Any, du: Buffer, more: Buffer, i: Expr, column: Expr, t: Expr, token: Expr, lane: Expr

@@ -114,10 +114,10 @@ def why_invalid(problem: Problem, schedule: Schedule, target: Target) -> str | N
 def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
     """Bytes of scratch."""
     if isinstance(schedule, ChainSchedule):
-        return chain_schedule.scratch(problem, schedule)
+        return chain_schedule.scratch(problem, schedule, target)
     if problem.direction == "forward":
-        held = coefficients.forward_scratch(problem, schedule.block_tokens) + forward_scratch(problem, schedule)
+        held = coefficients.forward_scratch(problem, schedule.block_tokens, target) + forward_scratch(problem, schedule)
     else:
-        held = coefficients.backward_scratch(problem, schedule.block_tokens) + backward_scratch(schedule)
+        held = coefficients.backward_scratch(problem, schedule.block_tokens, target) + backward_scratch(schedule)
     stages_rows = problem.op == "step" and problem.direction == "backward"
     return 4 * (held + (problem.streams * schedule.row_width if stages_rows else 0))

@@ -43,16 +43,16 @@ def forward(problem: Problem, schedule: TiledSchedule, dialect: Dialect) -> Any:
         phi: T.Tensor((outputs, fan_in), "float32"),
         z: T.Tensor((tokens, outputs), "float32"),
         s: T.Tensor((tokens,), "float32"),
-        parts: T.Tensor((splits, tokens, outputs + 1), "float32"),
+        parts: T.Tensor((splits, tokens * (outputs + 1)), "float32"),
     ):
         with dialect.kernel(T.ceildiv(tokens, block), splits, threads=schedule.threads) as (group, split):
-            project(x, phi, group, split, as_value(tokens), SplitSums(parts, split))
+            project(x, phi, group, split, as_value(tokens), SplitSums(parts, split, outputs))
         with dialect.kernel(T.ceildiv(tokens, SUM_TOKENS), threads=SUM_THREADS) as group:
             for t, k in dialect.lanes(SUM_TOKENS, outputs + 1):
                 if group * SUM_TOKENS + t < tokens:
                     total = T.alloc_var("float32", init=0.0)
                     for split in T.serial(splits):
-                        total += parts[split, group * SUM_TOKENS + t, k]
+                        total += parts[split, (group * SUM_TOKENS + t) * (outputs + 1) + k]
                     if k < outputs:
                         z[group * SUM_TOKENS + t, k] = total
                     else:
@@ -263,18 +263,19 @@ class _Whole(NamedTuple):
 
 
 class SplitSums(NamedTuple):
-    """Where one split's sums go: [splits, T, N + 1], the last column for s."""
+    """Where one split's sums go: [splits, T · (N + 1)], for every token N of z and the one of s."""
 
     parts: Buffer
     split: Expr
+    outputs: int
 
     def product(self, token: Expr, k: Expr, value: Expr) -> None:
         """A token's part of z_k."""
-        _store(self.parts, (self.split, token, k), value)
+        _store(self.parts, (self.split, token * (self.outputs + 1) + k), value)
 
     def length(self, token: Expr, value: Expr) -> None:
         """A token's part of s."""
-        _store(self.parts, (self.split, token, self.parts.shape[2] - 1), value)
+        self.product(token, self.outputs, value)
 
 
 @T.macro
