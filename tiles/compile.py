@@ -156,6 +156,7 @@ def _plan(program: Any, module: Any, arguments: Sequence[Argument]) -> Plan:
     return Plan(
         launches=tuple(_launch(function) for function in in_order),
         workspace=tuple((buffer.name, _nbytes(buffer)) for buffer in extra),
+        token_elements=max(_token_elements(size) for buffer in buffers for size in buffer.shape),
         **{PLANNED[name]: value for name, value in facts.items()},
     )
 
@@ -169,6 +170,11 @@ def _place(symbol: Any) -> int:
 def _nbytes(buffer: Any) -> str:
     """The bytes of a tensor in C."""
     return " * ".join((str(DTYPE_BYTES[str(buffer.dtype)]), *(_c_expression(size) for size in buffer.shape)))
+
+
+def _token_elements(size: Any) -> int:
+    """k of a dimension of tokens · k; 1 for others."""
+    return int(size.b.value) if type(size).__name__ == "Mul" else 1
 
 
 def _launch(function: Any) -> Launch:

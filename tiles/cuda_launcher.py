@@ -65,6 +65,7 @@ class Plan:
             most `most_splits`, whatever the device, so that results repeat bit for bit on all of them.
         chunk_tokens: all kernels run on so many tokens before the next ones are touched, so that these stay in the L2
             cache; 0 takes all tokens at once.
+        token_elements: the most elements that a dimension of a tensor has for each token; TileLang counts in int32.
     """
 
     launches: tuple[Launch, ...]
@@ -72,6 +73,7 @@ class Plan:
     most_splits: int = 64
     split_tokens: int = 128
     chunk_tokens: int = 0
+    token_elements: int = 1
 
     @property
     def splits(self) -> bool:
@@ -125,6 +127,7 @@ def _host(plan: Plan, arguments: Sequence[Argument], partials: Sequence[Argument
         most_splits=plan.most_splits if plan.splits else 1,
         split_tokens=plan.split_tokens,
         chunk_tokens=plan.chunk_tokens,
+        token_elements=plan.token_elements,
         offsets="".join(f"  at[{n}] = bytes; bytes += padded({size});\n" for n, size in enumerate(spaces.values())),
         spaces=max(1, len(spaces)),
         workspace="".join(f"    char *{name} = space + at[{n}];\n" for n, (name, _) in enumerate(plan.workspace)),
@@ -289,7 +292,7 @@ extern "C" int64_t {workspace_entry}(int64_t tokens) {{ return cut(tokens).bytes
 extern "C" int32_t {entry}(void **tensors, const float *scalars, int64_t all, void *stream, char *space) {{
   pthread_once(&once, load);
   if (loaded) return loaded;
-  if (all > INT32_MAX) return {too_many};
+  if (all > INT32_MAX / {token_elements}) return {too_many};
   const Cut made = cut(all);
   const int64_t chunks = made.chunks, *at = made.at;
   int32_t splits = (int32_t)made.splits;

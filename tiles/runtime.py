@@ -204,7 +204,7 @@ def _workspace(library: ctypes.CDLL) -> Any:
 _LAUNCHER_SAYS = {
     NO_DRIVER: "libcuda.so.1 was not found: install the NVIDIA driver",
     OLD_DRIVER: "the NVIDIA driver is older than CUDA 12: update it",
-    TOO_MANY_TOKENS: "a call takes fewer than 2**31 tokens: split it",
+    TOO_MANY_TOKENS: "a kernel counts in 32 bits, and there are too many tokens for that: split the call",
 }
 
 

@@ -23,7 +23,7 @@ from autotune.look import look
 from autotune.worker import TaskFailed
 from autotune.workers import Workers
 from tiles.compile import Artifact, compile_kernel
-from tiles.cuda_launcher import SUM_KERNEL
+from tiles.cuda_launcher import SUM_KERNEL, TOO_MANY_TOKENS
 from tiles.family import Problem
 from tiles.registry import kernel_spec, kernel_specs
 from tiles.runtime import LoadedKernel
@@ -166,3 +166,12 @@ def test_a_compiled_kernel_is_told_from_a_cpus_and_says_what_workspace_it_needs(
         assert kernel.kind == "cuda"
         assert kernel.slices(100_000) == 1
         assert (kernel.workspace(100_000) > 0) == needs
+
+
+def test_sums_over_splits_limit_the_tokens_of_a_call(driver, artifacts, tmp_path):
+    """At n = 2 a token has nine of them, all tokens' in one dimension of the workspace."""
+    path = tmp_path / "pre.so"
+    path.write_bytes(artifacts["pre", "forward", "sm_90a"].binary)
+    given = {"tensors": [0x1000 * place for place in range(1, 10)], "scalars": [1e-6]}
+    (records,) = launched(driver, [job(str(path), (2**31 // 9, 0, 0), (2**31 // 9 + 1, 0, 0), **given)])
+    assert [record["status"] for record in records] == [0, TOO_MANY_TOKENS]

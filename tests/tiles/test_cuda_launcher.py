@@ -152,6 +152,12 @@ def test_more_tokens_than_the_kernel_can_count_are_refused(driver, tmp_path):
     assert (record["status"], record["launches"]) == (TOO_MANY_TOKENS, 0)
 
 
+def test_elements_of_all_tokens_in_a_row_are_counted_too(driver, tmp_path):
+    plan = Plan((LAUNCH,), token_elements=25)
+    (records,) = launched(driver, [job(built(tmp_path, plan), (2**31 // 25, 0, 0), (2**31 // 25 + 1, 0, 0))])
+    assert [record["status"] for record in records] == [0, TOO_MANY_TOKENS]
+
+
 def test_no_driver_and_an_old_driver_are_told_apart(tmp_path):
     """The process that launches has a library path where the driver is a library without the entry points."""
     library = built(tmp_path / "kernel")

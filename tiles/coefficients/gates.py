@@ -219,4 +219,4 @@ class Backward:
 def _sigmoid(dialect: Dialect, h: Any) -> Any:
     """1 / (1 + e^-h), from e^-|h| so that nothing overflows."""
     decay = bind(dialect.exp(T.min(h, -h)))
-    return T.Select(h >= T.float32(0), T.float32(1), decay) / (T.float32(1) + decay)
+    return T.Select(h >= T.float32(0), T.float32(1), decay) * dialect.reciprocal(T.float32(1) + decay)

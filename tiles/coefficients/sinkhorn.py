@@ -47,7 +47,7 @@ class Sinkhorn:
                 for lane in dialect.own_lanes(block):
                     values = [bind(logits[i, j, lane]) for j in streams]
                     top = bind(_maximum(values))
-                    row = [bind(dialect.exp(values[j] - top) / column[j, lane]) for j in streams]
+                    row = [bind(dialect.exp(values[j] - top) * dialect.reciprocal(column[j, lane])) for j in streams]
                     inverse = bind(dialect.reciprocal(sum(row)))
                     for j in streams:
                         matrix[i, j, lane] = row[j] * inverse
@@ -119,7 +119,7 @@ class Sinkhorn:
             for i in each(n):
                 for j in each(n):
                     for lane in dialect.own_lanes(block):
-                        matrix[i, j, lane] = dialect.exp(logits[i, j, lane]) / column[j, lane]
+                        matrix[i, j, lane] = dialect.exp(logits[i, j, lane]) * dialect.reciprocal(column[j, lane])
             column_back(matrix, grad)
 
         self.forward, self.backward = forward, backward

@@ -15,13 +15,13 @@ from tiles.coefficients import gates
 from tiles.dialect import Dialect
 from tiles.facts import checked
 from tiles.family import Problem
-from tiles.fused.chain_schedule import ChainSchedule, split_sums, tiled
+from tiles.fused.chain_schedule import ChainSchedule, lanes, split_sums, tiled
 from tiles.matmul import tiles_for
 from tiles.project.matmul_programs import SplitSums, column_groups, gradients, projection
 from tiles.values import Buffer, Expr, as_value, variable
 
-SPLITS_AHEAD = 4
-"""Splits whose sums are loaded at a time where they are added up."""
+LOADS_AHEAD = 100
+"""Loads of a thread that are under way at a time where sums over splits are added up."""
 
 SUM_ROWS, JOIN_THREADS = 32, 256
 """Rows that are summed side by side where the sums of all lane blocks are joined, and threads of that kernel."""
@@ -52,7 +52,7 @@ def pre_forward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) -> 
     ):
         with dialect.kernel(before.groups(tokens), schedule.splits, threads=schedule.threads) as (group, split):
             before.project(x, phi, group, split, as_value(tokens), SplitSums(parts, split, outputs))
-        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=schedule.lane_tokens) as block:
+        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=lanes(problem)) as block:
             before.coefficients(alpha, bias, eps, pre, post, res, z, s, parts, block, as_value(tokens))
         with dialect.kernel(rows.blocks(tokens), threads=schedule.row_threads) as block:
             for turn in T.serial(rows.turns(block, tokens)):
@@ -96,7 +96,7 @@ def step_forward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) ->
                 mixed.merge(x, f, x_next, token, mixed.mixing(res, token), mixed.gates(post, token))
         with dialect.kernel(before.groups(tokens), schedule.splits, threads=schedule.threads) as (group, split):
             before.project(x_next, phi, group, split, as_value(tokens), SplitSums(parts, split, outputs))
-        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=schedule.lane_tokens) as block:
+        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=lanes(problem)) as block:
             before.coefficients(alpha, bias, eps, pre, post_next, res_next, z, s, parts, block, as_value(tokens))
         with dialect.kernel(rows.blocks(tokens), threads=schedule.row_threads) as block:
             for turn in T.serial(rows.turns(block, tokens)):
@@ -141,7 +141,7 @@ def pre_backward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) ->
             for turn in T.serial(rows.turns(block, tokens)):
                 token = rows.token(block, turn)
                 apply.weigh(x, du, token, dpre, token)
-        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=schedule.lane_tokens) as block:
+        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=lanes(problem)) as block:
             grads, sums = (dpre, dpost, dres), (alphas, biases)
             after.coefficients(*grads, z, s, alpha, bias, eps, dz, ds, pre, *sums, block, as_value(tokens))
         with dialect.kernel(after.groups, splits, threads=schedule.threads) as (group, split):
@@ -201,7 +201,7 @@ def step_backward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) -
             for turn in T.serial(rows.turns(block, tokens)):
                 token = rows.token(block, turn)
                 apply.weigh(near, du, token, dpre, token)
-        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=schedule.lane_tokens) as block:
+        with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=lanes(problem)) as block:
             grads, sums = (dpre, dpost_next, dres_next), (alphas, biases)
             after.coefficients(*grads, z, s, alpha, bias, eps, dz, ds, pre, *sums, block, as_value(tokens))
         with dialect.kernel(after.groups, splits, threads=schedule.threads) as (group, split):
@@ -255,9 +255,9 @@ class _Before:
 
     def __init__(self, problem: Problem, schedule: ChainSchedule, dialect: Dialect) -> None:
         block, outputs, splits = schedule.lane_tokens, problem.outputs, schedule.splits
-        lanes, tiles = gates.Forward(problem, block, dialect), tiles_for(dialect)
-        turns, elements = split_sums(problem)
-        turn = block * elements
+        lane, tiles = gates.Forward(problem, lanes(problem), dialect), tiles_for(dialect)
+        turns, elements = split_sums(problem, schedule)
+        turn, ahead = lanes(problem) * elements, min(splits, max(1, LOADS_AHEAD // elements))
 
         @T.macro
         def coefficients(
@@ -274,25 +274,25 @@ class _Before:
             last: Expr,
         ) -> None:
             """The splits' sums in order, then all that comes from them."""
-            start = variable(group * block)
-            held, near = lanes.scratch(), dialect.scratch(turns * turn)
+            start, end = variable(group * block), variable(T.min(group * block + block, last))
+            held, near = lane.scratch(), dialect.scratch(turns * turn)
             for at in T.serial(turns):
                 total = tiles.sums(1, turn)
-                for split in T.unroll(splits, unroll_factor=SPLITS_AHEAD):
+                for split in T.unroll(splits, unroll_factor=ahead):
                     for _, e in dialect.lanes(1, turn):
                         total[0, e] += parts[split, start * (outputs + 1) + at * turn + e]
                 for _, e in dialect.lanes(1, turn):
                     near[at * turn + e] = total[0, e]
             for t, k in dialect.lanes(block, outputs):
-                if start + t < last:
+                if start + t < end:
                     z[start + t, k] = near[t * (outputs + 1) + k]
             for t in dialect.lanes(block):
-                if start + t < last:
+                if start + t < end:
                     s[start + t] = near[t * (outputs + 1) + outputs]
             dialect.barrier()
             sums = _Sums(near, start, outputs, None), _Sums(near, start, outputs, outputs)
-            lanes.run(held, *sums, alpha, bias, eps, start, last)
-            lanes.store(held, pre, post, res, start, last)
+            lane.run(held, *sums, alpha, bias, eps, start, end)
+            lane.store(held, pre, post, res, start, end)
 
         self.project, self.coefficients = projection(problem, tiled(schedule), dialect), coefficients
         self._tile = schedule.block_tokens
@@ -307,7 +307,8 @@ class _After:
 
     def __init__(self, problem: Problem, schedule: ChainSchedule, dialect: Dialect) -> None:
         n, outputs, block, each = problem.streams, problem.outputs, schedule.lane_tokens, dialect.each
-        lanes = gates.Backward(problem, block, dialect)
+        count = lanes(problem)
+        back = gates.Backward(problem, count, dialect)
         self._schedule = schedule
 
         @T.macro
@@ -329,22 +330,22 @@ class _After:
             last: Expr,
         ) -> None:
             """dz and ds of a block of tokens, pre again, and the block's sums for dalpha and dbias."""
-            start = variable(group * block)
-            held = lanes.scratch()
-            lanes.clear(held)
+            start, end = variable(group * block), variable(T.min(group * block + block, last))
+            held = back.scratch()
+            back.clear(held)
             for i in each(n):
-                for lane in dialect.own_lanes(block):
-                    held.dpre[i, lane] = dpre[i, T.min(start + lane, last - 1)]
-                    held.dpost[i, lane] = dpost[T.min(start + lane, last - 1), i]
+                for lane in dialect.own_lanes(count):
+                    held.dpre[i, lane] = dpre[i, T.min(start + lane, end - 1)]
+                    held.dpost[i, lane] = dpost[T.min(start + lane, end - 1), i]
                 for j in each(n):
-                    for lane in dialect.own_lanes(block):
-                        held.dres[i, j, lane] = dres[T.min(start + lane, last - 1), i, j]
-            lanes.run(held, z, s, alpha, bias, eps, start, last)
-            lanes.store_logits(held, dz, ds, start, last)
+                    for lane in dialect.own_lanes(count):
+                        held.dres[i, j, lane] = dres[T.min(start + lane, end - 1), i, j]
+            back.run(held, z, s, alpha, bias, eps, start, end)
+            back.store_logits(held, dz, ds, start, end)
             for i in each(n):
-                for lane in dialect.own_lanes(block):
-                    pre[T.min(start + lane, last - 1), i] = held.forward.pre[i, lane]
-            lanes.store(held, alphas, biases, group)
+                for lane in dialect.own_lanes(count):
+                    pre[T.min(start + lane, end - 1), i] = held.forward.pre[i, lane]
+            back.store(held, alphas, biases, group)
 
         @T.macro
         def join_columns(sums: Buffer, total: Buffer, split: Expr, first: Expr, last: Expr, columns: int) -> None:

@@ -9,7 +9,7 @@ from tiles.apply import schedule as apply
 from tiles.apply.schedule import ApplySchedule
 from tiles.coefficients import schedule as coefficients
 from tiles.family import Problem
-from tiles.limits import why_bad_threads, why_not_divisor, why_too_much_scratch
+from tiles.limits import OWNED_REGISTERS, why_bad_threads, why_not_divisor, why_too_much_scratch
 from tiles.project import matmul_schedule
 from tiles.project.matmul_schedule import TiledSchedule
 from tiles.target import Target
@@ -40,7 +40,7 @@ class ChainSchedule:
     """Project's tiles, passes over rows of tokens, and between them the coefficients.
 
     block_tokens, block_width, stages, splits, resident, threads: as in `TiledSchedule`.
-    lane_tokens: tokens of a thread block of the coefficients, a thread each.
+    lane_tokens: tokens of a thread block of the coefficients, a thread each; threads to spare help to add up splits.
     row_width: columns in one lane loop of aggregate and merge; a divisor of C.
     row_threads: CUDA threads of those passes.
     row_blocks: thread blocks of those passes, which take tokens in turns; 0: one for each token.
@@ -65,21 +65,26 @@ def tiled(schedule: ChainSchedule) -> TiledSchedule:
     return TiledSchedule(*(getattr(schedule, field.name) for field in fields(TiledSchedule)))
 
 
-def split_sums(problem: Problem) -> tuple[int, int]:
-    """A thread adds up N + 1 sums over splits for its lane's share of them: in how many turns, how many at a time."""
-    turns = -(-(problem.outputs + 1) // SUM_ELEMENTS)
-    return turns, -(-(problem.outputs + 1) // turns)
+def lanes(problem: Problem) -> int:
+    """Threads of a block of the coefficients: a warp whose registers hold its matrices, or fewer in shared memory."""
+    return 32 if problem.streams**2 <= OWNED_REGISTERS else 8
+
+
+def split_sums(problem: Problem, schedule: ChainSchedule) -> tuple[int, int]:
+    """How a thread adds up its share of a block's N + 1 sums of each token: in how many turns, how many at a time."""
+    share = -(-schedule.lane_tokens * (problem.outputs + 1) // lanes(problem))
+    turns = -(-share // SUM_ELEMENTS)
+    return turns, -(-share // turns)
 
 
 def default(problem: Problem, target: Target) -> ChainSchedule:
-    """What project and the passes over rows take by themselves; lanes are halved until all fits."""
+    """What project and the passes over rows take by themselves; few tokens for each block that adds up their sums."""
     part = matmul_schedule.default(problem, target, staged=_staged(problem))
     rows = _rows(problem, target)
     walk = {"row_width": rows.block_width, "row_threads": rows.threads, "row_blocks": 0}
-    schedule = ChainSchedule(**vars(part), lane_tokens=32, **walk, chunk_tokens=0)
-    while schedule.lane_tokens > 1 and why_invalid(problem, schedule, target):
-        schedule = replace(schedule, lane_tokens=schedule.lane_tokens // 2)
-    return schedule
+    most = 8 if problem.direction == "forward" else 32
+    lane_tokens = max(1, min(most, problem.tokens, lanes(problem)))
+    return ChainSchedule(**vars(part), lane_tokens=lane_tokens, **walk, chunk_tokens=0)
 
 
 def _rows(problem: Problem, target: Target) -> ApplySchedule:
@@ -99,7 +104,7 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
     tiles = matmul_schedule.space(problem, target, staged=_staged(problem))
     choices = {name: [value for value in values if value in TILES[name]] for name, values in tiles.items()}
     vectors = [8 * threads for threads in ROW_THREADS if problem.width % (8 * threads) == 0]
-    choices |= {"lane_tokens": [32], "row_width": vectors, "row_threads": list(ROW_THREADS)}
+    choices |= {"lane_tokens": [8, lanes(problem)], "row_width": vectors, "row_threads": list(ROW_THREADS)}
     choices |= {"row_blocks": list(ROW_BLOCKS), "chunk_tokens": list(CHUNKS)}
     return {name: tuple(sorted({*values, getattr(usual, name)})) for name, values in choices.items()}
 
@@ -114,8 +119,8 @@ def why_invalid(problem: Problem, schedule: ChainSchedule, target: Target) -> st
     for name, count in (("row_blocks", schedule.row_blocks), ("chunk_tokens", schedule.chunk_tokens)):
         if not 0 <= count < 2**31:
             return f"{name} must be in 0..2**31 - 1, got {count}: choose 0"
-    if not 1 <= schedule.lane_tokens <= 1024:
-        return f"lane_tokens must be in 1..1024, got {schedule.lane_tokens}: choose 16"
+    if not 1 <= schedule.lane_tokens <= lanes(problem):
+        return f"lane_tokens must be in 1..{lanes(problem)}, got {schedule.lane_tokens}: choose 8"
     rows = ApplySchedule(schedule.row_width, schedule.row_threads)
     if rows != _rows(problem, target):
         op = "merge" if problem.op == "step" else "aggregate"
@@ -131,8 +136,8 @@ def scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
 
 def _lane_scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
     """Bytes for a block of tokens in the kernel of the coefficients; forward, the sums over splits as well."""
-    lanes = schedule.lane_tokens
+    count = lanes(problem)
     if problem.direction == "backward":
-        return 4 * coefficients.backward_scratch(problem, lanes, target)
-    turns, elements = split_sums(problem)
-    return 4 * (coefficients.forward_scratch(problem, lanes, target) + turns * elements * lanes)
+        return 4 * coefficients.backward_scratch(problem, count, target)
+    turns, elements = split_sums(problem, schedule)
+    return 4 * count * (coefficients.forward_scratch(problem, 1, target) + turns * elements)
