@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from autotune.measure import Roofline
+from autotune.measuring.roofline import Roofline
 from tiles.cache import Record
 from tiles.family import Problem
 

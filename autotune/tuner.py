@@ -12,23 +12,23 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from autotune.about import ABOUT, CONCLUDED, about, check_same_search
-from autotune.case import Case, TuneFailed, digest, is_environment, mend
-from autotune.conclusion import Conclusion
+from autotune.ending.conclusion import Conclusion
+from autotune.ending.final import at_floor, floor_ms
 from autotune.events import Event, ProblemFinished, ProblemStarted, TrialDone, TrialFailed
-from autotune.final import at_floor, floor_ms
-from autotune.ledger import Ledger, Standing
-from autotune.look import why_cannot_win
-from autotune.measure import Ratio, paired_ratio
-from autotune.pool import enumerate_pool
-from autotune.reasons import by_kind
-from autotune.search import PoolSampler
-from autotune.storage import open_study
-from autotune.tasks import DEFAULT, TUNED
-from autotune.transfer import Neighbour, seeds
-from autotune.trials import REASON, Found
-from autotune.worker import TaskFailed
-from autotune.workers import COMPILERS, Workers
+from autotune.measuring.look import why_cannot_win
+from autotune.measuring.timing import Ratio, paired_ratio
+from autotune.processes.reasons import by_kind
+from autotune.processes.tasks import DEFAULT, TUNED
+from autotune.processes.worker import TaskFailed
+from autotune.processes.workers import COMPILERS, Workers
+from autotune.search.case import Case, TuneFailed, digest, is_environment, mend
+from autotune.search.pool import enumerate_pool
+from autotune.search.sampler import PoolSampler
+from autotune.search.transfer import Neighbour, seeds
+from autotune.search.trials import REASON, Found
+from autotune.study.about import ABOUT, CONCLUDED, about, check_same_search
+from autotune.study.ledger import Ledger, Standing
+from autotune.study.storage import open_study
 from tiles.cache import KernelCache, Key, Record
 from tiles.compile import Artifact
 from tiles.errors import BadInput
@@ -51,7 +51,7 @@ WAIT_SECONDS = 0.2
 @dataclass(frozen=True)
 class TuneResult:
     """What a search came to: the record in the cache, settled and failed trials of all runs, why it stopped, and how
-    the finalists did (`about.standings`)."""
+    the finalists did (`final.standings`)."""
 
     record: Record
     trials: int

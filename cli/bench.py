@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from autotune.measure import Roofline, interleaved
-from autotune.stopwatch import CpuStopwatch, QueuedStopwatch, Stopwatch
+from autotune.measuring.roofline import Roofline
+from autotune.measuring.stopwatch import QueuedStopwatch, queued_stopwatch_for
+from autotune.measuring.timing import interleaved
 from cli import choice, loading, ours, peers, yardsticks
-from cli.cases import DIRECTIONS, OPS, Case
+from cli.cases import DIRECTIONS, OPS, Case, make_case
 from cli.choice import Choice
 from cli.contenders import Contender
-from cli.gpu.cases import case_for
 from cli.options import (
     DEFAULT_DTYPE,
     DEFAULT_STREAMS,
@@ -35,7 +35,7 @@ from cli.options import (
     known_choices,
     measured_device,
 )
-from cli.output import say, show, show_json, stdout_kept_free
+from cli.output import first_line, say, show, show_json, stdout_kept_free
 from cli.render import bench_table, device_text, load_table
 from tiles.errors import BadInput
 from tiles.family import Problem
@@ -166,7 +166,7 @@ def measure_op(
     """Rows of one op at one shape; `skipped` gets a line for each implementation that has none."""
     streams, width, tokens, dtype = shape
     rows: list[dict[str, Any]] = []
-    case = case_for(torch.device(device.kind), op, streams, width, tokens, dtype, SEED)
+    case = make_case(op, streams, width, tokens, dtype, SEED, torch.device(device.kind))
     for timed in filter(None, ([d for d in together if d in directions] for together in PASSES)):
         say(f"{case.describe()}: {' and '.join(timed)}")
         torch.compiler.reset()
@@ -216,13 +216,12 @@ def _contenders(
         try:
             yield from list(makers[impl](impl))
         except Exception as error:
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            skipped.append(f"{impl} {case.describe()}: {type(error).__name__}: {said}")
+            skipped.append(f"{impl} {case.describe()}: {type(error).__name__}: {first_line(error)}")
         if case.inputs[0].is_cuda:
             try:
                 torch.cuda.synchronize()
             except Exception as error:
-                raise Poisoned(impl, str(error).splitlines()[0]) from error
+                raise Poisoned(impl, first_line(error)) from error
 
 
 def _measure(
@@ -241,7 +240,7 @@ def _measure(
             forms[direction][contender.impl] = contender.chosen
     rows = []
     for direction in directions:
-        stopwatch = _stopwatch(case)
+        stopwatch = queued_stopwatch_for(case.inputs[0].device)
         times = interleaved(calls[direction], stopwatch=stopwatch, rounds=ROUNDS, seconds=SECONDS)
         for impl, milliseconds in times.items():
             host = stopwatch.host_seconds[calls[direction][impl]] if isinstance(stopwatch, QueuedStopwatch) else None
@@ -253,10 +252,6 @@ def _measure(
                 | ({} if host is None else {"host_us": 1e6 * host, "conditions": dict(stopwatch.conditions)})
             )
     return rows
-
-
-def _stopwatch(case: Case) -> Stopwatch:
-    return QueuedStopwatch() if case.inputs[0].is_cuda else CpuStopwatch()
 
 
 def _rates(case: Case, direction: str, median_ms: float, roofline: Roofline) -> dict[str, float]:

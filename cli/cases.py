@@ -31,6 +31,15 @@ LEAST: Mapping[str, Mapping[str, int]] = {
 }
 """The fused passes that move least where an op is no kernel by itself, and how often each runs."""
 
+CPU = torch.device("cpu")
+
+PERIOD = 251
+"""Tokens that are drawn for a GPU. A prime: a kernel that reads the right tokens of the wrong block of tokens is wrong
+there."""
+
+SHARED = ("phi", "alpha", "bias")
+"""Inputs that all tokens share; all other inputs and all results have a row for each token."""
+
 
 SMALL = 0.3
 """Of a stack's parameters: how far they are from the start, as a share of what the kernels draw."""
@@ -102,8 +111,20 @@ class Case:
         return {direction: made[direction] for direction in directions}
 
 
-def make_case(op: str, streams: int, width: int, tokens: int, dtype: str, seed: int) -> Case:
-    """A case with the kernels' own inputs; its reference is the four ops' float64 references and autograd."""
+def make_case(
+    op: str, streams: int, width: int, tokens: int, dtype: str, seed: int, device: torch.device = CPU
+) -> Case:
+    """A case with the kernels' own inputs; its reference is the four ops' float64 references and autograd.
+
+    On another device than a CPU there are many tokens: `PERIOD` of them are drawn and repeated (`repeated`).
+    """
+    if device.type == "cpu":
+        return _drawn(op, streams, width, tokens, dtype, seed)
+    return repeated(_drawn(op, streams, width, min(tokens, PERIOD), dtype, seed), tokens, device)
+
+
+def _drawn(op: str, streams: int, width: int, tokens: int, dtype: str, seed: int) -> Case:
+    """A case on the CPU, every token of its own."""
     problem = Problem(op, "forward", streams, width, dtype, tokens)
     names, inputs = _inputs(problem, seed)
     wide = tuple(tensor.double().requires_grad_() for tensor in inputs)
@@ -114,6 +135,58 @@ def make_case(op: str, streams: int, width: int, tokens: int, dtype: str, seed: 
     wanted = tuple(tensor.detach() for tensor in (*results, *gradients))
     inputs = tuple(tensor.requires_grad_() for tensor in inputs)
     return Case(op, streams, width, tokens, dtype, inputs, names, upstream, wanted, least_traffic(problem))
+
+
+def repeated(case: Case, tokens: int, device: torch.device) -> Case:
+    """The case with its tokens over and over until there are `tokens`, on `device`.
+
+    Tokens do not see each other, so that results and gradients of tokens repeat too, and the gradients of the
+    parameters are sums over the copies: the float64 reference costs as little as that of a few tokens.
+    """
+    copies, rest = divmod(tokens, case.tokens)
+    shared = [name in SHARED for name in case.names]
+    results, gradients = case.wanted[: len(case.upstream)], case.wanted[len(case.upstream) :]
+    of_rest = _gradients(case, rest, shared) if rest else [torch.zeros(())] * len(gradients)
+
+    def rows(tensor: torch.Tensor) -> torch.Tensor:
+        there = tensor.detach().to(device)
+        return torch.cat([there.repeat(copies, *[1] * (there.dim() - 1)), there[:rest]])
+
+    problem = Problem(case.op, "forward", case.streams, case.width, case.dtype, tokens)
+    return replace(
+        case,
+        tokens=tokens,
+        inputs=tuple(
+            (tensor.detach().to(device) if alike else rows(tensor)).requires_grad_()
+            for tensor, alike in zip(case.inputs, shared, strict=True)
+        ),
+        upstream=tuple(map(rows, case.upstream)),
+        wanted=(
+            *(rows(_stored(result, case.dtype)) for result in results),
+            *(
+                (copies * whole + part).to(device) if alike else rows(_stored(whole, case.dtype))
+                for whole, part, alike in zip(gradients, of_rest, shared, strict=True)
+            ),
+        ),
+        traffic=least_traffic(problem),
+    )
+
+
+def _stored(wanted: torch.Tensor, dtype: str) -> torch.Tensor:
+    """What is wanted of a row of tokens, in float32 where the streams have 8 or 11 bits: float64 would fill the GPU."""
+    return wanted if dtype == "float32" else wanted.float()
+
+
+def _gradients(case: Case, tokens: int, shared: list[bool]) -> list[torch.Tensor]:
+    """Float64 gradients of the inputs from the first `tokens` tokens alone."""
+    wide = [
+        (tensor if alike else tensor[:tokens]).detach().double().requires_grad_()
+        for tensor, alike in zip(case.inputs, shared, strict=True)
+    ]
+    problem = Problem(case.op, "forward", case.streams, case.width, case.dtype, tokens)
+    results = reference(case.op, problem)(*wide)[: len(case.upstream)]
+    upstream = [gradient[:tokens].double() for gradient in case.upstream]
+    return list(torch.autograd.grad(results, wide, upstream))
 
 
 def reference(op: str, problem: Problem) -> Form:

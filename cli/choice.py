@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from autotune.measure import interleaved
+from autotune.measuring.timing import interleaved
 from cli.baselines import COMPILED, Form, forms
 from cli.cases import Case
 from cli.compositions import PARTS, combinations, composed, pre
 from cli.contenders import Contender, is_right
+from cli.output import first_line
 from cli.patience import TooSlow, patience
 
 IMPLS = ("eager", "compile")
@@ -81,8 +82,7 @@ def _runs(contender: Contender, case: Case, skipped: list[str]) -> bool:
             for call in contender.calls(case).values():
                 call()
     except (Exception, TooSlow) as error:  # whatever a compiler does must not end the run
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        skipped.append(f"{contender.impl} {case.describe()} ({contender.chosen}): {reason}")
+        skipped.append(f"{contender.impl} {case.describe()} ({contender.chosen}): {first_line(error)}")
         return False
     return True
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.progress import track
 
-from autotune.look import look, why_cannot_win
-from autotune.pool import enumerate_pool
-from autotune.worker import TaskFailed
-from autotune.workers import Job, Workers
+from autotune.measuring.look import look, why_cannot_win
+from autotune.processes.worker import TaskFailed
+from autotune.processes.workers import Job, Workers
+from autotune.search.pool import enumerate_pool
 from cli.options import (
     DEFAULT_DTYPE,
     DEFAULT_STREAMS,

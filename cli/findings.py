@@ -11,9 +11,9 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from autotune.about import ABOUT, CONCLUDED
-from autotune.reasons import by_kind, kind_of
-from autotune.trials import FOUND, REASON
+from autotune.processes.reasons import by_kind, kind_of
+from autotune.search.trials import FOUND, REASON
+from autotune.study.about import ABOUT, CONCLUDED
 from cli.studies import Found
 from tiles.errors import BadInput
 from tiles.family import Problem

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from autotune.buckets import WITHIN
+from autotune.buckets.serve import WITHIN
 from autotune.events import BucketsServed, Event, ProblemFinished
 from cli.output import messages, say
 from cli.render import number

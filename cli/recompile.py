@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-from autotune.confine import SHARE, memory_bytes
-from autotune.worker import TaskFailed, Worker
+from autotune.processes.confine import SHARE, memory_bytes
+from autotune.processes.worker import TaskFailed, Worker
 from cli.output import say
 from tiles.compile import Artifact, CompileError, compile_kernel
 from tiles.record import Record

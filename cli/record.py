@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from autotune.sweep import record as sweep
-from autotune.worker import TaskFailed
-from autotune.workers import Workers
+from autotune.processes.worker import TaskFailed
+from autotune.processes.workers import Workers
+from autotune.recorded.sweep import record as sweep
 from cli.options import TargetOption, known_choices, measured_device
 from cli.output import messages, say
 from cli.render import number

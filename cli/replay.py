@@ -10,8 +10,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from autotune.replay import replay_all
-from autotune.samplers import SAMPLERS
+from autotune.recorded.replay import replay_all
+from autotune.recorded.samplers import SAMPLERS
 from cli.options import JsonOption, known_choices
 from cli.output import messages, show, show_json
 from cli.render import number, table

@@ -11,7 +11,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 
-from autotune.database import open_database
+from autotune.study.database import open_database
 from tiles.cache import KernelCache
 from tiles.errors import BadInput
 from tiles.record import Record

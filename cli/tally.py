@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from autotune.events import BucketsMeet, Event, FinalistsMeet, ProblemFinished, ProblemStarted, TrialDone, TrialFailed
-from autotune.reasons import kind_of
+from autotune.processes.reasons import kind_of
 from cli.render import number
 
 

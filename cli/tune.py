@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from autotune.buckets import groups
-from autotune.buckets import serve as serve_buckets
+from autotune.buckets.serve import groups
+from autotune.buckets.serve import serve as serve_buckets
 from autotune.events import BucketsServed, Event, ProblemFinished, ProblemStarted
-from autotune.measure import Roofline
+from autotune.measuring.roofline import Roofline
+from autotune.processes.workers import Workers
 from autotune.tuner import TuneFailed, TuneResult
 from autotune.tuner import tune as tune_kernel
-from autotune.workers import Workers
 from cli.options import (
     DEFAULT_DTYPE,
     DEFAULT_STREAMS,

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from autotune import verify as numerics
-from autotune.worker import TaskFailed, Worker
+from autotune.measuring import verify as numerics
+from autotune.processes.worker import TaskFailed, Worker
 from cli.options import JsonOption
 from cli.output import say, show_json
 from cli.packs import PATH_HELP, TrustOption, open_shelf, warn

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import mhc
-from autotune.measure import Roofline
+from autotune.measuring.roofline import Roofline
+from autotune.measuring.verify import inputs_for, verify
 from autotune.tuner import tune
-from autotune.verify import inputs_for, verify
 from cli import bench, peers
+from cli.cases import make_case
 from cli.choice import Choice
-from cli.gpu.cases import case_for
 from mhc.kernels import Kernels, using
 from tiles.cache import KernelCache
 from tiles.compile import Artifact, compile_kernel
@@ -142,7 +142,7 @@ def test_a_backward_by_itself_can_be_timed(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_case_of_many_tokens_repeats_those_of_a_few():
-    case = case_for(torch.device("cuda"), "merge", 4, 256, 600, "bfloat16", 0)
+    case = make_case("merge", 4, 256, 600, "bfloat16", 0, torch.device("cuda"))
     assert case.inputs[0].shape == (600, 4, 256)
     assert torch.equal(case.inputs[0][0], case.inputs[0][251])
     assert case.error(lambda x, f, res, post: (mhc.functional.merge(x, f, res, post),)) < 1e-2

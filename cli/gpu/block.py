@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
 import mhc
-from autotune.measure import interleaved
-from autotune.stopwatch import CpuStopwatch, QueuedStopwatch
+from autotune.measuring.stopwatch import queued_stopwatch_for
+from autotune.measuring.timing import interleaved
+from mhc.examples import model
 from mhc.kernels import Kernels, using
 from tiles.target import Device
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of the network that is timed. A layer is attention and a feed-forward part of four times the width."""
+    """Of the network that is timed. A layer is attention and an MLP of four times the width."""
 
     layers: int = 4
     streams: int = 4
@@ -41,12 +41,12 @@ def measure(device: Device, folder: Path, size: Size = Size()) -> dict[str, Any]
     kernels = Kernels.from_path(folder) if any(folder.glob("*.json")) else Kernels.defaults()
     with using(kernels), torch.random.fork_rng(devices=[0] if place.type == "cuda" else []):
         torch.manual_seed(0)
-        sublayers = [made for _ in range(size.layers) for made in _sublayers(size, place)]
+        made = [sublayer for _ in range(size.layers) for sublayer in model.sublayers(size.width, size.heads)]
+        sublayers = [sublayer.to(device=place, dtype=size.dtype) for sublayer in made]
         x = torch.randn(1, size.tokens, size.width, device=place, dtype=size.dtype, requires_grad=True)
         steps = {name: _step(network, x) for name, network in _networks(sublayers, size, place).items()}
         peaks = {name: _peak_bytes(step, place) for name, step in steps.items()}
-        stopwatch = QueuedStopwatch() if place.type == "cuda" else CpuStopwatch()
-        times = interleaved(steps, stopwatch=stopwatch, rounds=ROUNDS, seconds=SECONDS)
+        times = interleaved(steps, stopwatch=queued_stopwatch_for(place), rounds=ROUNDS, seconds=SECONDS)
     medians = {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
     rows = [
         {"network": name, "median_ms": median, "overhead_percent": 100 * (median / medians["plain"] - 1)}
@@ -115,28 +115,3 @@ def _peak_bytes(step: Callable[[], object], place: torch.device) -> int | None:
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-class _Attention(nn.Module):
-    """Causal self-attention, [batch, tokens, C] -> the same."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.mix_in, self.mix_out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-
-    def forward(self, u: torch.Tensor) -> torch.Tensor:
-        query, key, value = self.mix_in(u).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
-        out: torch.Tensor = self.mix_out(mixed.transpose(1, 2).flatten(-2))
-        return out
-
-
-def _sublayers(size: Size, place: torch.device) -> list[nn.Module]:
-    """Attention and feed-forward of one layer, each with its norm before it."""
-    width = size.width
-    parts: list[list[nn.Module]] = [
-        [_Attention(width, size.heads)],
-        [nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False)],
-    ]
-    return [nn.Sequential(nn.RMSNorm(width), *part).to(device=place, dtype=size.dtype) for part in parts]

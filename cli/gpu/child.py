@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from autotune.measure import Roofline
+from autotune.measuring.roofline import Roofline
 from cli import bench, choice, ours
 from cli.choice import Choice
 from cli.gpu import block, build, numerics
 from cli.gpu.plan import DTYPE
 from cli.options import measured_device
+from cli.output import first_line
 from tiles.cache import write_atomically
 from tiles.target import Device
 
@@ -52,8 +53,7 @@ class Progress:
             self.put(without={error.impl: error.why})
             sys.exit(BROKEN)
         except Exception as error:
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            found = {"failed": f"{type(error).__name__}: {said}"}
+            found = {"failed": f"{type(error).__name__}: {first_line(error)}"}
         self.put(ops=self.values["ops"] | {op: found}, doing=None)
         if broken():
             sys.exit(BROKEN)

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from autotune.verify import WrongResult
+from autotune.measuring.verify import WrongResult
 from cli import ours
-from cli.cases import Case
+from cli.cases import Case, make_case
 from cli.contenders import Contender
-from cli.gpu.cases import case_for, result_names
 from tiles.errors import BadInput
 from tiles.target import Device
 
@@ -31,7 +30,7 @@ def of_op(
 ) -> dict[str, Any]:
     """What one implementation of ours (`ours.KERNELS`) makes of an op, see `judged`; why it is `skipped` where nothing
     is tuned yet. Raises `WrongResult` where it is far off."""
-    case = case_for(torch.device(device.kind), op, streams, width, tokens, dtype, SEED)
+    case = make_case(op, streams, width, tokens, dtype, SEED, torch.device(device.kind))
     skipped: list[str] = []
     try:
         made = list(ours.contender(impl, case, ("forward", "both"), folder, skipped))
@@ -57,3 +56,15 @@ def judged(contender: Contender, case: Case) -> dict[str, Any]:
         within = within and error <= (LIMITS[got.dtype] if len(errors) <= len(case.upstream) else GRADIENT_LIMIT)
     repeats = all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     return {"errors": errors, "within": within, "repeats": repeats}
+
+
+def result_names(case: Case) -> list[str]:
+    """Names of a case's results, those of the ops in `mhc.functional`."""
+    known = {
+        "project": ["z", "s"],
+        "coefficients": ["pre", "post", "res"],
+        "aggregate": ["u"],
+        "pre": ["u", "post", "res"],
+        "step": ["x", "u", "post", "res"],
+    }
+    return known.get(case.op, ["x"])

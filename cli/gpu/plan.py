@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
 
+from cli import peers
+
 STREAMS, WIDTHS, TOKENS, DTYPE = (2, 4, 8), (1280, 2560, 4096, 7168), (1, 64, 4096, 16384), "bfloat16"
 TELLING = (4, 2560, 4096)
 FEW = 64
@@ -29,7 +31,6 @@ MEASURED = ("layer", "merge", "project", "aggregate", "pre", "step", "coefficien
 """The most telling op first."""
 
 OURS = ("tuned", "default")
-PEERS = ("tile-kernels", "liger")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def timing(op: str, shape: tuple[int, int, int]) -> Timing:
     directions = ("forward", "both") if op == "layer" or shape[2] <= FEW else ("forward", "backward")
     compiled = ("compile",) if op == "layer" or (shape == TELLING and op in ("merge", "project", "aggregate")) else ()
     schedules = unsplit() if op == "pre" and shape[2] <= FEW else ()
-    return Timing(op, directions, (*OURS, *PEERS, "eager", *compiled, "copy"), schedules)
+    return Timing(op, directions, (*OURS, *peers.NAMES, "eager", *compiled, "copy"), schedules)
 
 
 def unsplit() -> tuple[str, ...]:

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cli import peers
 from cli.gpu.plan import FEW
 from cli.render import number
 from tiles.cache import write_atomically
 
-RIVALS = ("tile-kernels", "liger", "compile", "eager")
+RIVALS = (*peers.NAMES, "compile", "eager")
 """What does the same work."""
 
 Row = Mapping[str, Any]

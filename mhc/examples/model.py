@@ -43,6 +43,13 @@ class Attention(nn.Module):
         return self.mix_out(mixed.transpose(1, 2).flatten(-2))
 
 
+def sublayers(width: int, heads: int) -> tuple[nn.Module, nn.Module]:
+    """Attention and MLP of one pre-norm block, each with its norm before it: [batch, context, C] -> the same."""
+    attention = nn.Sequential(nn.RMSNorm(width), Attention(width, heads))
+    up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+    return attention, nn.Sequential(nn.RMSNorm(width), up, nn.GELU(), down)
+
+
 class ByteTransformer(nn.Module):
     """Bytes [batch, context] -> logits of the next byte [batch, context, 256].
 
@@ -58,10 +65,8 @@ class ByteTransformer(nn.Module):
         self.place = nn.Embedding(size.context, width)
         layers: list[HyperConnection] = []
         for _ in range(size.blocks):
-            attention = nn.Sequential(nn.RMSNorm(width), Attention(width, size.heads))
-            up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-            mlp = nn.Sequential(nn.RMSNorm(width), up, nn.GELU(), down)
-            layers += [HyperConnection(width, self.streams, sublayer, mode=mode) for sublayer in (attention, mlp)]
+            parts = sublayers(width, size.heads)
+            layers += [HyperConnection(width, self.streams, sublayer, mode=mode) for sublayer in parts]
         self.layers = HyperConnectionStack(layers)
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, BYTES, bias=False)

@@ -20,8 +20,9 @@ import toy
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from autotune import lease, tuner
-from autotune.trials import settled
+from autotune import tuner
+from autotune.search.trials import settled
+from autotune.study import lease
 from tiles.cache import KernelCache, Key
 
 PHASES = ("starts", "searches", "holds the final", "writes the cache", "ends")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from autotune.events import ProblemStarted, TrialDone
+from autotune.processes.workers import Workers
 from autotune.tuner import tune
-from autotune.workers import Workers
 from tiles.cache import KernelCache
 from tiles.family import Problem
 from tiles.registry import kernel_spec

@@ -7,14 +7,14 @@ import toy
 
 from autotune import tuner
 from autotune.events import FinalistsMeet, ProblemFinished, ProblemStarted, TrialDone, TrialFailed
-from autotune.ledger import Ledger
-from autotune.measure import Roofline
-from autotune.pool import enumerate_pool
-from autotune.search import PoolSampler
-from autotune.storage import open_study
-from autotune.trials import Found
+from autotune.measuring.roofline import Roofline
+from autotune.processes.worker import TaskFailed
+from autotune.search.pool import enumerate_pool
+from autotune.search.sampler import PoolSampler
+from autotune.search.trials import Found
+from autotune.study.ledger import Ledger
+from autotune.study.storage import open_study
 from autotune.tuner import TuneFailed, tune
-from autotune.worker import TaskFailed
 from tiles.cache import KernelCache, Key
 from tiles.errors import BadInput
 

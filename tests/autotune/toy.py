@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import asdict, dataclass, replace
 
-from autotune.measure import Roofline
-from autotune.tasks import DEFAULT, TUNED
-from autotune.worker import TaskFailed
+from autotune.measuring.roofline import Roofline
+from autotune.processes.tasks import DEFAULT, TUNED
+from autotune.processes.worker import TaskFailed
 from tiles.cache import Key, token_bucket
 from tiles.compile import Artifact
 from tiles.family import KernelSpec, Problem, Traffic

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import toy
 
-from autotune import database, lease, tuner
+from autotune import tuner
+from autotune.study import database, lease
 from cli import main
 from cli import tune as command
 from tiles.cache import Key

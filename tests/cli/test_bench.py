@@ -10,8 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from autotune.measure import Roofline
-from autotune.stopwatch import QueuedStopwatch
+from autotune.measuring.roofline import Roofline
+from autotune.measuring.stopwatch import QueuedStopwatch
 from cli import bench, loading, ours
 from cli.baselines import forms
 from cli.cases import DIRECTIONS, OPS, make_case
@@ -200,7 +200,7 @@ def test_on_a_gpu_calls_are_queued_and_the_cpus_share_is_told(monkeypatch: pytes
         def observe(self, prepared: Any) -> None:
             pass
 
-    monkeypatch.setattr(bench, "_stopwatch", lambda case: Queued())
+    monkeypatch.setattr(bench, "queued_stopwatch_for", lambda device: Queued())
     monkeypatch.setattr(bench, "ROUNDS", 2)
     case = make_case("aggregate", *SHAPE, "float32", 0)
     form = forms("aggregate", *SHAPE[:2], "float32")["einsum, float32"]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cli.cases import DIRECTIONS, OPS, make_case, reference
+from cli import cases
+from cli.cases import CPU, DIRECTIONS, OPS, PERIOD, least_traffic, make_case, reference, repeated
 from cli.compositions import BLOCKS
 from tiles.family import Direction, Problem, Traffic
 from tiles.registry import kernel_spec
@@ -93,3 +94,48 @@ def test_both_is_the_sum() -> None:
     assert traffic["both"].bytes == traffic["forward"].bytes + traffic["backward"].bytes
     assert traffic["both"].flops == traffic["forward"].flops + traffic["backward"].flops
     assert traffic["both"].bytes > make_case("stack", *SHAPE, "bfloat16", 1).traffic["both"].bytes
+
+
+@pytest.mark.parametrize("tokens", [5, 10, 13])
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_wanted_is_the_reference_of_all_tokens(op: str, tokens: int) -> None:
+    case = repeated(make_case(op, *SHAPE[:2], 5, "float32", 1), tokens, CPU)
+    problem = Problem(op, "forward", *SHAPE[:2], "float32", tokens)
+    assert (case.tokens, case.traffic) == (tokens, least_traffic(problem))
+    # Both are float64: only the order of the sums differs.
+    assert case.error(lambda *inputs: reference(op, problem)(*(tensor.double() for tensor in inputs))) < 1e-6
+    assert all(tensor.requires_grad and tensor.is_leaf for tensor in case.inputs)
+    wide = tuple(tensor.detach().double().requires_grad_() for tensor in case.inputs)
+    results = reference(op, problem)(*wide)[: len(case.upstream)]
+    gradients = torch.autograd.grad(results, wide, tuple(gradient.double() for gradient in case.upstream))
+    for got, wanted in zip((*results, *gradients), case.wanted, strict=True):
+        torch.testing.assert_close(wanted, got, rtol=1e-9, atol=1e-9)
+
+
+def test_half_precision_is_held_against_float32_copies() -> None:
+    case = repeated(make_case("aggregate", *SHAPE[:2], 5, "bfloat16", 1), 12, CPU)
+    assert {tensor.dtype for tensor in case.wanted} == {torch.float32}
+    assert case.inputs[0].dtype == torch.bfloat16
+
+
+def test_a_token_from_another_block_is_seen() -> None:
+    """Blocks of tokens are powers of two, which a prime period is no multiple of."""
+    case = repeated(make_case("aggregate", *SHAPE[:2], PERIOD, "float32", 1), 1024, CPU)
+
+    def shifted(x: torch.Tensor, pre: torch.Tensor) -> tuple[torch.Tensor]:
+        return ((pre[:, :, None] * x).sum(1).roll(256, 0),)
+
+    assert case.error(lambda x, pre: ((pre[:, :, None] * x).sum(1),)) < 1e-5
+    assert case.error(shifted) > 0.5
+
+
+def test_tokens_that_are_drawn_for_a_cpu_all_differ() -> None:
+    case = make_case("merge", *SHAPE[:2], PERIOD + 1, "float32", 0)
+    assert len({float(token.detach().sum()) for token in case.inputs[0]}) == PERIOD + 1
+
+
+def test_few_tokens_are_drawn_for_a_gpu_and_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "repeated", lambda case, tokens, device: (case.tokens, tokens, device))
+    gpu = torch.device("cuda")
+    for tokens, drawn in ((PERIOD + 1, PERIOD), (3, 3)):
+        assert make_case("merge", *SHAPE[:2], tokens, "float32", 0, gpu) == (drawn, tokens, gpu)

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 from typer.testing import CliRunner
 
-from autotune.worker import TaskFailed
-from autotune.workers import Job
+from autotune.processes.worker import TaskFailed
+from autotune.processes.workers import Job
 from cli import compile as command
 from cli.main import app
 from tiles.compile import Artifact

@@ -6,16 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from autotune.verify import WrongResult
+from autotune.measuring.verify import WrongResult
 from cli import ours
-from cli.cases import make_case
+from cli.cases import OPS, make_case
 from cli.contenders import Contender
 from cli.gpu import block as gpu_block
 from cli.gpu import child as gpu_child
 from cli.gpu import numerics as gpu_numerics
 from cli.gpu import plots as gpu_plots
 from cli.gpu import table as gpu_table
-from cli.gpu.cases import result_names
 from cli.gpu.plan import TELLING
 from mhc.kernels import Kernels
 from tiles.target import detect_device
@@ -136,10 +135,16 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
 def test_numerics_tell_every_result_and_gradient(op: str) -> None:
     case = make_case(op, 2, 16, 9, "bfloat16", 1)
     judged = gpu_numerics.judged(Contender("default", ours.form(case), "", kernels=Kernels.reference()), case)
-    assert list(judged["errors"]) == [*result_names(case), *(f"d{name}" for name in case.names)]
+    assert list(judged["errors"]) == [*gpu_numerics.result_names(case), *(f"d{name}" for name in case.names)]
     assert judged["within"]
     assert judged["repeats"]
     assert 0 < max(judged["errors"].values()) < 1e-2
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_result_has_a_name(op: str) -> None:
+    case = make_case(op, 2, 16, 3, "float32", 0)
+    assert len(gpu_numerics.result_names(case)) == len(case.upstream)
 
 
 def test_numerics_see_what_is_wrong_and_what_does_not_repeat() -> None:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from autotune.events import Event, FinalistsMeet, ProblemFinished, ProblemStarted, TrialDone, TrialFailed
-from autotune.measure import Roofline
+from autotune.measuring.roofline import Roofline
 from cli.progress import TuneProgress, finished_line
 from cli.tally import Tally, duration
 from tiles.family import Problem

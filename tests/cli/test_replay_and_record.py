@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from autotune.pool import Pool
-from autotune.spaces import RecordedSpace, write_space
-from autotune.worker import TaskFailed
+from autotune.processes.worker import TaskFailed
+from autotune.recorded.spaces import RecordedSpace, write_space
+from autotune.search.pool import Pool
 from cli import figures
 from cli import record as record_command
 from cli.main import app

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from autotune.case import TuneFailed
 from autotune.events import BucketsMeet, BucketsServed, ProblemFinished
+from autotune.search.case import TuneFailed
 from autotune.tuner import TuneResult
 from cli import tune as command
 from cli.main import app

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from autotune.events import FinalistsMeet, ProblemFinished, ProblemStarted, TrialDone, TrialFailed
-from autotune.measure import Roofline
+from autotune.measuring.roofline import Roofline
 from autotune.tuner import TuneFailed
 from cli import tune as command
 from cli.main import app

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from autotune.worker import Worker
+from autotune.processes.worker import Worker
 from cli.main import app
 from tiles.cache import KernelCache, Record
 from tiles.compile import compile_kernel

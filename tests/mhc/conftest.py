@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import mhc
 from mhc.resolve import Resolver
@@ -23,6 +24,15 @@ def cache_folder(tmp_path_factory):
 def _on_reference(cache_folder):
     with mhc.using(mhc.Kernels.reference()):
         yield
+
+
+@pytest.fixture
+def one_thread():
+    """Small tensors are nothing to wait for another thread for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

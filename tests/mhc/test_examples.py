@@ -13,14 +13,7 @@ from mhc.examples.train_bytes import Outcome, Run, Step, train
 
 TINY = Size(blocks=2, width=16, heads=2, context=32)
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """More threads only get in each other's way at this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -425,14 +425,6 @@ def bytes_held(model, x):
     return sum(change for when, change in changes if when < between), max(held)
 
 
-@pytest.fixture
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small tensors are nothing to wait for another thread for
-    yield
-    torch.set_num_threads(before)
-
-
 class Lean(nn.Module):
     """Saves its input, the norm's two statistics, and the normalised input."""
 
@@ -444,7 +436,7 @@ class Lean(nn.Module):
         return self.linear(self.norm(u))
 
 
-@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.usefixtures("one_thread")
 def test_held_bytes_follow_the_formula():
     """Between the passes: exactly n widths a segment, one a sublayer's output, and the coefficients. At the peak: n + 2
     widths a block of a segment more, and what one block's backward takes, which hardly depends on the length."""

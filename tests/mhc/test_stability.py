@@ -16,13 +16,7 @@ from mhc.examples.train_bytes import Run
 RECORDED = Path(__file__).parents[2] / "results" / "stability"
 TINY = Size(blocks=2, width=16, heads=2, context=16)
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from itertools import product
 import pytest
 from launching import WORKSPACE, job, launched
 
-from autotune.look import look
-from autotune.worker import TaskFailed
-from autotune.workers import Workers
+from autotune.measuring.look import look
+from autotune.processes.worker import TaskFailed
+from autotune.processes.workers import Workers
 from tiles.compile import Artifact, compile_kernel
 from tiles.cuda_launcher import SUM_KERNEL, TOO_MANY_TOKENS
 from tiles.family import Problem

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from autotune.verify import check
+from autotune.measuring.verify import check
 from tiles.apply import programs
 from tiles.apply.schedule import in_groups
 from tiles.compile import compile_kernel, generate_source

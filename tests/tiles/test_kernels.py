@@ -8,7 +8,7 @@ import pytest
 import torch
 from building import build, default_job
 
-from autotune.verify import check
+from autotune.measuring.verify import check
 from tiles.family import DTYPES, Problem
 from tiles.registry import kernel_specs
 from tiles.runtime import is_result

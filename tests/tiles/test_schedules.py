@@ -10,7 +10,7 @@ import re
 import pytest
 from building import build
 
-from autotune.verify import check
+from autotune.measuring.verify import check
 from tiles.compile import CompileError, compile_kernel, generate_source
 from tiles.errors import BadInput
 from tiles.family import KernelSpec, Problem

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests import `ranks` and `models`
 
@@ -19,9 +18,5 @@ def ranks(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """More threads only get in each other's way at this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _on_one_thread(one_thread):
+    """In this process as in those of `ranks`."""

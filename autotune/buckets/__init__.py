@@ -1,0 +1,1 @@
+"""Choosing few schedules for several token counts."""

@@ -1,0 +1,153 @@
+"""The worker processes of a tuner: two that compile side by side, one that measures while they rest."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from autotune.measuring.roofline import Roofline
+from autotune.processes import tasks
+from autotune.processes.confine import SHARE, memory_bytes
+from autotune.processes.worker import TaskFailed, Worker
+from tiles.compile import Artifact, compile_kernel
+from tiles.errors import BadInput
+from tiles.family import Direction, Problem
+from tiles.target import Target
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+COMPILERS = 2
+
+Job = tuple[Problem, Any, Target]
+"""What is compiled: a problem, a schedule of its kernel, and for what."""
+
+
+class Workers:
+    """Compile and measure kernels in processes that stay alive from one problem to the next.
+
+    A kernel that takes longer than `compile_seconds` or `measure_seconds` is given up, and so is one that needs more
+    than `memory` bytes, by default `confine.SHARE` of what there is; those that compile side by side share them.
+    Kernels run on this machine's CPU or, for the `kind` cuda, on its current GPU. They are measured with `threads`
+    threads, by default as many as torch has in this process. As a context manager it ends them on leaving.
+    """
+
+    compiler: Callable[[Problem, Any, Target], Artifact] = staticmethod(compile_kernel)
+
+    def __init__(
+        self,
+        *,
+        kind: Literal["cpu", "cuda"] = "cpu",
+        threads: int | None = None,
+        compile_seconds: float = 120,
+        measure_seconds: float = 60,
+        memory: int | None = None,
+    ) -> None:
+        import torch
+
+        self._kind = kind
+        self.threads = threads or torch.get_num_threads()
+        self._compile_seconds = compile_seconds
+        self._measure_seconds = measure_seconds
+        memory = memory or int(SHARE * memory_bytes())
+        # All temporary files are in here, those of compilers that were killed as well.
+        self._scratch = tempfile.TemporaryDirectory(prefix="mhc-tune-", ignore_cleanup_errors=True)
+        folder = Path(self._scratch.name)
+        self._compilers = [Worker(memory=memory // COMPILERS, folder=folder) for _ in range(COMPILERS)]
+        self._measurer = Worker(memory=memory, folder=folder)
+        self._roofline: Roofline | None = None
+        self.conditions: Mapping[str, float] = {}
+        """What the device said of itself when it was last measured (`stopwatch.Stopwatch`)."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all processes and remove their files."""
+        for worker in (*self._compilers, self._measurer):
+            worker.kill()
+        self._scratch.cleanup()
+
+    def compile(self, problem: Problem, schedules: Sequence[Any], target: Target) -> list[Artifact | TaskFailed]:
+        """Compile every schedule; a failure takes the artifact's place."""
+        return list(self.compile_each([(problem, schedule, target) for schedule in schedules]))
+
+    def compile_each(self, jobs: Sequence[Job]) -> Iterator[Artifact | TaskFailed]:
+        """What becomes of every job, in order; `COMPILERS` of them are compiled at a time."""
+        for first in range(0, len(jobs), COMPILERS):
+            yield from self._compile_some(jobs[first : first + COMPILERS])
+
+    def _compile_some(self, jobs: Sequence[Job]) -> list[Artifact | TaskFailed]:
+        busy = self._compilers[: len(jobs)]
+        done: list[Artifact | TaskFailed] = []
+        try:
+            for worker, job in zip(busy, jobs, strict=True):
+                worker.start(self.compiler, *job)
+            for worker in busy:
+                try:
+                    done.append(worker.finish(self._compile_seconds))
+                except TaskFailed as failure:
+                    done.append(failure)
+        except BaseException:
+            for worker in busy:
+                worker.kill()
+            raise
+        return done
+
+    def roofline(self) -> Roofline:
+        """What this machine can do, measured once."""
+        if self._roofline is None:
+            self._roofline = self._measure(1, tasks.roofline, self._kind)
+        assert self._roofline
+        return self._roofline
+
+    def assess(self, problem: Problem, tuned: bytes, default: bytes, seed: int) -> dict[str, list[float]]:
+        """Verify a kernel and time it against the default; see `tasks.assess`. Raises `TaskFailed`."""
+        paths = self._file(tuned), self._file(default)
+        return self._timed(1, tasks.assess, problem, *paths, seed)
+
+    def compare(
+        self, problem: Problem, binaries: Mapping[str, bytes], unverified: Sequence[str], seed: int
+    ) -> dict[str, list[float]]:
+        """Time kernels against each other; see `tasks.compare`. Raises `TaskFailed`."""
+        paths = {name: self._file(binary) for name, binary in binaries.items()}
+        return self._timed(len(paths), tasks.compare, problem, paths, unverified, seed)
+
+    def compare_separate(
+        self, problem: Problem, fused: bytes, parts: Mapping[tuple[str, Direction], bytes], seed: int
+    ) -> dict[str, list[float]]:
+        """Time a fused kernel against separate ones; see `tasks.compare_separate`. Raises `TaskFailed`."""
+        paths = {part: self._file(binary) for part, binary in parts.items()}
+        return self._timed(2, tasks.compare_separate, problem, self._file(fused), paths, seed)
+
+    def _timed(self, kernels: int, function: Callable[..., Any], *arguments: Any) -> dict[str, list[float]]:
+        timed: tasks.Timed = self._measure(kernels, function, *arguments)
+        self.conditions = timed.conditions
+        return timed.times
+
+    def _measure(self, kernels: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a task that has so many `kernels` to measure."""
+        return self._measurer.call(kernels * self._measure_seconds, function, *arguments, self.threads)
+
+    def _file(self, binary: bytes) -> Path:
+        path = Path(self._scratch.name) / f"{hashlib.sha256(binary).hexdigest()}.so"
+        if not path.exists():
+            begun = path.with_suffix(".part")
+            try:
+                begun.write_bytes(binary)
+                begun.rename(path)
+            except OSError as error:
+                raise BadInput(
+                    f"compiled kernels must fit in the folder of temporary files, got {path.parent.parent} "
+                    f"({error.strerror}): make room there or set TMPDIR to another folder"
+                ) from error
+        return path

@@ -1,0 +1,134 @@
+"""Searches that replay recorded spaces: ours, and what others offer, each as a user of it would write it down."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.samplers import BaseSampler, GPSampler, TPESampler
+from optuna.trial import TrialState
+
+from autotune.recorded.spaces import RecordedSpace
+from autotune.search.pool import Pool
+from autotune.search.sampler import PoolSampler
+from autotune.search.trials import REASON
+from tiles.errors import BadInput
+
+Search = Callable[[RecordedSpace, int, int], list[int | None]]
+"""(space, trials, seed) -> the member of each trial in order, None for one that is not in the pool."""
+
+
+def start(space: RecordedSpace, seed: int) -> int:
+    """Where a search begins: at the space's default, or at a random member where it knows none."""
+    return space.pool.default if space.has_default else random.Random(f"start {seed}").randrange(len(space.pool))
+
+
+def ours(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
+    """`PoolSampler`, until the pool is swept."""
+    pool = space.starting_at(start(space, seed))
+    study = _study(PoolSampler(pool, budget=trials, seed=seed))
+    asked: list[int | None] = []
+    for _ in range(min(trials, len(pool))):
+        trial = study.ask(dict(pool.distributions))
+        member = pool.member(trial.params)
+        asked.append(member)
+        _tell(study, trial, space, member)
+    return asked
+
+
+def tpe(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
+    """Optuna's TPE as it comes, numbers as ordinal integers: what it repeats, or what is no member, costs a trial."""
+    return _stock(TPESampler(seed=seed), space, trials, seed)
+
+
+def gp(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
+    """Optuna's Gaussian process as it comes, on the same ordinal integers. Raises `BadInput` without SciPy."""
+    if find_spec("scipy") is None:
+        raise BadInput("Optuna's GPSampler needs SciPy, which is not installed: pip install scipy")
+    return _stock(GPSampler(seed=seed), space, trials, seed)
+
+
+def chance(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
+    """Random members, none twice."""
+    first = start(space, seed)
+    others = [member for member in range(len(space.pool)) if member != first]
+    drawn = random.Random(seed).sample(others, min(trials - 1, len(others)))
+    return [first, *drawn]
+
+
+def local(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
+    """Hill climbing with restarts: go to the first better member that differs in one tunable, tried in random order.
+
+    Where there is none, it begins anew at a random member. What it meets again costs no trial.
+    """
+    draw, tried = random.Random(seed), dict[int, float]()
+    trials = min(trials, len(space.pool))
+
+    def time_of(member: int) -> float:
+        if member not in tried and len(tried) < trials:
+            ms = space.ms[member]
+            tried[member] = float("inf") if ms is None else ms
+        return tried.get(member, float("inf"))
+
+    here = start(space, seed)
+    time_of(here)
+    while len(tried) < trials:
+        beside = neighbours(space.pool, here)
+        draw.shuffle(beside)
+        better = next((member for member in beside if time_of(member) < tried[here]), None)
+        if better is None:
+            better = draw.choice([member for member in range(len(space.pool)) if member not in tried] or [here])
+            time_of(better)
+        here = better if better in tried else here
+    return list(tried)
+
+
+def neighbours(pool: Pool, member: int) -> list[int]:
+    """The members that differ in one tunable."""
+    values = pool.values(member)
+    changed = ({**values, name: other} for name, choices in pool.space.items() for other in choices)
+    found = (pool.member(other) for other in changed if other != values)
+    return [other for other in found if other is not None]
+
+
+SAMPLERS: Mapping[str, Search] = {"ours": ours, "tpe": tpe, "random": chance, "local": local, "gp": gp}
+
+
+def _stock(sampler: BaseSampler, space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
+    study, pool = _study(sampler), space.pool
+    ordinal = {name: _is_number(values) for name, values in pool.space.items()}
+    distributions: dict[str, BaseDistribution] = {
+        name: IntDistribution(0, len(values) - 1) if ordinal[name] else CategoricalDistribution(values)
+        for name, values in pool.space.items()
+    }
+    first = pool.values(start(space, seed))
+    study.enqueue_trial({name: pool.space[name].index(first[name]) if ordinal[name] else first[name] for name in first})
+    asked = []
+    for _ in range(trials):
+        trial = study.ask(dict(distributions))
+        values = {name: pool.space[name][step] if ordinal[name] else step for name, step in trial.params.items()}
+        asked.append(pool.member(values))
+        _tell(study, trial, space, asked[-1])
+    return asked
+
+
+def _is_number(values: tuple[Any, ...]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _study(sampler: BaseSampler) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(sampler=sampler)
+
+
+def _tell(study: optuna.Study, trial: optuna.Trial, space: RecordedSpace, member: int | None) -> None:
+    ms = None if member is None else space.ms[member]
+    if ms is None:
+        trial.set_user_attr(REASON, "invalid" if member is None else space.reasons[member])
+        study.tell(trial, state=TrialState.FAIL)
+    else:
+        study.tell(trial, ms)

@@ -1,0 +1,138 @@
+"""Real processes and real binaries: bad kernels are a reason and never a crash of the tuner."""
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import worker_tasks
+from faults import HEADER, PROBLEM, RIGHT, built
+
+from autotune.processes.tasks import DEFAULT, TUNED, Timed
+from autotune.processes.worker import TaskFailed
+from autotune.processes.workers import Workers
+from tiles.errors import BadInput
+from tiles.family import Problem
+
+
+def binary(tmp_path, body):
+    """A shared library with a kernel's entry that does `body`."""
+    text = tmp_path / "kernel.cpp"
+    text.write_text(f"{HEADER}{body} return 0; }}")
+    return built(text)
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with Workers() as workers:
+        yield workers
+
+
+def test_a_right_kernel_is_timed_against_the_default(workers, tmp_path):
+    right = binary(tmp_path, RIGHT)
+    slow = binary(tmp_path, RIGHT + "usleep(2000);")
+    times = workers.assess(PROBLEM, right, slow, seed=1)
+    assert set(times) == {TUNED, DEFAULT}
+    assert len(times[TUNED]) == len(times[DEFAULT]) >= 6
+    assert min(times[DEFAULT]) >= 2
+    assert set(workers.compare(PROBLEM, {"a": right, "b": slow, "c": right}, ["b"], seed=1)) == {"a", "b", "c"}
+    with pytest.raises(TaskFailed, match=r"^WrongResult: "):
+        workers.compare(PROBLEM, {"a": right, "b": binary(tmp_path, "")}, ["b"], seed=1)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("", r"^WrongResult: u at 1 tokens in 1 slices: 64 of 64 elements .* got nan"),
+        (RIGHT.replace("t * 2 + 1", "t * 2"), r"^WrongResult: u at 1 tokens"),
+        (RIGHT + "if (tokens > 0) u[tokens * 64] = 0;", r"^WrongResult: u at 1 tokens .* wrote outside of the result$"),
+        (RIGHT + "if (tokens > 0) u[-1] = 0;", r"^WrongResult: u at 1 tokens .* wrote outside of the result$"),
+        (RIGHT + "if (tokens > 0) ((float *)x)[3] += 1;", r"^WrongResult: x at 1 tokens .* wrote to an input"),
+        ("return 7;", r"^RuntimeError: aggregate\.forward failed: the kernel returned 7"),
+        ("abort();", r"^assess ended its process: SIGABRT"),
+        ("*(volatile int *)0 = 1;", r"^assess ended its process: SIGSEGV"),
+        ("_exit(5);", r"^assess ended its process: exit code 5"),
+    ],
+    ids=[
+        *("does nothing", "wrong value", "out of bounds", "before", "input", "status", "abort"),
+        *("segmentation fault", "exit"),
+    ],
+)
+def test_a_bad_kernel_is_a_reason_and_the_next_one_is_measured(workers, tmp_path, body, reason):
+    right = binary(tmp_path, RIGHT)
+    with pytest.raises(TaskFailed, match=reason):
+        workers.assess(PROBLEM, binary(tmp_path, body), right, seed=1)
+    assert workers.assess(PROBLEM, right, right, seed=1)
+
+
+def test_a_kernel_that_hangs_is_killed(tmp_path):
+    with Workers(measure_seconds=15) as workers:
+        workers.roofline()  # starts the process and imports torch
+        workers._measure_seconds = 1
+        with pytest.raises(TaskFailed, match=r"^assess took longer than 1 s and was killed$"):
+            workers.assess(PROBLEM, binary(tmp_path, "for (;;) usleep(1000);"), b"", seed=1)
+
+
+def test_a_process_that_ran_a_wrong_kernel_measures_no_other(workers, tmp_path):
+    right = binary(tmp_path, RIGHT)
+    workers.assess(PROBLEM, right, right, seed=1)
+    before = workers._measurer._process
+    with pytest.raises(TaskFailed, match="wrote outside"):
+        workers.assess(PROBLEM, binary(tmp_path, RIGHT + "if (tokens > 0) u[tokens * 64] = 0;"), right, seed=1)
+    assert before.returncode == -signal.SIGKILL
+    workers.assess(PROBLEM, right, right, seed=1)
+    assert workers._measurer._process is not before
+
+
+def test_compilers_share_the_memory_that_the_measuring_process_has_alone():
+    with Workers(memory=6 * 2**30) as workers:
+        limits = [worker.call(60, worker_tasks.limits)[0] for worker in (*workers._compilers, workers._measurer)]
+    assert limits == [3 * 2**30, 3 * 2**30, 6 * 2**30]
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_kernel(tmp_path, monkeypatch):
+    with Workers() as workers:
+        folder = Path(workers._scratch.name)
+
+        def full(path, data):
+            path.touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            with pytest.raises(BadInput, match=r"No space left on device\): make room there or set TMPDIR") as caught:
+                workers._file(b"a kernel")
+        assert "\n" not in str(caught.value)
+        assert not list(folder.glob("*.so"))
+        assert workers._file(b"a kernel").read_bytes() == b"a kernel"
+
+
+def test_conditions_are_those_of_the_last_measurement(tmp_path):
+    with Workers() as workers:
+        workers._measurer.call = lambda *task: Timed({"a": [1.0]}, {"sm_mhz": 1980.0})
+        assert workers.compare(PROBLEM, {"a": b"code"}, [], seed=1) == {"a": [1.0]}
+        assert workers.conditions == {"sm_mhz": 1980.0}
+
+
+def test_what_is_no_library_is_a_reason(workers):
+    with pytest.raises(TaskFailed, match=r"^LoadError: "):
+        workers.assess(PROBLEM, b"no library", b"", seed=1)
+
+
+def test_the_measuring_process_has_the_same_number_of_threads(tmp_path):
+    report = binary(tmp_path, RIGHT + "if (tokens == 4096) exit(40 + slices);")
+    problem = Problem("aggregate", "forward", 2, 64, tokens=4096)
+    for threads in (torch.get_num_threads(), torch.get_num_threads() + 1):
+        with Workers(threads=threads) as workers, pytest.raises(TaskFailed, match=f"exit code {40 + threads}"):
+            workers.assess(problem, report, report, seed=1)
+
+
+def test_leaving_ends_all_processes_and_removes_their_files(tmp_path):
+    with Workers() as workers:
+        workers.assess(PROBLEM, binary(tmp_path, RIGHT), binary(tmp_path, RIGHT), seed=1)
+        process, folder = workers._measurer._process, Path(workers._scratch.name)
+        assert any(folder.iterdir())
+    assert process.returncode is not None
+    assert not folder.exists()

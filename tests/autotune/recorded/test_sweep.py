@@ -1,0 +1,128 @@
+"""Recording a space: what is measured, what is kept, and what another file is refused for."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import toy
+
+from autotune.processes.worker import TaskFailed
+from autotune.recorded import sweep
+from autotune.recorded.foreign import read_space
+from autotune.recorded.sweep import record
+from tiles.errors import BadInput
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch):
+    monkeypatch.setattr(sweep, "kernel_spec", lambda op, direction: toy.SPEC)
+    monkeypatch.setattr(sweep.Key, "of", staticmethod(toy.key_of))
+
+
+def recorded(out, workers, **options):
+    return record(toy.PROBLEM, toy.DEVICE, out, workers, **options)
+
+
+def test_the_whole_pool_is_measured_and_written(tmp_path):
+    out, told = tmp_path / "toy.json.gz", []
+    workers = toy.ToyWorkers()
+    space = recorded(out, workers, on_member=lambda *said: told.append(said))
+    assert read_space(out) == space
+    assert len(space.pool) == 34
+    assert told[0] == (0, 0, 34)
+    assert told[-1] == (34, 0, 34)
+    assert space.has_default
+    for member, ms in enumerate(space.ms):
+        schedule = toy.ToySchedule(**space.pool.values(member))
+        if schedule.unroll == 1:  # packed or not is the same code
+            schedule = replace(schedule, packed=False)
+        assert ms == pytest.approx(toy.milliseconds(schedule), rel=0.03)
+    assert space.pool.values(space.ms.index(space.optimum)) == vars(toy.BEST)
+    assert all(low <= 1 <= high for low, high in space.spread)
+    assert space.about["problem"]["op"] == "toy"
+    assert space.about["threads"] == 2
+    assert space.about["rounds"] == 24
+    assert {"date", "tilelang", "torch", "commit"} <= set(space.about["made"])
+    assert [path.name for path in tmp_path.iterdir()] == ["toy.json.gz"]
+
+
+def test_identical_code_is_timed_once(tmp_path):
+    workers = toy.ToyWorkers()
+    space = recorded(tmp_path / "toy.json.gz", workers)
+    assert len(workers.assessed) == len(set(workers.assessed)) == len(set(space.sources)) == 28
+    pairs = {
+        source: {ms for ms, of in zip(space.ms, space.sources, strict=True) if of == source} for source in space.sources
+    }
+    assert all(len(times) == 1 for times in pairs.values())
+
+
+def test_failures_are_kept_with_their_reason(tmp_path):
+    workers = toy.ToyWorkers()
+    broken, wrong = toy.ToySchedule(8, 2, False), toy.ToySchedule(8, 4, True)
+    workers.not_compiling.add(broken)
+    workers.wrong.add(toy.code(wrong))
+    space = read_space(_made(tmp_path, workers))
+    failed = {tuple(space.pool.values(member).values()): reason for member, reason in space.reasons.items()}
+    assert failed == {(8, 2, False): "CompileError: no", (8, 4, True): "WrongResult: y is wrong"}
+    assert [space.ms[member] for member in space.reasons] == [None, None]
+
+
+def _made(folder, workers):
+    recorded(folder / "toy.json.gz", workers)
+    return folder / "toy.json.gz"
+
+
+def test_what_was_measured_is_kept_and_the_same_call_goes_on(tmp_path):
+    out, first = tmp_path / "toy.json.gz", toy.ToyWorkers()
+    first.interrupt_at = 9
+    with pytest.raises(KeyboardInterrupt):
+        recorded(out, first)
+    assert not out.exists()
+    part = tmp_path / "toy.json.gz.part"
+    with part.open("ab") as file:
+        file.write(b'{"member": 33, "ra')  # kill -9 in the middle of a line
+    kept = {json.loads(line)["member"] for line in part.read_bytes().splitlines()[1:-1]}
+    second, told = toy.ToyWorkers(), []
+    space = recorded(out, second, on_member=lambda *said: told.append(said))
+    assert told[0][0] == len(kept) >= 9
+    assert not set(first.assessed) & set(second.assessed)
+    assert None not in space.ms
+    assert not part.exists()
+
+
+def test_a_default_that_fails_is_told_and_nothing_is_lost(tmp_path):
+    workers = toy.ToyWorkers()
+    workers.wrong.add(toy.code(toy.DEFAULT_SCHEDULE))
+    with pytest.raises(TaskFailed, match="y is wrong"):
+        recorded(tmp_path / "toy.json.gz", workers)
+    assert recorded(tmp_path / "toy.json.gz", toy.ToyWorkers()).reasons == {}
+
+
+@pytest.mark.parametrize("content", [b"{}\n", b"x" * 50 + b"\n"])
+def test_a_part_of_something_else_is_refused_and_left_alone(tmp_path, content):
+    part = tmp_path / "toy.json.gz.part"
+    part.write_bytes(content)
+    with pytest.raises(BadInput, match="must be the begin of this very sweep"):
+        recorded(tmp_path / "toy.json.gz", toy.ToyWorkers())
+    assert part.read_bytes() == content
+
+
+def test_a_part_with_a_damaged_finding_is_refused(tmp_path):
+    workers = toy.ToyWorkers()
+    workers.interrupt_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        recorded(tmp_path / "toy.json.gz", workers)
+    with (tmp_path / "toy.json.gz.part").open("ab") as file:
+        file.write(b"[]\n")
+    with pytest.raises(BadInput, match="one finding a line"):
+        recorded(tmp_path / "toy.json.gz", toy.ToyWorkers())
+
+
+def test_a_finished_file_and_a_folder_that_is_not_there_are_refused(tmp_path):
+    out = _made(tmp_path, toy.ToyWorkers())
+    before = out.read_bytes()
+    with pytest.raises(BadInput, match="exists: move it away"):
+        recorded(out, toy.ToyWorkers())
+    assert out.read_bytes() == before
+    with pytest.raises(BadInput, match="No such file or directory"):
+        recorded(tmp_path / "none" / "toy.json.gz", toy.ToyWorkers())
