@@ -7,6 +7,7 @@ stored as uint16. On CUDA a lane loop is spread over the block's threads and an 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -17,6 +18,9 @@ from tiles.limits import DOT_LANES, OWNED_REGISTERS
 from tiles.rows import CpuRow, CudaRow, Row
 from tiles.target import Target
 from tiles.values import Buffer, Expr
+
+TOTALS_FLOATS = 4096
+"""Floats of shared memory in which a CUDA block adds up accumulators."""
 
 
 class Dialect(Protocol):
@@ -38,7 +42,7 @@ class Dialect(Protocol):
         """A loop nest whose iterations are independent (or only add to accumulators)."""
 
     def accumulator(self, *extents: int) -> Buffer:
-        """float32 storage that starts at zero and that a lane loop of these extents adds to; read it with `total`."""
+        """float32 storage that starts at zero and that a lane loop of these extents adds to; read it with `totals`."""
 
     def scratch(self, *extents: int) -> Buffer:
         """Uninitialised float32 storage that is indexed freely: by a lane, by a serial loop, by all lanes alike."""
@@ -62,8 +66,8 @@ class Dialect(Protocol):
     def lane(self, *indices: Expr) -> tuple[Expr, ...]:
         """Where the lane at `indices` finds its part of an accumulator."""
 
-    def total(self, accumulator: Buffer) -> Buffer:
-        """The sum over lanes, as a buffer of one element."""
+    def totals(self, accumulators: Sequence[Buffer], into: Callable[[Expr, Expr], Any]) -> Any:
+        """Give `into` the number and the sum over lanes of each of these accumulators, which have the same extent."""
 
     def exp(self, value: Expr) -> Expr:
         """e to the power of a float32 value of at most 0 and any finite size."""
@@ -138,8 +142,9 @@ class Cpu:
     def lane(self, *indices: Expr) -> tuple[Expr, ...]:
         return (0,)
 
-    def total(self, accumulator: Buffer) -> Buffer:
-        return accumulator
+    def totals(self, accumulators: Sequence[Buffer], into: Callable[[Expr, Expr], Any]) -> Any:
+        for number, accumulator in enumerate(accumulators):
+            into(number, accumulator[0])
 
     def exp(self, value: Expr) -> Expr:
         return T.call_extern("float32", "mhc_exp", value)
@@ -218,10 +223,13 @@ class Cuda:
     def lane(self, *indices: Expr) -> tuple[Expr, ...]:
         return indices
 
-    def total(self, accumulator: Buffer) -> Buffer:
-        total = T.alloc_fragment((1,), "float32")
-        _reduce(accumulator, total)
-        return total
+    def totals(self, accumulators: Sequence[Buffer], into: Callable[[Expr, Expr], Any]) -> Any:
+        """By way of shared memory: a reduction by shuffles and barriers for each would wait on every step of it."""
+        extent = int(accumulators[0].shape[0])
+        group = max(1, TOTALS_FLOATS // extent)
+        parts = T.alloc_shared((min(group, len(accumulators)), extent), "float32")
+        for first in range(0, len(accumulators), group):
+            _add_up(parts, accumulators[first : first + group], first, into)
 
     def exp(self, value: Expr) -> Expr:
         return T.exp(value)
@@ -263,8 +271,19 @@ def _clear(fragment: Buffer) -> None:
 
 
 @T.macro
-def _reduce(accumulator: Buffer, total: Buffer) -> None:
-    T.reduce_sum(accumulator, total, dim=0)
+def _add_up(parts: Buffer, accumulators: Sequence[Buffer], first: int, into: Callable[[Expr, Expr], Any]) -> None:
+    """A lane adds up a row of `parts`; lanes start apart from each other, since rows may begin in one memory bank."""
+    extent = parts.shape[1]
+    for lane in T.Parallel(extent):
+        for row, accumulator in enumerate(accumulators):
+            parts[row, lane] = accumulator[lane]
+    T.sync_threads()
+    for row in T.Parallel(len(accumulators)):
+        total = T.alloc_var("float32", init=0.0)
+        for step in T.unroll(extent, unroll_factor=16):
+            total += parts[row, (step + row) % extent]
+        into(first + row, total)
+    T.sync_threads()
 
 
 @T.macro

@@ -5,6 +5,8 @@ The backward takes `schedule.GROUP` input streams at a time and reads g again fo
 comes from a cache. Members of a group past the last stream repeat it.
 """
 
+from functools import partial
+
 import tilelang.language as T
 
 from tiles.apply.columns import Columns
@@ -42,6 +44,15 @@ class Grouped:
                     mixed.flush()
 
         @T.macro
+        def put_post(dpost: Buffer, token: Expr, i: Expr, value: Expr) -> None:
+            dpost[token, i] = value
+
+        @T.macro
+        def put_res(dres: Buffer, token: Expr, first: Expr, number: Expr, value: Expr) -> None:
+            """One of the sums of n rows for a group's members."""
+            dres[token, number // len(members), T.min(first + number % len(members), n - 1)] = value
+
+        @T.macro
         def sublayer_back(f: Buffer, g: Buffer, df: Buffer, dpost: Buffer, token: Expr, post: Buffer) -> None:
             """df_c = Σ_i post_i g_ic;  dpost_i = Σ_c g_ic f_c."""
             sums, weights = [columns.sums() for _ in streams], [bind(post[token, i]) for i in streams]
@@ -59,8 +70,7 @@ class Grouped:
                         for i in streams:
                             sums[i][at] += grads[i] * added
                 sublayer_grads.flush()
-            for i in streams:
-                dpost[token, i] = dialect.total(sums[i])[0]
+            dialect.totals(sums, partial(put_post, dpost, token))
 
         @T.macro
         def streams_back(x: Buffer, g: Buffer, dx: Buffer, dres: Buffer, token: Expr, res: Buffer, first: Expr) -> None:
@@ -87,9 +97,7 @@ class Grouped:
                                 sums[i][member][at] += grads[i] * value
                 for member in members:
                     state_grads[member].flush()
-            for i in streams:
-                for member in members:
-                    dres[token, i, group[member]] = dialect.total(sums[i][member])[0]
+            dialect.totals([part for row_sums in sums for part in row_sums], partial(put_res, dres, token, first))
 
         @T.macro
         def merge_back(

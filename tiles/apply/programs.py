@@ -6,6 +6,7 @@ x [T, nC]: stream i of a token begins at column i·C.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import tilelang.language as T
@@ -77,6 +78,22 @@ class Apply:
                 flush(mixed)
 
         @T.macro
+        def put_gradients(dpost: Buffer, dres: Buffer, token: Expr, number: Expr, value: Expr) -> None:
+            """One of the n sums of dpost and the n² of dres."""
+            if number < n:
+                dpost[token, number] = value
+            else:
+                dres[token, (number - n) // n, (number - n) % n] = value
+
+        @T.macro
+        def put_in_row(tensor: Buffer, token: Expr, i: Expr, value: Expr) -> None:
+            tensor[token, i] = value
+
+        @T.macro
+        def put_in_column(tensor: Buffer, token: Expr, i: Expr, value: Expr) -> None:
+            tensor[i, token] = value
+
+        @T.macro
         def merge_back(
             x: Buffer,
             f: Buffer,
@@ -118,10 +135,8 @@ class Apply:
                             post_sums[i][at] += grads[i] * added
                 flush(state_grads)
                 sublayer_grads.flush()
-            for i in streams:
-                dpost[token, i] = dialect.total(post_sums[i])[0]
-                for j in streams:
-                    dres[token, i, j] = dialect.total(res_sums[i][j])[0]
+            put = partial(put_gradients, dpost, dres, token)
+            dialect.totals([*post_sums, *(sums for row_sums in res_sums for sums in row_sums)], put)
 
         @T.macro
         def weigh(x: Buffer, du: Buffer, token: Expr, dpre: Buffer, lane_of_token: Expr) -> None:
@@ -137,8 +152,7 @@ class Apply:
                         grad = upper.get(column)
                         for i in streams:
                             sums[i][at] += grad * state[i].get(column)
-            for i in streams:
-                dpre[i, lane_of_token] = dialect.total(sums[i])[0]
+            dialect.totals(sums, partial(put_in_column, dpre, lane_of_token))
 
         @T.macro
         def aggregate_back(x: Buffer, du: Buffer, dx: Buffer, dpre: Buffer, token: Expr, pre: Sequence[Expr]) -> None:
@@ -157,8 +171,7 @@ class Apply:
                             sums[i][at] += grad * state[i].get(column)
                             state_grads[i].put(column, pre[i] * grad)
                 flush(state_grads)
-            for i in streams:
-                dpre[token, i] = dialect.total(sums[i])[0]
+            dialect.totals(sums, partial(put_in_row, dpre, token))
 
         self.aggregate, self.merge, self.weigh = aggregate, merge, weigh
         self.aggregate_back, self.merge_back = aggregate_back, merge_back

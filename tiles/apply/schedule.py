@@ -15,6 +15,9 @@ STAGED_BYTES = 32 * 1024
 THREADS = (32, 64, 96, 128, 160, 192, 256, 320)
 """CUDA threads a block to choose from: those that are no power of two suit widths such as 2560 = 320 × 8."""
 
+BACKWARD_THREADS = 128
+"""Most threads of a backward's default."""
+
 VECTOR_BYTES = 16
 """The longest vector that a CUDA thread loads or stores."""
 
@@ -39,13 +42,15 @@ class ApplySchedule:
 
 def default(problem: Problem, target: Target) -> ApplySchedule:
     """On a CPU the whole row, or what of it stays near where it is staged; on CUDA as many threads as the row keeps
-    busy with the longest vectors that the registers take."""
+    busy with the longest vectors that the registers take. A backward needs most of them: there, few threads make room
+    for other blocks, whose loads are under way while one adds up."""
     if target.kind == "cpu":
         staged = problem.op == "merge" and problem.direction == "backward"
         most = max(8, STAGED_BYTES // (4 * problem.streams)) if staged else problem.width
         return ApplySchedule(problem.width if problem.width <= most else divisors(problem.width, 8, most)[-1], 0)
+    most = BACKWARD_THREADS if problem.direction == "backward" else THREADS[-1]
     for lanes in (lanes for lanes in (8, 4, 2, 1) if lanes * DTYPE_BYTES[problem.dtype] <= VECTOR_BYTES):
-        for threads in (count for count in reversed(THREADS) if problem.width % (lanes * count) == 0):
+        for threads in (count for count in reversed(THREADS) if count <= most and problem.width % (lanes * count) == 0):
             schedule = ApplySchedule(lanes * threads, threads)
             if _why_not_cuda(problem, schedule) is None:
                 return schedule
@@ -73,11 +78,9 @@ def why_invalid(problem: Problem, schedule: ApplySchedule, target: Target) -> st
 
 
 def _why_not_cuda(problem: Problem, schedule: ApplySchedule) -> str | None:
-    """What a thread block asks of a schedule: even shares, sums in a tree, values in registers."""
+    """What a thread block asks of a schedule: even shares, values in registers."""
     if schedule.block_width % schedule.threads:
         return f"threads must divide block_width {schedule.block_width}, got {schedule.threads}: choose 32"
-    if problem.direction == "backward" and schedule.threads & (schedule.threads - 1):
-        return f"threads that sum must be a power of two, got {schedule.threads}: choose 64 or 128"
     held = _registers(problem, schedule)
     if held > REGISTERS:
         return f"a thread's values must fit {REGISTERS} registers, got {held}: choose a smaller block_width"

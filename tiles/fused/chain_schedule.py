@@ -88,7 +88,7 @@ def default(problem: Problem, target: Target) -> ChainSchedule:
 
 
 def _rows(problem: Problem, target: Target) -> ApplySchedule:
-    """The default of the heaviest pass over rows, with a power of two of threads, which sums over columns need."""
+    """The default of the heaviest pass over rows."""
     op = "merge" if problem.op == "step" else "aggregate"
     return apply.default(replace(problem, op=op, direction="backward"), target)
 

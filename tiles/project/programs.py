@@ -71,7 +71,7 @@ def projection(problem: Problem, schedule: Any, dialect: Cpu) -> Any:
                 add_group(dots, staged, phi, chunk, groups.whole * groups.size, groups.rest)
         for t in rows:
             if start + t < last:
-                s[token[t]] = dialect.total(squares[t])[0]
+                s[token[t]] = squares[t][0]
                 for k in dialect.lanes(outputs):
                     z[token[t], k] = dialect.dot_sum(dots, t, k)
 
