@@ -14,3 +14,11 @@ def driver(tmp_path_factory):
     from launching import build_driver
 
     return build_driver(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory):
+    """A library that runs kernels in place of NVIDIA's driver."""
+    from emulation import build_emulator
+
+    return build_emulator(tmp_path_factory.mktemp("emulator"))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from against_reference import check_against_reference
 
 from tiles.compile import CPU_FLAGS, lowered
 from tiles.family import Problem
@@ -77,12 +78,4 @@ class Simulated:
 
     def check(self, tokens: int, seed: int, splits: int = 1) -> None:
         """A run against the float64 reference, within the kernel's own tolerance."""
-        inputs = self.spec.inputs(self.problem, tokens, seed)
-        results = self.run(inputs, tokens, splits)
-        wide = {name: v.double() if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
-        wanted = self.spec.reference(self.problem, wide)
-        for name, got in results.items():
-            rtol, atol = self.spec.tolerance(self.problem, name)
-            torch.testing.assert_close(
-                got.double(), wanted[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-            )
+        check_against_reference(self.spec, self.problem, tokens, seed, lambda inputs: self.run(inputs, tokens, splits))

@@ -1,0 +1,64 @@
+"""Generated CUDA texts that run on the emulator (`emulation`), thread by thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from against_reference import check_against_reference
+from emulation import WAYS, Emulation, Way
+
+from tiles.compile import _plan, _program
+from tiles.cuda_launcher import Plan
+from tiles.family import Problem
+from tiles.registry import kernel_spec
+from tiles.target import Target
+
+
+@dataclass(frozen=True)
+class Text:
+    """A generated text, without a launcher, and how it is launched. `overlapping`: see `Emulation`."""
+
+    problem: Problem
+    source: str
+    plan: Plan
+    overlapping: tuple[str, ...] = ()
+
+
+def generate(problem: Problem, schedule: Any, target: Target, **plan: int) -> Text:
+    """The text of a kernel for `target`; `plan` replaces fields of its launch plan, such as `split_tokens`."""
+    spec = kernel_spec(problem.op, problem.direction)
+    problem = spec.canonical(problem)
+    program, source, module = _program(spec, problem, schedule, target)
+    made = replace(_plan(program, module, spec.arguments(problem)), **plan)
+    return Text(problem, source, made, _overlapping(problem, schedule))
+
+
+def _overlapping(problem: Problem, schedule: Any) -> tuple[str, ...]:
+    """A tile of pre's and step's backward that reaches past its stream carries columns of the next one along, where
+    another thread block writes (`matmul_programs.gradients`)."""
+    chained = problem.op in ("pre", "step") and problem.direction == "backward"
+    return ("dx", "near") if chained and problem.width % schedule.block_width else ()
+
+
+class Emulated:
+    """A kernel's text that runs here."""
+
+    def __init__(self, folder: Path, emulator: Path, text: Text) -> None:
+        self.spec = kernel_spec(text.problem.op, text.problem.direction)
+        self.problem = text.problem
+        arguments = self.spec.arguments(self.problem)
+        self._emulation = Emulation(folder, emulator, text.source, text.plan, arguments, text.overlapping)
+
+    def run(self, inputs: dict[str, Any], tokens: int, way: Way = WAYS[0]) -> dict[str, torch.Tensor]:
+        """All results; raises `Found`."""
+        return self._emulation.run(inputs, tokens, way)
+
+    def check(self, tokens: int, seed: int, ways: tuple[Way, ...] = WAYS) -> None:
+        """Runs against the float64 reference, within the kernel's own tolerance."""
+        for way in ways:
+            check_against_reference(
+                self.spec, self.problem, tokens, seed, lambda inputs, way=way: self.run(inputs, tokens, way)
+            )
