@@ -75,6 +75,12 @@ def test_a_barrier_of_one_warp_orders_that_warp_alone(run, threads):
             run(body, numbers(2, 32))
 
 
+def test_a_block_of_a_quarter_of_a_warp_may_synchronise_as_a_whole(run):
+    a = numbers(1, 32)
+    got = run("floats[t] = a[t];\n__syncthreads();\nb[t] = floats[7 - t];", a, threads=8)
+    assert torch.equal(got[0, :8], a[0, :8].flip(0))
+
+
 def test_a_shuffle_orders_no_memory_but_syncwarp_does(run):
     body = "floats[t] = a[t];\nORDER\nb[t] = floats[t ^ 1];"
     run(body.replace("ORDER", "__syncwarp();"), numbers(2, 32))

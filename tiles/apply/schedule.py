@@ -15,8 +15,8 @@ STAGED_BYTES = 32 * 1024
 THREADS = (32, 64, 96, 128, 160, 192, 256, 320)
 """CUDA threads a block to choose from: those that are no power of two suit widths such as 2560 = 320 × 8."""
 
-BACKWARD_THREADS = 128
-"""Most threads of a backward's default."""
+FEW_TOKENS, BACKWARD_THREADS = 64, (256, 128)
+"""Most threads of a backward's default, which may take 255 registers each: at up to so few tokens, and at more."""
 
 VECTOR_BYTES = 16
 """The longest vector that a CUDA thread loads or stores."""
@@ -48,7 +48,7 @@ def default(problem: Problem, target: Target) -> ApplySchedule:
         staged = problem.op == "merge" and problem.direction == "backward"
         most = max(8, STAGED_BYTES // (4 * problem.streams)) if staged else problem.width
         return ApplySchedule(problem.width if problem.width <= most else divisors(problem.width, 8, most)[-1], 0)
-    most = BACKWARD_THREADS if problem.direction == "backward" else THREADS[-1]
+    most = BACKWARD_THREADS[problem.tokens > FEW_TOKENS] if problem.direction == "backward" else THREADS[-1]
     for lanes in (lanes for lanes in (8, 4, 2, 1) if lanes * DTYPE_BYTES[problem.dtype] <= VECTOR_BYTES):
         for threads in (count for count in reversed(THREADS) if count <= most and problem.width % (lanes * count) == 0):
             schedule = ApplySchedule(lanes * threads, threads)

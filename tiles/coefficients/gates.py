@@ -206,8 +206,8 @@ class Backward:
         return BackwardScratch(
             forward=_forward_scratch(n, block, self._dialect, shared),
             kept=shared(max(1, rounds - 1), 2 * n, block),
-            dpre=own(n, block),
-            dpost=own(n, block),
+            dpre=shared(n, block),  # not read before the rounds are done, which fill the registers
+            dpost=shared(n, block),
             dres=own(n, n, block),
             dz=own(outputs, block),
             ds=own(block),

@@ -63,5 +63,5 @@ def backward_scratch(problem: Problem, lanes: int, target: Target) -> int:
     """float32 values that `gates.Backward` holds in scratch."""
     n, outputs, owned = problem.streams, problem.outputs, owned_scratch(target)
     forward = n * n + owned(n * n) + 3 * owned(n) + owned(1)
-    kept, sums = 2 * n * max(1, problem.rounds - 1), outputs + 3
-    return lanes * (forward + kept + 2 * owned(n) + owned(n * n) + owned(outputs) + 2 * owned(1) + sums)
+    kept, given, sums = 2 * n * max(1, problem.rounds - 1), 2 * n, outputs + 3
+    return lanes * (forward + kept + given + owned(n * n) + owned(outputs) + 2 * owned(1) + sums)

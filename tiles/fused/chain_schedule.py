@@ -17,7 +17,7 @@ from tiles.target import Target
 CHUNKS = (0, 1024, 2048)
 """Tokens of a chunk; 0: all. The streams of 1024 tokens are 21 MB at n = 4, C = 2560 in bfloat16."""
 
-ROW_THREADS = (64, 128, 256)
+ROW_THREADS = (64, 128, 160, 256, 320)
 ROW_BLOCKS = (0, 528)
 """Thread blocks of a pass over rows: four for each multiprocessor of a Hopper GPU; 0: one for each token."""
 
@@ -104,8 +104,10 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
     tiles = matmul_schedule.space(problem, target, staged=_staged(problem))
     choices = {name: [value for value in values if value in TILES[name]] for name, values in tiles.items()}
     vectors = [8 * threads for threads in ROW_THREADS if problem.width % (8 * threads) == 0]
-    choices |= {"lane_tokens": [8, lanes(problem)], "row_width": vectors, "row_threads": list(ROW_THREADS)}
-    choices |= {"row_blocks": list(ROW_BLOCKS), "chunk_tokens": list(CHUNKS)}
+    threads = [count // 8 for count in vectors] or [64, 128]
+    choices |= {"lane_tokens": [8, lanes(problem)], "row_width": vectors, "row_threads": threads}
+    for name, counts in (("row_blocks", ROW_BLOCKS), ("chunk_tokens", CHUNKS)):
+        choices[name] = [count for count in counts if count < problem.tokens]
     return {name: tuple(sorted({*values, getattr(usual, name)})) for name, values in choices.items()}
 
 
