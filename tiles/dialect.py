@@ -73,7 +73,7 @@ class Dialect(Protocol):
         """e to the power of a float32 value of at most 0 and any finite size."""
 
     def barrier(self) -> Any:
-        """What one lane has written to tensors, other lanes may read after this."""
+        """What one lane has written to tensors or scratch, other lanes may read after this."""
 
 
 @dataclass(frozen=True)

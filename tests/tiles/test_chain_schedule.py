@@ -45,6 +45,13 @@ def test_the_threads_of_a_block_add_up_every_sum_of_its_tokens(streams):
         assert wanted <= turns * elements * lanes(at_hand) < wanted + (turns + 1) * lanes(at_hand)
 
 
+def test_a_backwards_default_splits_fill_the_turns_of_a_hopper_gpu():
+    """80 tiles of columns: three splits are 240 thread blocks, of 264 that run at a time; four would take two turns."""
+    schedule = chain_schedule.default(problem("backward", 4096), HOPPER)
+    assert (schedule.block_width, schedule.resident, schedule.splits) == (128, 2, 3)
+    assert chain_schedule.default(problem("backward", 64), HOPPER).splits == 1
+
+
 @pytest.mark.parametrize("streams", (1, 2, 4, 8, 12, 16))
 @pytest.mark.parametrize("arch", ("sm_80", "sm_86", "sm_90a", "sm_100a"))
 def test_defaults_are_valid_and_in_their_own_space(arch, streams):

@@ -19,7 +19,10 @@ OTHER_REGISTERS = 64
 """What a thread holds besides its tiles: addresses, operands, loop counters (50 to 110 by ptxas, less if asked)."""
 
 THREAD_BLOCKS = 256
-"""Thread blocks that a default aims at: two for each multiprocessor of a large GPU."""
+"""Thread blocks that a forward's default aims at: two for each multiprocessor of a large GPU."""
+
+MULTIPROCESSORS = 132
+"""Of an H100 or H200, whose turns a backward's default fills."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,20 @@ def _usual_backward(problem: Problem) -> Iterator[TiledSchedule]:
     shapes = product((128, 64, 32, 16), rows, (2, 1), (256, 128, 64, 32), (2, 1))
     for width, block, stages, threads, resident in shapes:
         groups = problem.streams * -(-problem.width // width)
-        splits = _power_of_two(min(64, -(-THREAD_BLOCKS // groups), tokens // (4 * block)))
+        splits = _full_turns(problem, groups, MULTIPROCESSORS * resident, -(-tokens // block))
         yield TiledSchedule(block, width, stages, splits, resident, threads)
+
+
+def _full_turns(problem: Problem, groups: int, at_a_time: int, blocks: int) -> int:
+    """Splits of so many blocks of tokens that take least time where so many thread blocks run at a time and all start
+    together: turns over the thread blocks, each for its share of the tokens, and the sums for dphi, which every split
+    writes for another kernel to read, beside the streams, which are read and written once."""
+    sums = 4 * problem.outputs / (max(1, problem.tokens) * DTYPE_BYTES[problem.dtype])
+
+    def time(splits: int) -> float:
+        return -(-groups * splits // at_a_time) * -(-blocks // splits) * (1 + sums * splits)
+
+    return min(range(1, max(1, min(64, blocks // 2)) + 1), key=time)
 
 
 def _power_of_two(most: int) -> int:
@@ -84,7 +99,7 @@ def space(problem: Problem, target: Target, *, staged: int = 1) -> Mapping[str, 
         "block_tokens": (16, 32, 64, 128),
         "block_width": (32, 64, 128, 256),
         "stages": tuple(range(1, _most_stages(problem, staged) + 1)),
-        "splits": (1, 2, 4, 8, 16, 32, 64) if problem.direction == "forward" else (1, 2, 4, 8, 16, 32),
+        "splits": (1, 2, 4, 8, 16, 32, 64) if problem.direction == "forward" else (1, 2, 3, 4, 6, 8, 16, 32),
     }
     choices |= {"resident": (1, 2, 3, 4), "threads": (64, 128, 256)}
     return {name: tuple(sorted({*values, getattr(usual, name)})) for name, values in choices.items()}
