@@ -111,12 +111,17 @@ def generate_source(spec: KernelSpec, problem: Problem, schedule: Any, target: T
 
 def _lower(spec: KernelSpec, problem: Problem, schedule: Any, target: Target) -> tuple[str, Plan | None]:
     """The text of a kernel, and how it is launched on CUDA."""
-    program, source, module = _program(spec, problem, schedule, target)
     arguments = spec.arguments(problem)
     if target.kind == "cpu":
-        return with_launcher(source, arguments), None
-    plan = _plan(program, module, arguments)
+        return with_launcher(_program(spec, problem, schedule, target)[1], arguments), None
+    source, plan = planned(spec, problem, schedule, target)
     return with_cuda_launcher(source, plan, arguments), plan
+
+
+def planned(spec: KernelSpec, problem: Problem, schedule: Any, target: Target) -> tuple[str, Plan]:
+    """A kernel's CUDA text without a launcher, and how it is launched."""
+    program, source, module = _program(spec, problem, schedule, target)
+    return source, _plan(program, module, spec.arguments(problem))
 
 
 def lowered(spec: KernelSpec, problem: Problem, schedule: Any, target: Target) -> tuple[Any, str]:

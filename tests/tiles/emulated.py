@@ -10,7 +10,7 @@ import torch
 from against_reference import check_against_reference
 from emulation import WAYS, Emulation, Way
 
-from tiles.compile import _plan, _program
+from tiles.compile import planned
 from tiles.cuda_launcher import Plan
 from tiles.family import Problem
 from tiles.registry import kernel_spec
@@ -31,9 +31,8 @@ def generate(problem: Problem, schedule: Any, target: Target, **plan: int) -> Te
     """The text of a kernel for `target`; `plan` replaces fields of its launch plan, such as `split_tokens`."""
     spec = kernel_spec(problem.op, problem.direction)
     problem = spec.canonical(problem)
-    program, source, module = _program(spec, problem, schedule, target)
-    made = replace(_plan(program, module, spec.arguments(problem)), **plan)
-    return Text(problem, source, made, _overlapping(problem, schedule))
+    source, made = planned(spec, problem, schedule, target)
+    return Text(problem, source, replace(made, **plan), _overlapping(problem, schedule))
 
 
 def _overlapping(problem: Problem, schedule: Any) -> tuple[str, ...]:
