@@ -11,8 +11,10 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import tilelang.language as T
+from tilelang.layout import Layout
 
 from tiles.dialect import Cuda, Dialect
+from tiles.limits import ROW_PADDING
 from tiles.values import Buffer, Expr, bind
 
 PART = "bfloat16"
@@ -24,6 +26,9 @@ class Tiles(Protocol):
 
     def operand(self, rows: int, columns: int, dtype: str) -> Buffer:
         """A tile near the processor, as stored."""
+
+    def pad(self, *operands: Buffer) -> Any:
+        """Put `ROW_PADDING` after the rows of operands that no product takes, but threads, in the layout of sums."""
 
     def sums(self, rows: int, columns: int) -> Buffer:
         """A float32 tile that products are added to."""
@@ -69,6 +74,9 @@ class CudaTiles:
     def operand(self, rows: int, columns: int, dtype: str) -> Buffer:
         return T.alloc_shared((rows, columns), dtype)
 
+    def pad(self, *operands: Buffer) -> Any:
+        T.annotate_layout({operand: _padded(operand) for operand in operands})
+
     def sums(self, rows: int, columns: int) -> Buffer:
         held = T.alloc_fragment((rows, columns), "float32")
         _clear(held)
@@ -106,6 +114,9 @@ class CpuTiles:
     def operand(self, rows: int, columns: int, dtype: str) -> Buffer:
         return T.alloc_local((rows, columns), self._dialect.storage(dtype))
 
+    def pad(self, *operands: Buffer) -> Any:
+        pass
+
     def sums(self, rows: int, columns: int) -> Buffer:
         held = T.alloc_local((rows, columns), "float32")
         _zero(held)
@@ -131,6 +142,11 @@ class CpuTiles:
 
     def resident(self, blocks: int) -> Any:
         pass
+
+
+def _padded(operand: Buffer) -> Layout:
+    row = int(operand.shape[1]) + ROW_PADDING
+    return Layout(operand.shape, lambda i, j: i * row + j)
 
 
 @T.macro

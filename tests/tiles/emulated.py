@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from against_reference import check_against_reference
-from emulation import WAYS, Emulation, Way
+from emulation import WAYS, Emulation, Movement, Way
 
 from tiles.compile import planned
 from tiles.cuda_launcher import Plan
@@ -54,6 +54,10 @@ class Emulated:
     def run(self, inputs: dict[str, Any], tokens: int, way: Way = WAYS[0]) -> dict[str, torch.Tensor]:
         """All results; raises `Found`."""
         return self._emulation.run(inputs, tokens, way)
+
+    def movements(self, tokens: int) -> list[Movement]:
+        """What a run on drawn inputs moves; raises `Found`."""
+        return self._emulation.movements(self.spec.inputs(self.problem, tokens, 0), tokens)
 
     def check(self, tokens: int, seed: int, ways: tuple[Way, ...] = WAYS) -> None:
         """Runs against the float64 reference, within the kernel's own tolerance."""

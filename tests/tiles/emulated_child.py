@@ -1,8 +1,9 @@
 """Calls one launcher on the emulator, in a process of its own: `python emulated_child.py`, the job as JSON on stdin.
 
-A job: {"driver", "library", "seed", "late", "memory", "tensors", "workspace", "workspace_bytes", "scalars", "tokens"}.
+A job: {"driver", "library", "seed", "late", "counted", "memory", "tensors", "workspace", "workspace_bytes", "scalars",
+"tokens"}.
 A tensor is [name, offset, bytes, writable, overlapping], in the file `memory` or in the workspace. Results are left in
-the file. A finding ends the process.
+the file. A finding ends the process. What was `counted` is printed (emulator/traffic.h).
 """
 
 import ctypes
@@ -34,7 +35,12 @@ def run(job):
             driver.emulated_tensor(name.encode(), base + offset, size, writable, overlapping)
     tensors = (ctypes.c_void_p * (len(job["tensors"]) + 1))(*(start + place[1] for place in job["tensors"]))
     scalars = (ctypes.c_float * (len(job["scalars"]) + 1))(*job["scalars"])
-    return library.mhc_launch(tensors, scalars, job["tokens"], None, workspace)
+    if job["counted"]:
+        driver.emulated_count_traffic()
+    status = library.mhc_launch(tensors, scalars, job["tokens"], None, workspace)
+    if job["counted"]:
+        driver.emulated_tell_traffic()
+    return status
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ _GUARD = 4096
 """Bytes between tensors that belong to nobody."""
 
 _KERNEL = re.compile(r'^extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\([^)]*\) {', re.MULTILINE)
+_PLACE = re.compile(r"@line (\d+)|@pc (0x[0-9a-f]+)")
 _SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
 
 # Instrumentation without its library: the emulator is told of every access, of a whole vector at once.
@@ -55,6 +56,26 @@ class Way:
 
 
 WAYS = (Way(1, late=False), Way(2, late=True))
+
+
+@dataclass(frozen=True)
+class Movement:
+    """What the warps of a kernel move between one place of the text and one tensor, or "shared" memory.
+
+    Lanes of a warp that come to the place for the same time make one of the `requests`; `bytes` is what the lanes ask
+    for. `taken` counts what that takes, 32-byte sectors of global memory or rounds of all 32 banks of shared memory;
+    `least` what the requests' distinct bytes would fill.
+    """
+
+    kernel: str
+    line: str
+    tensor: str
+    writes: bool
+    requests: int
+    lanes: int
+    bytes: int
+    least: int
+    taken: int
 
 
 def build_emulator(folder: Path) -> Path:
@@ -88,6 +109,15 @@ class Emulation:
 
     def run(self, inputs: dict[str, Any], tokens: int, way: Way = WAYS[0]) -> dict[str, torch.Tensor]:
         """All results, which start out as NaN like all memory that nobody has written; raises `Found`."""
+        return self._run(inputs, tokens, way, counted=False)[0]
+
+    def movements(self, inputs: dict[str, Any], tokens: int) -> list[Movement]:
+        """What a run moves; raises `Found`."""
+        return self._run(inputs, tokens, WAYS[0], counted=True)[1]
+
+    def _run(
+        self, inputs: dict[str, Any], tokens: int, way: Way, counted: bool
+    ) -> tuple[dict[str, torch.Tensor], list[Movement]]:
         arguments = [argument for argument in self._arguments if argument.role != "scalar"]
         values = {argument.name: _value(argument, inputs, tokens) for argument in arguments}
         places, end = [], _GUARD
@@ -101,14 +131,24 @@ class Emulation:
         file = self._folder / "memory"
         file.write_bytes(memory.numpy().tobytes())
         scalars = [inputs[argument.name] for argument in self._arguments if argument.role == "scalar"]
-        job = {"tensors": places, "scalars": scalars, "tokens": tokens, "memory": str(file)}
-        self._call(job | self._workspace(tokens), way)
+        job = {"tensors": places, "scalars": scalars, "tokens": tokens, "memory": str(file), "counted": counted}
+        job |= self._workspace(tokens)
+        said = self._call(job, way)
         memory = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
-        return {
+        results = {
             name: memory[at : at + size].view(values[name].dtype).view(values[name].shape).clone()
             for name, at, size, is_written, _ in places
             if is_written
         }
+        tensors = ["shared", *(name for name, *_ in (*places, *job["workspace"]))]
+        return results, [self._movement(line.split(), tensors) for line in said.splitlines()]
+
+    def _movement(self, told: list[str], tensors: list[str]) -> Movement:
+        kernel, site, tensor, writes, *counts = told
+        number = int(site)
+        place = f"@line {number & 0x7FFFFFFF}" if number >> 31 else f"@pc {number:#x}"
+        line = _PLACE.sub(self._line, place)
+        return Movement(kernel, line, tensors[int(tensor)], writes == "1", *map(int, counts))
 
     def _workspace(self, tokens: int) -> dict[str, Any]:
         """The tensors in it, cut as the launcher cuts it."""
@@ -126,7 +166,8 @@ class Emulation:
             end += _padded(size)
         return {"workspace": places, "workspace_bytes": end}
 
-    def _call(self, job: dict[str, Any], way: Way) -> None:
+    def _call(self, job: dict[str, Any], way: Way) -> str:
+        """What the child says."""
         job |= {"driver": str(self._emulator), "library": str(self._library), "seed": way.seed, "late": way.late}
         done = subprocess.run(
             [sys.executable, "-S", "-E", str(HERE / "emulated_child.py")],
@@ -136,8 +177,9 @@ class Emulation:
             check=False,
         )
         if done.returncode == _FOUND:
-            raise Found(re.sub(r"@line (\d+)|@pc (0x[0-9a-f]+)", self._line, done.stderr.strip()))
+            raise Found(_PLACE.sub(self._line, done.stderr.strip()))
         assert done.returncode == 0, f"status {done.returncode}: {done.stderr[-2000:]}"
+        return done.stdout
 
     def _line(self, place: re.Match[str]) -> str:
         """A line of the text, for its number or a place in the library, which is behind a call."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,10 @@ LATE = Way(3, late=True)
 
 
 @pytest.fixture
-def run(emulator, tmp_path):
-    """Runs a kernel's body on thread blocks that share `a` and write `b`; tokens are rows of 32 floats in both."""
+def emulation(emulator, tmp_path):
+    """Builds a kernel's body for thread blocks that share `a` and write `b`; tokens are rows of 32 floats in both."""
 
-    def made(body: str, a: torch.Tensor, *, threads: int = 64, shared: int = 8192, blocks: str = "1", way: Way = LATE):
-        rows = a.view(torch.float32).view(-1, 32)
+    def made(body: str, threads: int = 64, shared: int = 8192, blocks: str = "1") -> Emulation:
         text = (
             'extern "C" __global__ void kernel(const float *a, float *b, int tokens) {\n'
             "  extern __shared__ __align__(1024) uchar shared[];\n  int t = threadIdx.x;\n"
@@ -32,7 +32,18 @@ def run(emulator, tmp_path):
             Argument(name, ("tokens", 32), "float32", role) for name, role in (("a", "input"), ("b", "output"))
         ]
         plan = Plan((Launch("kernel", ("a", "b", "tokens"), (blocks, "1", "1"), (threads, 1, 1), shared),))
-        return Emulation(tmp_path, emulator, text, plan, arguments).run({"a": rows}, len(rows), way)["b"]
+        return Emulation(tmp_path, emulator, text, plan, arguments)
+
+    return made
+
+
+@pytest.fixture
+def run(emulation):
+    """Runs a kernel's body on `a`."""
+
+    def made(body: str, a: torch.Tensor, *, way: Way = LATE, **block: Any) -> torch.Tensor:
+        rows = a.view(torch.float32).view(-1, 32)
+        return emulation(body, **block).run({"a": rows}, len(rows), way)["b"]
 
     return made
 
@@ -303,3 +314,42 @@ def test_what_is_missing_around_a_warpgroups_product_is_found(run):
         broken("tl::wgmma_ss", "if (t < 96) tl::wgmma_ss")
     assert not torch.equal(broken("tl::warpgroup_wait<0>();"), wanted)
     assert torch.equal(broken("tl::warpgroup_wait<0>();", way=WAYS[0]), wanted)
+
+
+@pytest.mark.parametrize(
+    ("access", "bytes_", "least", "taken"),
+    [
+        ("floats[t]", 4, 1, 1),
+        ("floats[0]", 4, 1, 1),
+        ("floats[2 * t]", 4, 1, 2),
+        ("floats[32 * t]", 4, 1, 32),
+        ("floats[33 * t]", 4, 1, 1),
+        ("((float2 *)floats)[t].x", 4, 1, 2),
+        ("*(double *)(floats + 2 * t)", 8, 2, 2),
+        ("*(double *)(floats + 32 * (t / 8) + 2 * (t % 8))", 8, 2, 4),
+        ("*(double *)(floats + 40 * (t / 4) + 2 * (t % 4))", 8, 2, 2),
+        ("((uint4 *)floats)[t].x", 4, 1, 4),
+        ("__shfl_sync(~0u, ((ushort *)floats)[t], 0)", 2, 1, 1),
+        ("a[t]", 4, 4, 4),
+        ("a[8 * (t % 8)]", 4, 1, 8),
+        ("*(double *)(a + 4 * (t / 2))", 8, 4, 8),
+    ],
+)
+def test_banks_and_sectors_are_counted(emulation, access, bytes_, least, taken):
+    body = f"for (int i = t; i < 2048; i += 32) floats[i] = 0;\n__syncthreads();\nb[t] = {access};"
+    a = numbers(2, 32)
+    moved = [move for move in emulation(body, threads=32).movements({"a": a}, 2) if move.line == line_of(3)]
+    (read,) = [move for move in moved if not move.writes]
+    assert read.tensor == ("a" if "a" in re.findall(r"\ba\b", access) else "shared")
+    assert (read.requests, read.lanes, read.bytes, read.least, read.taken) == (1, 32, 32 * bytes_, least, taken)
+    (written,) = [move for move in moved if move.writes]
+    assert (written.tensor, written.requests, written.least, written.taken) == ("b", 1, 4, 4)
+
+
+def test_a_matrix_is_loaded_in_four_rounds_unless_its_rows_meet_in_a_bank(emulation):
+    load = "uint r[4];\ntl::ptx_ldmatrix_x4((ushort *)shared + ROW, r);\nb[t] = r[0];"
+    for row, taken in (("8 * t", 4), ("64 * t", 32), ("64 * t + 8 * (t % 8)", 4)):
+        body = "for (int i = t; i < 2048; i += 32) floats[i] = 0;\n__syncthreads();\n" + load.replace("ROW", row)
+        movements = emulation(body, threads=32).movements({"a": numbers(2, 32)}, 2)
+        (read,) = [move for move in movements if move.line == line_of(4) and move.tensor == "shared"]
+        assert (read.requests, read.least, read.taken) == (1, 4, taken)

@@ -13,7 +13,7 @@ from tiles.dialect import Dialect
 from tiles.facts import checked
 from tiles.family import Problem
 from tiles.matmul import PART, part, tiles_for
-from tiles.project.matmul_schedule import TiledSchedule, padded_outputs, padded_products
+from tiles.project.matmul_schedule import TiledSchedule, padded_outputs, padded_products, settled_row, turned_row
 from tiles.values import Buffer, Expr, as_value, bind, token_range
 
 SUM_TOKENS, SUM_THREADS = 16, 128
@@ -91,7 +91,7 @@ def projection(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
                     halves[p * outputs + k, c] = part(dialect, weights[k, c], p)
             for factor in factors:
                 tiles.multiply(factor, halves, products, turn_b=True)
-        settled, lengths = tiles.operand(n, rows, "float32"), tiles.totals(n)
+        settled, lengths = tiles.operand(n, settled_row(rows), "float32"), tiles.totals(n)
         for t, k in dialect.lanes(n, rows):
             settled[t, k] = products[t, k]
         tiles.row_totals(squares, lengths)
@@ -146,6 +146,7 @@ def gradients(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
     block, width, parts = schedule.block_tokens, schedule.block_width, column_groups(problem, schedule) // n
     inner, columns = padded_products(problem), padded_outputs(problem, schedule)
     tiles = tiles_for(dialect)
+    unit = outputs if outputs % 8 else 8  # columns that swizzled tiles keep together: a warp meets all banks
     zero = T.float32(0)
 
     @T.macro
@@ -164,17 +165,15 @@ def gradients(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
                 right[t, 2 * outputs + k] = dialect.store(zero, PART)
 
     @T.macro
-    def cut(dz: Buffer, near: Buffer, left: Buffer, right: Buffer, start: Expr) -> None:
+    def cut(dz: Buffer, left: Buffer, right: Buffer, start: Expr) -> None:
         """A token block's dz in parts."""
-        for t, k in dialect.lanes(block, outputs):
+        for chunk, t, within in dialect.lanes(outputs // unit, block, unit):
+            k = chunk * unit + within
             value = bind(dz[start + t, k])  # else TileLang makes an asynchronous copy of this that it cannot place
-            near[t, k] = value
-        for at, p in ((0, 0), (1, 1), (2, 0)):
-            for t, k in dialect.lanes(block, outputs):
-                left[t, at * outputs + k] = part(dialect, near[t, k], p)
-        for p in (0, 1):
-            for t, k in dialect.lanes(block, outputs):
-                right[t, p * outputs + k] = part(dialect, near[t, k], p)
+            for at, p in ((0, 0), (1, 1), (2, 0)):
+                left[t, at * outputs + k] = part(dialect, value, p)
+            for p in (0, 1):
+                right[t, p * outputs + k] = part(dialect, value, p)
 
     @T.macro
     def write(out: Buffer, dx: Buffer, start: Expr, column: Expr, room: Expr) -> None:
@@ -203,8 +202,9 @@ def gradients(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
         state, out = tiles.operand(block, width, dtype), tiles.operand(block, width, dtype)
         factors = [state] if dtype == PART else [tiles.operand(block, width, PART) for _ in range(2)]
         left, right = tiles.operand(block, inner, PART), tiles.operand(block, columns, PART)
-        near, weights = tiles.operand(block, outputs, "float32"), tiles.operand(inner, width, PART)
+        weights = tiles.operand(inner, width, PART)
         others = [] if beside is None else [tiles.operand(block, width, dtype) for _ in range(2)]
+        tiles.pad(out, *others, *([] if dtype == PART else [state]))
         grads, sums = tiles.sums(block, width), tiles.sums(width, columns)
         stream, within = bind(group // parts), bind(group % parts * width)
         column = bind(stream * problem.width + within)
@@ -215,7 +215,7 @@ def gradients(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
             if beside is not None:
                 tiles.stage(beside[0], first[0] + step * block, within, others[0])
                 tiles.stage(beside[1], first[0] + step * block, column, others[1])
-            cut(dz, near, left, right, first[0] + step * block)
+            cut(dz, left, right, first[0] + step * block)
             for t, c in dialect.lanes(block, width):
                 token = T.min(first[0] + step * block + t, tokens - 1)
                 value = bind(dialect.load(state[t, c], dtype))
@@ -230,12 +230,12 @@ def gradients(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
             # Last, as TileLang 0.1.15 pipelines a loop of unknown length only if it ends with a use of what it stages.
             for factor in factors:
                 tiles.multiply(factor, right, sums, turn_a=True)
-        settled = tiles.operand(width, columns, "float32")
+        settled = tiles.operand(columns, turned_row(schedule), "float32")
         for c, k in dialect.lanes(width, columns):
-            settled[c, k] = sums[c, k]
+            settled[k, c] = sums[c, k]
         for k, c in dialect.lanes(outputs, width):
             if within + c < problem.width:
-                dphi[split, k, column + c] = settled[c, k] + settled[c, outputs + k]
+                dphi[split, k, column + c] = settled[k, c] + settled[outputs + k, c]
 
     return spread
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from tiles.family import DTYPE_BYTES, Problem
-from tiles.limits import REGISTERS, why_bad_threads, why_too_much_scratch
+from tiles.limits import REGISTERS, ROW_PADDING, why_bad_threads, why_too_much_scratch
 from tiles.occupancy import REGISTERS as REGISTER_FILE
 from tiles.occupancy import SYSTEM_SHARED
 from tiles.target import Target
@@ -188,11 +188,23 @@ def scratch(problem: Problem, schedule: TiledSchedule, *, staged: int = 1) -> in
     if problem.direction == "forward":
         rows = schedule.block_tokens
         held = schedule.stages * width * (rows * size + outputs * 4) + 2 * sums * width
-        settled = 4 * rows * sums
+        settled = 4 * rows * settled_row(sums)
     else:
         rows, inner = schedule.block_tokens, padded_products(problem)
-        held = (schedule.stages * staged + 1) * rows * width * size + 2 * inner * width
-        held += rows * (4 * outputs + 2 * (inner + sums))
-        settled = 4 * width * sums
+        straight = schedule.stages if problem.dtype == "bfloat16" else 0  # a product takes those of x as they are
+        padded = schedule.stages * staged + 1 - straight
+        held = rows * size * (straight * width + padded * (width + ROW_PADDING)) + 2 * inner * width
+        held += 2 * rows * (inner + sums)
+        settled = 4 * sums * turned_row(schedule)
     parts = 0 if problem.dtype == "bfloat16" else 4 * rows * width
     return max(held + parts, settled)
+
+
+def settled_row(sums: int) -> int:
+    """Elements from one row of sums to the next in shared memory: four rows of eight meet all 32 banks."""
+    return sums if sums % 16 else sums + ROW_PADDING
+
+
+def turned_row(schedule: TiledSchedule) -> int:
+    """The same for sums that are turned on the way, where eight elements of a row come from as many lanes."""
+    return schedule.block_width + ROW_PADDING // 2

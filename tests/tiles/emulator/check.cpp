@@ -12,6 +12,7 @@
 
 #include "runtime.h"
 #include "threads.h"
+#include "traffic.h"
 
 extern "C" {
 alignas(1024) unsigned char emulated_shared[EMULATED_SHARED];
@@ -260,6 +261,7 @@ void access(uintptr_t address, unsigned bytes, bool writes, Site site) {
   if (writes && !region->writable)
     finding("invalid access", "thread %u writes %s, an input, at %s", threads::current, place(*region, address).c_str(),
             named(site).c_str());
+  if (traffic::counted) traffic::access((unsigned)(region - regions.data()), address, bytes, writes, site.coded);
   for (uintptr_t at = address; at < address + bytes; at += CELL) {
     if (writes) write(*region, cell_of(*region, at), at, site);
     else read(*region, cell_of(*region, at), at, threads::current, site);

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "runtime.h"
 #include "threads.h"
+#include "traffic.h"
 
 namespace {
 
@@ -82,6 +83,7 @@ int cuLaunchKernelEx(const Config *config, void *given, void **parameters, void 
     return 1;  // CUDA_ERROR_INVALID_VALUE
   memcpy(threads::grid, grid, sizeof threads::grid);
   check::launch_starts();
+  traffic::launch_starts(kernel.name);
   for (unsigned index : threads::shuffled(grid[0] * grid[1] * grid[2])) {
     threads::block[0] = index % grid[0];
     threads::block[1] = index / grid[0] % grid[1];
@@ -89,6 +91,7 @@ int cuLaunchKernelEx(const Config *config, void *given, void **parameters, void 
     check::block_starts(config->shared);
     emulated_wgmmas_begin();
     threads::run(kernel.call, parameters, block[0]);
+    traffic::block_ends();
   }
   return 0;
 }
