@@ -20,7 +20,7 @@ from autotune.measuring.timing import Ratio, paired_ratio
 from autotune.processes.reasons import by_kind
 from autotune.processes.tasks import DEFAULT, TUNED
 from autotune.processes.worker import TaskFailed
-from autotune.processes.workers import COMPILERS, Workers
+from autotune.processes.workers import Workers
 from autotune.search.case import Case, TuneFailed, digest, is_environment, mend
 from autotune.search.pool import enumerate_pool
 from autotune.search.sampler import PoolSampler
@@ -166,7 +166,7 @@ class _Search:
             rest = min(standing.left, standing.room)
             if standing.elsewhere:
                 rest = (rest + 1) // 2  # the last ones are shared, so that all end at about the same time
-            if not self._batch(min(COMPILERS, rest)):
+            if not self._batch(min(self.case.workers.compilers, rest)):
                 # Other workers have all that is left: what they find counts, and what they drop is to be done here.
                 time.sleep(WAIT_SECONDS)
 

@@ -1,8 +1,9 @@
-"""The worker processes of a tuner: two that compile side by side, one that measures while they rest."""
+"""The worker processes of a tuner: some that compile side by side, one that measures while they rest."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,11 @@ from tiles.target import Target
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-COMPILERS = 2
+MOST_COMPILERS = 8
+"""Schedules that are compiled at a time: a search learns nothing from one before all of them are measured."""
+
+COMPILER_BYTES = 4 << 30
+"""Memory that a compiler shall have at least where more than two share it."""
 
 Job = tuple[Problem, Any, Target]
 """What is compiled: a problem, a schedule of its kernel, and for what."""
@@ -31,9 +36,10 @@ class Workers:
     """Compile and measure kernels in processes that stay alive from one problem to the next.
 
     A kernel that takes longer than `compile_seconds` or `measure_seconds` is given up, and so is one that needs more
-    than `memory` bytes, by default `confine.SHARE` of what there is; those that compile side by side share them.
-    Kernels run on this machine's CPU or, for the `kind` cuda, on its current GPU. They are measured with `threads`
-    threads, by default as many as torch has in this process. As a context manager it ends them on leaving.
+    than `memory` bytes, by default `confine.SHARE` of what there is; those that compile side by side share them: as
+    many as have two cores each, or two. Kernels run on this machine's CPU or, for the `kind` cuda, on its current GPU.
+    They are measured with `threads` threads, by default as many as torch has in this process. As a context manager it
+    ends them on leaving.
     """
 
     compiler: Callable[[Problem, Any, Target], Artifact] = staticmethod(compile_kernel)
@@ -57,7 +63,9 @@ class Workers:
         # All temporary files are in here, those of compilers that were killed as well.
         self._scratch = tempfile.TemporaryDirectory(prefix="mhc-tune-", ignore_cleanup_errors=True)
         folder = Path(self._scratch.name)
-        self._compilers = [Worker(memory=memory // COMPILERS, folder=folder) for _ in range(COMPILERS)]
+        self.compilers = max(2, min(MOST_COMPILERS, len(os.sched_getaffinity(0)) // 2, memory // COMPILER_BYTES))
+        """How many schedules are compiled at a time."""
+        self._compilers = [Worker(memory=memory // self.compilers, folder=folder) for _ in range(self.compilers)]
         self._measurer = Worker(memory=memory, folder=folder)
         self._roofline: Roofline | None = None
         self.conditions: Mapping[str, float] = {}
@@ -82,9 +90,9 @@ class Workers:
         return list(self.compile_each([(problem, schedule, target) for schedule in schedules]))
 
     def compile_each(self, jobs: Sequence[Job]) -> Iterator[Artifact | TaskFailed]:
-        """What becomes of every job, in order; `COMPILERS` of them are compiled at a time."""
-        for first in range(0, len(jobs), COMPILERS):
-            yield from self._compile_some(jobs[first : first + COMPILERS])
+        """What becomes of every job, in order."""
+        for first in range(0, len(jobs), self.compilers):
+            yield from self._compile_some(jobs[first : first + self.compilers])
 
     def _compile_some(self, jobs: Sequence[Job]) -> list[Artifact | TaskFailed]:
         busy = self._compilers[: len(jobs)]

@@ -14,7 +14,7 @@ from typing import IO, Any
 from autotune.measuring.timing import paired_ratio
 from autotune.processes.tasks import DEFAULT, TUNED
 from autotune.processes.worker import TaskFailed
-from autotune.processes.workers import COMPILERS, Workers
+from autotune.processes.workers import Workers
 from autotune.recorded.spaces import RecordedSpace, write_space
 from autotune.search.case import digest
 from autotune.search.pool import Pool, enumerate_pool
@@ -146,8 +146,9 @@ class _Sweep:
         default = self._compile([pool.default])[0]
         if isinstance(default, TaskFailed):
             raise default
-        for first in range(0, len(left), COMPILERS):
-            members = left[first : first + COMPILERS]
+        together = self.workers.compilers
+        for first in range(0, len(left), together):
+            members = left[first : first + together]
             for member, built in zip(members, self._compile(members), strict=True):
                 self._note(member, self._look_at(member, built, default))
 

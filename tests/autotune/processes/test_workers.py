@@ -92,6 +92,15 @@ def test_compilers_share_the_memory_that_the_measuring_process_has_alone():
     assert limits == [3 * 2**30, 3 * 2**30, 6 * 2**30]
 
 
+@pytest.mark.parametrize(
+    ("cores", "gibibytes", "compilers"), [(1, 64, 2), (16, 96, 8), (12, 96, 6), (64, 20, 5), (64, 2, 2)]
+)
+def test_as_many_compile_at_a_time_as_have_two_cores_and_some_memory(monkeypatch, cores, gibibytes, compilers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    with Workers(memory=gibibytes * 2**30) as workers:
+        assert workers.compilers == len(workers._compilers) == compilers
+
+
 def test_a_full_disk_is_said_and_leaves_no_half_kernel(tmp_path, monkeypatch):
     with Workers() as workers:
         folder = Path(workers._scratch.name)
