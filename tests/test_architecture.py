@@ -39,6 +39,7 @@ TILELANG_IN = (
     "tiles/apply/grouped.py",
     "tiles/coefficients/gates.py",
     "tiles/coefficients/sinkhorn.py",
+    "tiles/fused/chain_macros.py",
 )
 LOADED_WITHOUT = {"tilelang", "optuna", "rich", "typer"}
 MOST_LINES = 400

@@ -65,6 +65,7 @@ class Plan:
             most `most_splits`, whatever the device, so that results repeat bit for bit on all of them.
         chunk_tokens: all kernels run on so many tokens before the next ones are touched, so that these stay in the L2
             cache; 0 takes all tokens at once.
+        overlap: 1 if each kernel after a chunk's first starts while the one before ends; it waits for that one itself.
         token_elements: the most elements that a dimension of a tensor has for each token; TileLang counts in int32.
     """
 
@@ -73,6 +74,7 @@ class Plan:
     most_splits: int = 64
     split_tokens: int = 128
     chunk_tokens: int = 0
+    overlap: int = 0
     token_elements: int = 1
 
     @property
@@ -84,11 +86,11 @@ class Plan:
 def with_cuda_launcher(source: str, plan: Plan, arguments: Sequence[Argument]) -> str:
     """One text for two compilers: TileLang's CUDA code for nvcc, the launcher for the C++ compiler."""
     partials = [argument for argument in arguments if argument.role == "partial"] if plan.splits else []
-    device = source + _sum_kernel(partials) if partials else source
+    device = source + _sum_kernel(partials, plan.overlap) if partials else source
     return f"#ifdef __CUDACC__\n{device}\n#else\n{_host(plan, arguments, partials)}\n#endif\n"
 
 
-def _sum_kernel(partials: Sequence[Argument]) -> str:
+def _sum_kernel(partials: Sequence[Argument], overlap: int) -> str:
     """Sums every partial over its splits, in order: one kernel for all of them."""
     parameters = ", ".join(f"const float *of_{a.name}, float *{a.name}" for a in partials)
     steps = "".join(
@@ -101,6 +103,7 @@ def _sum_kernel(partials: Sequence[Argument]) -> str:
         "  for (int split = 0; split < splits; ++split) total += first[split * stride];\n"
         "  return total;\n}\n"
         f'extern "C" __global__ void __launch_bounds__({SUM_THREADS}) {SUM_KERNEL}({parameters}, int splits) {{\n'
+        f"{'  cudaGridDependencySynchronize();' * overlap}\n"
         f"  long long at = blockIdx.x * {SUM_THREADS}ll + threadIdx.x;\n{steps}}}\n"
     )
 
@@ -116,7 +119,10 @@ def _host(plan: Plan, arguments: Sequence[Argument], partials: Sequence[Argument
     addresses |= {argument.name: f"&{argument.name}" for argument in tensors}
     addresses |= {name: f"(void *)&scalars[{index}]" for index, name in enumerate(scalars)}
     addresses |= {name: f"&{name}" for name, _ in plan.workspace}
-    launches = [_launch_text(index, launch, addresses) for index, launch in enumerate(plan.launches)]
+    launches = [
+        _launch_text(index, launch, addresses, plan.overlap if index else 0)
+        for index, launch in enumerate(plan.launches)
+    ]
     kernels = [launch.kernel for launch in plan.launches] + ([SUM_KERNEL] if partials else [])
     return _HOST.format(
         entry=ENTRY,
@@ -134,7 +140,7 @@ def _host(plan: Plan, arguments: Sequence[Argument], partials: Sequence[Argument
         pointers="".join(_pointer(a, places[a.name]) for a in tensors if a not in partials)
         + "".join(_partial(a, places[a.name], len(plan.workspace) + n) for n, a in enumerate(partials)),
         launches="".join(launches),
-        finish=_finish(len(plan.launches), partials, places, len(plan.workspace)) if partials else "",
+        finish=_finish(len(plan.launches), partials, places, len(plan.workspace), plan.overlap) if partials else "",
         no_driver=NO_DRIVER,
         old_driver=OLD_DRIVER,
         too_many=TOO_MANY_TOKENS,
@@ -155,7 +161,7 @@ def _partial(argument: Argument, place: int, space: int) -> str:
     )
 
 
-def _launch_text(index: int, launch: Launch, addresses: dict[str, str]) -> str:
+def _launch_text(index: int, launch: Launch, addresses: dict[str, str], overlap: int) -> str:
     parameters = ", ".join(addresses[name] for name in launch.parameters)
     cluster = ", ".join(map(str, [*launch.cluster, 1, 1, 1][:3]))
     grid = ", ".join(f"(unsigned)({extent})" for extent in launch.grid)
@@ -163,12 +169,12 @@ def _launch_text(index: int, launch: Launch, addresses: dict[str, str]) -> str:
         f"    {{\n      void *parameters[] = {{{parameters}}};\n"
         f"      const unsigned grid[3] = {{{grid}}}, block[3] = {{{', '.join(map(str, launch.block))}}};\n"
         f"      const unsigned cluster[3] = {{{cluster}}};\n"
-        f"      if (int failed = run({index}, grid, block, cluster, {int(bool(launch.cluster))}, {launch.shared_bytes},"
-        " stream, parameters)) return failed;\n    }\n"
+        f"      if (int failed = run({index}, grid, block, cluster, {int(bool(launch.cluster))}, {overlap},"
+        f" {launch.shared_bytes}, stream, parameters)) return failed;\n    }}\n"
     )
 
 
-def _finish(index: int, partials: Sequence[Argument], places: dict[str, int], spaces: int) -> str:
+def _finish(index: int, partials: Sequence[Argument], places: dict[str, int], spaces: int, overlap: int) -> str:
     """The launch of the kernel that sums over splits."""
     elements = sum(prod(argument.sized(1)) for argument in partials)
     assert all(DTYPE_BYTES[argument.dtype] == 4 for argument in partials)
@@ -181,13 +187,15 @@ def _finish(index: int, partials: Sequence[Argument], places: dict[str, int], sp
         f"  if (chunks * splits > 1) {{\n{pairs}    int32_t parts = (int32_t)(chunks * splits);\n"
         f"    void *parameters[] = {{{parameters}, &parts}};\n"
         f"    const unsigned grid[3] = {{{-(-elements // SUM_THREADS)}, 1, 1}}, block[3] = {{{SUM_THREADS}, 1, 1}};\n"
-        f"    if (int failed = run({index}, grid, block, grid, 0, 0, stream, parameters)) return failed;\n  }}\n"
+        f"    if (int failed = run({index}, grid, block, grid, 0, {overlap}, 0, stream, parameters)) return failed;\n"
+        "  }\n"
     )
 
 
 # The declarations restate the few of the driver's API (cuda.h, CUDA 12) that a launch needs, so that no CUDA header is
-# needed: CUlaunchConfig with its attributes, attribute 4 is the cluster's dimensions, function attribute 8 the largest
-# dynamic shared memory. Above 48 KiB a kernel has to ask for it, once for each device.
+# needed: CUlaunchConfig with its attributes, attribute 4 is the cluster's dimensions, 6 allows a kernel to start before
+# the one before it in the stream has ended, function attribute 8 is the largest dynamic shared memory. Above 48 KiB a
+# kernel has to ask for it, once for each device.
 _HOST = """\
 #include <dlfcn.h>
 #include <pthread.h>
@@ -207,7 +215,7 @@ namespace {{
 struct Attribute {{
   int id;
   char pad[4];
-  union {{ unsigned cluster[3]; char value[64]; }};
+  union {{ unsigned cluster[3]; int allowed; char value[64]; }};
 }};
 struct Config {{
   unsigned grid[3], block[3], shared;
@@ -256,14 +264,18 @@ int prepare(int index, int shared) {{
   return failed;
 }}
 
-int run(int index, const unsigned *grid, const unsigned *block, const unsigned *cluster, int clustered, int shared,
-        void *stream, void **parameters) {{
+int run(int index, const unsigned *grid, const unsigned *block, const unsigned *cluster, int clustered, int overlap,
+        int shared, void *stream, void **parameters) {{
   if (!grid[0] || !grid[1] || !grid[2]) return 0;
-  Attribute attribute = {{}};
-  attribute.id = 4;
-  for (int axis = 0; axis < 3; ++axis) attribute.cluster[axis] = cluster[axis];
+  Attribute attributes[2] = {{}}, *next = attributes;
+  if (clustered) {{
+    next->id = 4;
+    for (int axis = 0; axis < 3; ++axis) next->cluster[axis] = cluster[axis];
+    ++next;
+  }}
+  if (overlap) next->id = 6, next->allowed = 1, ++next;
   Config config = {{{{grid[0], grid[1], grid[2]}}, {{block[0], block[1], block[2]}}, (unsigned)shared, stream,
-                   &attribute, (unsigned)clustered}};
+                   attributes, (unsigned)(next - attributes)}};
   if (int failed = prepare(index, shared)) return failed;
   return launch_kernel(&config, kernels[index], parameters, nullptr);
 }}

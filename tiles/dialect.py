@@ -72,6 +72,13 @@ class Dialect(Protocol):
     def exp(self, value: Expr) -> Expr:
         """e to the power of a float32 value of at most 0 and any finite size."""
 
+    def let_next_start(self, overlap: int) -> Any:
+        """Where kernels `overlap`, the program's next one may start as soon as there is room for its thread blocks."""
+
+    def await_last(self, overlap: int) -> Any:
+        """Let the next kernel start, and wait for those before. Where kernels `overlap`, every one but the first does
+        so in all of its threads, before it touches what an earlier one touches."""
+
     def barrier(self) -> Any:
         """What one lane has written to tensors or scratch, other lanes may read after this."""
 
@@ -148,6 +155,12 @@ class Cpu:
 
     def exp(self, value: Expr) -> Expr:
         return T.call_extern("float32", "mhc_exp", value)
+
+    def let_next_start(self, overlap: int) -> Any:
+        pass
+
+    def await_last(self, overlap: int) -> Any:
+        pass
 
     def barrier(self) -> Any:
         pass
@@ -234,6 +247,12 @@ class Cuda:
     def exp(self, value: Expr) -> Expr:
         return T.exp(value)
 
+    def let_next_start(self, overlap: int) -> Any:
+        return T.pdl_trigger() if overlap else None
+
+    def await_last(self, overlap: int) -> Any:
+        return _await_last() if overlap else None
+
     def barrier(self) -> Any:
         return T.sync_threads()  # a macro emits what its statements evaluate to
 
@@ -253,6 +272,12 @@ class Registers:
 
 def _without_lane(index: Any) -> tuple[Expr, ...]:
     return (index[:-1] if isinstance(index, tuple) else ()) or (0,)
+
+
+@T.macro
+def _await_last() -> None:
+    T.pdl_trigger()
+    T.pdl_sync()
 
 
 @T.macro

@@ -11,6 +11,7 @@ PLANNED = {
     "mhc.most_splits": "most_splits",
     "mhc.split_tokens": "split_tokens",
     "mhc.chunk_tokens": "chunk_tokens",
+    "mhc.overlap": "overlap",
 }
 """Attributes that become fields of `tiles.cuda_launcher.Plan`."""
 

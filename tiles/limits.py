@@ -64,6 +64,18 @@ def why_too_much_scratch(needed: int, target: Target) -> str | None:
     return f"scratch must be at most {limit} bytes on {target}, got {needed}: choose smaller blocks"
 
 
+def why_bad_overlap(overlap: int, target: Target) -> str | None:
+    """The rule for kernels that start while the one before ends, or None where it holds."""
+    if overlap == 0 or (overlap == 1 and overlaps(target)):
+        return None
+    return f"overlap must be 0, or 1 on sm_90 and newer, got {overlap} on {target}: choose 0"
+
+
+def overlaps(target: Target) -> bool:
+    """Whether kernels can wait for each other on the device (programmatic dependent launch, Hopper and newer)."""
+    return target.kind == "cuda" and int(target.arch.removeprefix("sm_").rstrip("a")) >= 90
+
+
 def why_not_divisor(name: str, block: int, total: int) -> str | None:
     """The rule for a block along a dimension, or None where it holds."""
     if block >= 1 and total % block == 0:

@@ -24,6 +24,7 @@ int fake_cuLaunchKernelEx(const CUlaunchConfig *config, void *kernel, void **par
 
 struct Launch {
   unsigned grid[3], block[3], shared, cluster[3];
+  int overlaps;
   void *stream;
   uint64_t parameters[64];
   char name[128];
@@ -71,7 +72,11 @@ int fake_cuLaunchKernelEx(const CUlaunchConfig *config, void *kernel, void **par
   const unsigned block[3] = {config->blockDimX, config->blockDimY, config->blockDimZ};
   memcpy(launch.grid, grid, sizeof grid);
   memcpy(launch.block, block, sizeof block);
-  if (config->numAttrs == 1 && (int)config->attrs[0].id == 4) memcpy(launch.cluster, &config->attrs[0].value, sizeof launch.cluster);
+  for (unsigned at = 0; at < config->numAttrs; ++at) {
+    const auto &attribute = config->attrs[at];
+    if ((int)attribute.id == 4) memcpy(launch.cluster, &attribute.value, sizeof launch.cluster);
+    if ((int)attribute.id == 6) memcpy(&launch.overlaps, &attribute.value, sizeof launch.overlaps);
+  }
   launch.shared = config->sharedMemBytes;
   launch.stream = (void *)config->hStream;
   strncpy(launch.name, (const char *)kernel, sizeof launch.name - 1);

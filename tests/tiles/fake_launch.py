@@ -17,6 +17,7 @@ class Launch(ctypes.Structure):
         *((name, ctypes.c_uint * 3) for name in ("grid", "block")),
         ("shared", ctypes.c_uint),
         ("cluster", ctypes.c_uint * 3),
+        ("overlaps", ctypes.c_int),
         ("stream", ctypes.c_void_p),
         ("parameters", ctypes.c_uint64 * 64),
         ("name", ctypes.c_char * 128),

@@ -10,6 +10,7 @@ import pytest
 from tiles.family import Problem
 from tiles.fused import chain_schedule
 from tiles.fused.chain_schedule import lanes, split_sums
+from tiles.registry import kernel_spec
 from tiles.target import Target
 
 HOPPER = Target("cuda", "sm_90a")
@@ -64,3 +65,24 @@ def test_defaults_are_valid_and_in_their_own_space(arch, streams):
         assert chain_schedule.why_invalid(at_hand, schedule, target) is None
         space = chain_schedule.space(at_hand, target)
         assert all(getattr(schedule, name) in values for name, values in space.items())
+
+
+@pytest.mark.parametrize("op", ("project", "pre", "step"))
+def test_kernels_may_overlap_on_hopper_and_newer(op):
+    spec, at_hand = kernel_spec(op, "backward"), replace(problem("backward", 4096), op=op)
+    for arch in ("sm_80", "sm_89", "sm_90", "sm_90a", "sm_100a", "sm_121a"):
+        target = Target("cuda", arch)
+        overlapping = replace(spec.default(at_hand, target), overlap=1)
+        assert spec.space(at_hand, target)["overlap"] == ((0,) if arch in ("sm_80", "sm_89") else (0, 1))
+        assert (spec.why_invalid(at_hand, overlapping, target) is None) == (arch not in ("sm_80", "sm_89"))
+    why = spec.why_invalid(at_hand, replace(overlapping, overlap=2), HOPPER)
+    assert why == "overlap must be 0, or 1 on sm_90 and newer, got 2 on cuda:sm_90a: choose 0"
+
+
+def test_one_kernel_has_nothing_to_overlap_with():
+    spec, at_hand = kernel_spec("project", "forward"), replace(problem("forward", 4096), op="project")
+    one = replace(spec.default(at_hand, HOPPER), splits=1, overlap=1)
+    assert spec.why_invalid(at_hand, one, HOPPER).startswith(
+        "overlap must be 0 where one split makes one kernel, got 1"
+    )
+    assert spec.why_invalid(at_hand, replace(one, splits=2), HOPPER) is None

@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,15 @@ def test_clusters_are_asked_for(driver, tmp_path):
     clustered = Launch(LAUNCH.kernel, LAUNCH.parameters, LAUNCH.grid, LAUNCH.block, 0, cluster=(4,))
     ((record,),) = launched(driver, [job(built(tmp_path, Plan((clustered,))), (16, 0, 0))])
     assert record["log"][0]["cluster"] == [4, 1, 1]
+
+
+def test_kernels_after_a_chunks_first_may_start_while_the_one_before_ends(driver, tmp_path):
+    second = replace(LAUNCH, kernel="second", cluster=(2,))
+    plan = replace(PLAN, launches=(LAUNCH, second), chunk_tokens=16, overlap=1)
+    for chosen, wanted in ((plan, [0, 1, 0, 1, 1]), (replace(plan, overlap=0), [0] * 5)):
+        ((record,),) = launched(driver, [job(built(tmp_path / str(chosen.overlap), chosen), (32, 0, 0))])
+        assert [launch["overlaps"] for launch in record["log"][:5]] == wanted
+        assert [launch["cluster"] for launch in record["log"][:2]] == [[0, 0, 0], [2, 1, 1]]
 
 
 def test_an_empty_grid_is_not_launched(driver, tmp_path):

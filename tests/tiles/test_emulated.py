@@ -83,19 +83,19 @@ TILED = [
     for arch, schedule in (
         ("sm_80", TiledSchedule(16, 32, 2, 2, 1, 64)),
         ("sm_90a", TiledSchedule(64, 16, 4, 1, 1, 128)),
-        ("sm_90a", TiledSchedule(128, 32, 3, 2, 1, 256)),
+        ("sm_90a", TiledSchedule(128, 32, 3, 2, 1, 256, overlap=1)),
     )
 ] + [
     case("project", "backward", 3, 40, "bfloat16", arch, schedule, 16)
     for arch, schedule in (
         ("sm_80", TiledSchedule(16, 32, 2, 2, 2, 64)),
-        ("sm_90a", TiledSchedule(64, 64, 2, 4, 1, 128)),
+        ("sm_90a", TiledSchedule(64, 64, 2, 4, 1, 128, overlap=1)),
     )
 ]
 
 CHAINED = [
-    case("pre", "forward", 2, 40, "bfloat16", "sm_80", ChainSchedule(16, 32, 2, 2, 1, 64, 16, 8, 32, 7, 0), 0, 32),
-    case("step", "backward", 2, 40, "float32", "sm_80", ChainSchedule(16, 32, 1, 4, 1, 32, 8, 8, 32, 7, 0), 8, 16),
+    case("pre", "forward", 2, 40, "bfloat16", "sm_90a", ChainSchedule(16, 32, 2, 2, 1, 64, 16, 8, 32, 7, 0, 1), 0, 32),
+    case("step", "backward", 2, 40, "float32", "sm_90a", ChainSchedule(16, 32, 1, 4, 1, 32, 8, 8, 32, 7, 0, 1), 8, 16),
 ]
 
 FIXED = [*DEFAULTS, *TILED, *CHAINED]
@@ -217,6 +217,7 @@ def test_threads_do_not_meet_in_the_banks_of_shared_memory(fixed, case):
 
 
 FORWARD, BACKWARD = DEFAULTS[8], DEFAULTS[11]
+WAIT = r"cudaGridDependencySynchronize\(\);"
 
 
 @pytest.mark.parametrize(
@@ -232,6 +233,7 @@ FORWARD, BACKWARD = DEFAULTS[8], DEFAULTS[11]
         (BACKWARD, r"tl::warpgroup_wait<0>\(\);", "", 2, "race .* wgmma|dx: "),
         (BACKWARD, r"<1, 640, 64>", "<1, 640, 32>", 1, "dx: "),
         (BACKWARD, r"\(dphi \+ ", "(dphi + 24576 + ", 0, "invalid access .* past the end of of_dphi"),
+        *((CHAINED[1], WAIT, "", at, "before it waits for a kernel") for at in range(5)),
         (BACKWARD, r"x\[\(", "x[-8 + (", 0, "invalid access .* before x"),
     ],
 )

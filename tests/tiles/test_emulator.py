@@ -316,6 +316,40 @@ def test_what_is_missing_around_a_warpgroups_product_is_found(run):
     assert torch.equal(broken("tl::warpgroup_wait<0>();", way=WAYS[0]), wanted)
 
 
+CHAIN = """KERNELvoid first(const float *a, float *b, int tokens) {
+  b[threadIdx.x] = b[threadIdx.x + 64] = a[threadIdx.x];
+}
+KERNELvoid second(const float *a, float *b, int tokens) {
+  int t = threadIdx.x;
+  WAIT
+  b[t + 32] = b[31 - t] + a[t];
+}
+""".replace("KERNEL", 'extern "C" __global__ ')
+
+
+@pytest.mark.parametrize(
+    ("wait", "found"),
+    [
+        ("cudaGridDependencySynchronize();", None),
+        ("float early = a[t];\n  cudaGridDependencySynchronize();\n  b[t + 32] = early;", None),
+        ("", r"race .*: thread \d+ reads b\+\d+ at line \d+ before it waits for a kernel that wrote there at line \d"),
+        ("b[t + 64] = 9;\n  cudaGridDependencySynchronize();", r"race .* writes b\+\d+ .* that wrote there"),
+        ("if (t == 0) cudaGridDependencySynchronize();\n  else return;", "thread [1-9]+ ends, but has not waited"),
+    ],
+)
+def test_a_kernel_that_may_start_early_waits_before_it_touches_what_others_did(emulator, tmp_path, wait, found):
+    arguments = [Argument(name, ("tokens", 32), "float32", role) for name, role in (("a", "input"), ("b", "output"))]
+    first, second = (Launch(name, ("a", "b", "tokens"), ("1", "1", "1"), (32, 1, 1), 0) for name in ("first", "second"))
+    for overlap in (0, 1):
+        plan = Plan((first, second), overlap=overlap)
+        chain = Emulation(tmp_path, emulator, CHAIN.replace("WAIT", wait), plan, arguments)
+        if found and overlap:
+            with pytest.raises(Found, match=found):
+                chain.run({"a": numbers(3, 32)}, 3)
+        else:
+            chain.run({"a": numbers(3, 32)}, 3)
+
+
 @pytest.mark.parametrize(
     ("access", "bytes_", "least", "taken"),
     [

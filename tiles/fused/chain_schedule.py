@@ -31,6 +31,7 @@ TILES = {
     "splits": (1, 4, 8, 16, 64),
     "resident": (1, 2),
     "threads": (128, 256),
+    "overlap": (0, 1),
 }
 """What of project's tiles is tried here."""
 
@@ -39,7 +40,7 @@ TILES = {
 class ChainSchedule:
     """Project's tiles, passes over rows of tokens, and between them the coefficients.
 
-    block_tokens, block_width, stages, splits, resident, threads: as in `TiledSchedule`.
+    block_tokens, block_width, stages, splits, resident, threads, overlap: as in `TiledSchedule`.
     lane_tokens: tokens of a thread block of the coefficients, a thread each; threads to spare help to add up splits.
     row_width: columns in one lane loop of aggregate and merge; a divisor of C.
     row_threads: CUDA threads of those passes.
@@ -58,6 +59,7 @@ class ChainSchedule:
     row_threads: int
     row_blocks: int
     chunk_tokens: int
+    overlap: int = 0
 
 
 def tiled(schedule: ChainSchedule) -> TiledSchedule:
@@ -108,7 +110,8 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
     choices |= {"lane_tokens": [8, lanes(problem)], "row_width": vectors, "row_threads": threads}
     for name, counts in (("row_blocks", ROW_BLOCKS), ("chunk_tokens", CHUNKS)):
         choices[name] = [count for count in counts if count < problem.tokens]
-    return {name: tuple(sorted({*values, getattr(usual, name)})) for name, values in choices.items()}
+    names = [field.name for field in fields(ChainSchedule)]
+    return {name: tuple(sorted({*choices[name], getattr(usual, name)})) for name in names}
 
 
 def why_invalid(problem: Problem, schedule: ChainSchedule, target: Target) -> str | None:

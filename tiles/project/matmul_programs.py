@@ -46,8 +46,10 @@ def forward(problem: Problem, schedule: TiledSchedule, dialect: Dialect) -> Any:
         parts: T.Tensor((splits, tokens * (outputs + 1)), "float32"),
     ):
         with dialect.kernel(T.ceildiv(tokens, block), splits, threads=schedule.threads) as (group, split):
+            dialect.let_next_start(schedule.overlap)
             project(x, phi, group, split, as_value(tokens), SplitSums(parts, split, outputs))
         with dialect.kernel(T.ceildiv(tokens, SUM_TOKENS), threads=SUM_THREADS) as group:
+            dialect.await_last(schedule.overlap)
             for t, k in dialect.lanes(SUM_TOKENS, outputs + 1):
                 if group * SUM_TOKENS + t < tokens:
                     total = T.alloc_var("float32", init=0.0)
@@ -58,7 +60,7 @@ def forward(problem: Problem, schedule: TiledSchedule, dialect: Dialect) -> Any:
                     else:
                         s[group * SUM_TOKENS + t] = total
 
-    return checked(project_forward if splits == 1 else project_forward_split)
+    return checked(project_forward if splits == 1 else project_forward_split, overlap=schedule.overlap)
 
 
 def projection(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
@@ -121,9 +123,11 @@ def backward(problem: Problem, schedule: TiledSchedule, dialect: Dialect) -> Any
         dphi: T.Tensor((splits, outputs, fan_in), "float32"),
     ):
         with dialect.kernel(groups, splits, threads=schedule.threads) as (group, split):
+            dialect.let_next_start(schedule.overlap)
             spread(x, phi, dz, ds, dx, dphi, group, split, as_value(tokens), as_value(splits), None)
 
-    return checked(project_backward, most_splits=schedule.splits, split_tokens=schedule.block_tokens)
+    planned = {"most_splits": schedule.splits, "split_tokens": schedule.block_tokens, "overlap": schedule.overlap}
+    return checked(project_backward, **planned)
 
 
 def column_groups(problem: Problem, schedule: Any) -> int:
@@ -140,7 +144,8 @@ def gradients(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
     the next one are carried along: no
     result of a column depends on another, and they are not written.
 
-    `beside`, where given, is (du [T, C], more [T, nC], pre [T, n]): pre_i du + more is added to dx.
+    `beside`, where given, is (du [T, C], more [T, nC], pre [T, n]): pre_i du + more is added to dx. Then kernels
+    before this one make dz, ds and pre; they are waited for once phi is laid out.
     """
     n, outputs, dtype = problem.streams, problem.outputs, problem.dtype
     block, width, parts = schedule.block_tokens, schedule.block_width, column_groups(problem, schedule) // n
@@ -152,9 +157,10 @@ def gradients(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
     @T.macro
     def lay_out(phi: Buffer, weights: Buffer, left: Buffer, right: Buffer, column: Expr) -> None:
         """phi's parts, and zeros where tiles are padded."""
-        for at, p in ((0, 0), (1, 0), (2, 1)):
-            for k, c in dialect.lanes(outputs, width):
-                weights[at * outputs + k, c] = part(dialect, phi[k, column + c], p)
+        for k, c in dialect.lanes(outputs, width):
+            value = bind(phi[k, column + c])
+            for at, p in ((0, 0), (1, 0), (2, 1)):
+                weights[at * outputs + k, c] = part(dialect, value, p)
         if inner > 3 * outputs:
             for k, c in dialect.lanes(inner - 3 * outputs, width):
                 weights[3 * outputs + k, c] = dialect.store(zero, PART)
@@ -209,6 +215,8 @@ def gradients(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
         stream, within = bind(group // parts), bind(group % parts * width)
         column = bind(stream * problem.width + within)
         lay_out(phi, weights, left, right, column)
+        if beside is not None:
+            dialect.await_last(schedule.overlap)
         first, _, blocks = token_range(tokens, split, splits, block)
         for step in tiles.steps(blocks[0], schedule.stages):
             tiles.stage(x, first[0] + step * block, column, state)

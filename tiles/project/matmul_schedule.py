@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from tiles.family import DTYPE_BYTES, Problem
-from tiles.limits import REGISTERS, ROW_PADDING, why_bad_threads, why_too_much_scratch
+from tiles.limits import REGISTERS, ROW_PADDING, overlaps, why_bad_overlap, why_bad_threads, why_too_much_scratch
 from tiles.occupancy import REGISTERS as REGISTER_FILE
 from tiles.occupancy import SYSTEM_SHARED
 from tiles.target import Target
@@ -35,6 +35,7 @@ class TiledSchedule:
     splits: parts of the columns (backward: of the tokens), each with sums of its own, added in order.
     resident: thread blocks that a multiprocessor shall have registers for.
     threads: CUDA threads a block.
+    overlap: 1 if kernels start while the one before ends (`Dialect.await_last`), 0 if after it.
     """
 
     block_tokens: int
@@ -43,6 +44,7 @@ class TiledSchedule:
     splits: int
     resident: int
     threads: int
+    overlap: int = 0
 
 
 def default(problem: Problem, target: Target, *, staged: int = 1) -> TiledSchedule:
@@ -101,7 +103,7 @@ def space(problem: Problem, target: Target, *, staged: int = 1) -> Mapping[str, 
         "stages": tuple(range(1, _most_stages(problem, staged) + 1)),
         "splits": (1, 2, 4, 8, 16, 32, 64) if problem.direction == "forward" else (1, 2, 3, 4, 6, 8, 16, 32),
     }
-    choices |= {"resident": (1, 2, 3, 4), "threads": (64, 128, 256)}
+    choices |= {"resident": (1, 2, 3, 4), "threads": (64, 128, 256), "overlap": (0, 1) if overlaps(target) else (0,)}
     return {name: tuple(sorted({*values, getattr(usual, name)})) for name, values in choices.items()}
 
 
@@ -111,7 +113,8 @@ def why_invalid(problem: Problem, schedule: TiledSchedule, target: Target, *, st
     for name, size in (("tokens", rows), ("columns", schedule.block_width)):
         if size < MMA or size % MMA or size > 512:
             return f"{name} of a tile must be a multiple of {MMA} up to 512, got {size}: choose 64"
-    why = why_bad_threads(schedule.threads, target) or _why_bad_counts(problem, schedule, staged)
+    why = why_bad_threads(schedule.threads, target) or why_bad_overlap(schedule.overlap, target)
+    why = why or _why_bad_counts(problem, schedule, staged)
     if why:
         return why
     if problem.direction == "forward":
@@ -136,6 +139,8 @@ def _why_bad_counts(problem: Problem, schedule: TiledSchedule, staged: int) -> s
         columns = -(-problem.fan_in // schedule.block_width)
         if not 1 <= schedule.splits <= columns:
             return f"splits must be in 1..{columns}, the blocks of columns, got {schedule.splits}: choose 1"
+        if problem.op == "project" and schedule.splits == 1 and schedule.overlap:
+            return "overlap must be 0 where one split makes one kernel, got 1: choose 0, or more splits"
     elif not 1 <= schedule.splits <= 1024:
         return f"splits must be in 1..1024, got {schedule.splits}: choose 4"
     if not 1 <= schedule.stages <= most:

@@ -55,7 +55,8 @@ struct Region {
 std::vector<Region> regions;  // the first is shared memory
 size_t last_region = 0;
 std::vector<More> more(1);  // of this epoch
-uint32_t epoch = 1, launch_epoch = 1, block_epoch = 1;
+uint32_t epoch = 1, first_epoch = 1, launch_epoch = 1, block_epoch = 1;  // `first`: of launches that overlap
+bool overlapping_launch, awaited[threads::MOST];
 uint32_t clocks[threads::MOST][threads::MOST];  // [t][u]: which of u's clocks t has seen; [t][t]: t's own
 uint32_t fences[threads::MOST], fence_epoch[threads::MOST];
 uintptr_t library_from, library_to;
@@ -181,6 +182,16 @@ void write(Region &region, Cell &cell, uintptr_t address, Site site) {
 
 Cell &cell_of(Region &region, uintptr_t address) { return region.cells[(address - region.from) / CELL]; }
 
+void early_access(const Region &region, uintptr_t address, bool writes, Site site) {
+  const Cell &cell = region.cells[(address - region.from) / CELL];
+  const auto is_early = [](const Access &access) { return access.epoch >= first_epoch && access.epoch < launch_epoch; };
+  const Access *other = is_early(cell.write) ? &cell.write : writes && is_early(cell.read) ? &cell.read : nullptr;
+  if (!other) return;
+  finding("race", "thread %u %s %s at %s before it waits for a kernel that %s there at %s", threads::current,
+          writes ? "writes" : "reads", place(region, address).c_str(), named(site).c_str(),
+          other == &cell.write ? "wrote" : "read", named(other->site).c_str());
+}
+
 }  // namespace
 
 void add_tensor(const char *name, void *address, uint64_t bytes, bool writable, bool overlapping) {
@@ -214,9 +225,11 @@ void finding(const char *kind, const char *format, ...) {
   _exit(66);
 }
 
-void launch_starts() {
+void launch_starts(bool overlaps) {
   settle();
   launch_epoch = block_epoch = ++epoch;
+  overlapping_launch = overlaps;
+  if (!overlaps) first_epoch = launch_epoch;
 }
 
 void block_starts(unsigned shared_bytes) {
@@ -227,9 +240,17 @@ void block_starts(unsigned shared_bytes) {
   for (unsigned at = 0; at < shared_bytes / CELL; ++at) shared.cells[at].copies = shared.cells[at].wgmmas = 0;
   block_epoch = ++epoch;
   more.resize(1);
+  memset(awaited, !overlapping_launch, sizeof awaited);
   for (unsigned thread = 0; thread < threads::MOST; ++thread)
     if (!clocks[thread][thread]) clocks[thread][thread] = 1;
 }
+
+void block_ends() {
+  for (unsigned thread = 0; thread < threads::count; ++thread)
+    if (!awaited[thread]) finding("no wait", "thread %u ends, but has not waited for the kernel before", thread);
+}
+
+void await_last() { awaited[threads::current] = true; }
 
 void all_synchronise() {
   ++epoch;
@@ -263,6 +284,7 @@ void access(uintptr_t address, unsigned bytes, bool writes, Site site) {
             named(site).c_str());
   if (traffic::counted) traffic::access((unsigned)(region - regions.data()), address, bytes, writes, site.coded);
   for (uintptr_t at = address; at < address + bytes; at += CELL) {
+    if (!awaited[threads::current] && region != &regions[0]) early_access(*region, at, writes, site);
     if (writes) write(*region, cell_of(*region, at), at, site);
     else read(*region, cell_of(*region, at), at, threads::current, site);
   }
@@ -362,4 +384,5 @@ void emulated_access(const void *address, unsigned bytes, bool writes, int line)
   check::access((uintptr_t)address, bytes, writes, Site::line(line));
 }
 void emulated_fence_proxy_async() { check::proxy_fence(); }
+void emulated_await_last() { check::await_last(); }
 }

@@ -12,8 +12,12 @@ void set_library(const void *symbol);
 // Says what was found in one line and ends the process.
 [[noreturn]] __attribute__((format(printf, 2, 3))) void finding(const char *kind, const char *format, ...);
 
-void launch_starts();
+// `overlaps`: a kernel may start before those have ended that were launched since the last one that may not.
+void launch_starts(bool overlaps);
 void block_starts(unsigned shared_bytes);
+void block_ends();
+// The thread waits for all kernels before.
+void await_last();
 
 // What any of these threads did before is now before what any of them does.
 void all_synchronise();

@@ -36,8 +36,8 @@ inline constexpr EmulatedIndices<3> gridDim;
 #include "copies.h"
 #include "products.h"
 
-// Kernels that overlap with the one before: launches are one after the other here.
-inline void cudaGridDependencySynchronize() {}
+// Launches are one after the other here, but a kernel that may start early is held to its wait.
+inline void cudaGridDependencySynchronize() { emulated_await_last(); }
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
 
 // Calls a kernel with the parameters of a launch: a pointer to each.

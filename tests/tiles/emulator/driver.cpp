@@ -34,7 +34,7 @@ struct Config {
   unsigned count;
 };
 
-constexpr int CLUSTER = 4, MOST_DYNAMIC_SHARED = 8;
+constexpr int CLUSTER = 4, PROGRAMMATIC_STREAM_SERIALIZATION = 6, MOST_DYNAMIC_SHARED = 8;
 
 }  // namespace
 
@@ -74,15 +74,19 @@ int cuCtxGetDevice(int *device) {
 }
 int cuLaunchKernelEx(const Config *config, void *given, void **parameters, void **) {
   Kernel &kernel = *(Kernel *)given;
-  for (unsigned at = 0; at < config->count; ++at)
-    for (int axis = 0; axis < 3 && config->attributes[at].id == CLUSTER; ++axis)
-      if (config->attributes[at].value[axis] != 1) check::finding("not emulated", "a cluster");
+  bool overlaps = false;
+  for (unsigned at = 0; at < config->count; ++at) {
+    const Attribute &attribute = config->attributes[at];
+    for (int axis = 0; axis < 3 && attribute.id == CLUSTER; ++axis)
+      if (attribute.value[axis] != 1) check::finding("not emulated", "a cluster");
+    if (attribute.id == PROGRAMMATIC_STREAM_SERIALIZATION) overlaps = attribute.value[0];
+  }
   const unsigned *block = config->block, *grid = config->grid;
   if (block[0] > threads::MOST || block[1] != 1 || block[2] != 1 || grid[1] > 65535 || grid[2] > 65535 ||
       config->shared > kernel.most_shared)
     return 1;  // CUDA_ERROR_INVALID_VALUE
   memcpy(threads::grid, grid, sizeof threads::grid);
-  check::launch_starts();
+  check::launch_starts(overlaps);
   traffic::launch_starts(kernel.name);
   for (unsigned index : threads::shuffled(grid[0] * grid[1] * grid[2])) {
     threads::block[0] = index % grid[0];
@@ -91,6 +95,7 @@ int cuLaunchKernelEx(const Config *config, void *given, void **parameters, void 
     check::block_starts(config->shared);
     emulated_wgmmas_begin();
     threads::run(kernel.call, parameters, block[0]);
+    check::block_ends();
     traffic::block_ends();
   }
   return 0;

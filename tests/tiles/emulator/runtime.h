@@ -49,6 +49,9 @@ void emulated_wgmma_wait(unsigned left);
 void emulated_wgmmas_begin();
 void emulated_fence_proxy_async();
 
+// griddepcontrol.wait
+void emulated_await_last();
+
 // The text's kernels announce themselves when their library is loaded.
 void emulated_kernel(const char *name, void (*call)(void **parameters));
 }
