@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from cli.choice import Choice
 from mhc.kernels import Kernels, using
 from tiles.cache import KernelCache
 from tiles.compile import Artifact, compile_kernel
-from tiles.family import Problem
+from tiles.family import Direction, Problem
+from tiles.limits import overlaps
 from tiles.registry import kernel_specs
 from tiles.runtime import LoadedKernel
 from tiles.target import Target, detect_device
@@ -70,6 +72,18 @@ def test_the_default_schedule_is_right_and_writes_nowhere_else(
 ):
     kernel = loaded(artifacts[case].result(), problem_of(case), tmp_path)
     verify(kernel, inputs_for(kernel, 300, 0), 300, seed=0)
+
+
+@pytest.mark.parametrize("op", ["pre", "step"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_kernels_that_overlap_in_chunks_are_right(op: str, direction: Direction, tmp_path: Path):
+    problem, schedule, target = to_compile(Problem(op, direction, 4, 1280, "bfloat16", tokens=4096))
+    if not overlaps(target):
+        pytest.skip(f"kernels overlap on sm_90 and newer, not on {target}")
+    chosen = replace(schedule, overlap=1, chunk_tokens=1024)
+    kernel = loaded(compile_kernel(problem, chosen, target), problem, tmp_path)
+    for seed in range(5):
+        verify(kernel, inputs_for(kernel, 3000, seed), 3000, seed=seed)
 
 
 def test_results_repeat_bit_for_bit(tmp_path):

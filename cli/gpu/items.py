@@ -25,8 +25,8 @@ WORK = "work"
 """Folder for the kernel cache, the log and what processes leave: nothing to keep in a repository."""
 
 LOG = "gpu.log"
-TRIALS = 12
-"""Of each kernel: compiling one takes seconds."""
+TRIALS = 16
+"""Of each kernel: two rounds of the compilers of a large host; compiling one takes seconds."""
 
 Result = dict[str, Any]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from count_traffic import row
 from emulated import Emulated, Text, generate
 from emulation import Way
 
@@ -214,6 +215,14 @@ def test_threads_do_not_meet_in_the_banks_of_shared_memory(fixed, case):
     """Where sums of few outputs are written out they may, once; what a step over the streams takes does not."""
     shared = [move for move in fixed[1][case].movements(64) if move.tensor == "shared"]
     assert sum(move.taken for move in shared) <= 1.2 * sum(move.least for move in shared)
+
+
+def test_the_count_of_what_a_default_moves(emulator, tmp_path):
+    problem = Problem("aggregate", "backward", 2, 64, "bfloat16", tokens=4096)
+    # x and dx are 256 bytes each, du 128; the gates of a token are a part of a sector.
+    op, direction, n, least, moved, _, *ratios = row(tmp_path, emulator, problem, Target("cuda", "sm_90a"), tokens=16)
+    assert (op, direction, n, least, moved) == ("aggregate", "backward", "2", "0.7", "0.7")
+    assert ratios == ["1.00", "1.00"]
 
 
 FORWARD, BACKWARD = DEFAULTS[8], DEFAULTS[11]
