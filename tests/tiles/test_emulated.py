@@ -77,6 +77,7 @@ DEFAULTS = [
     case("pre", "backward", 2, 64, "bfloat16", "sm_90a", None, 16),
     case("step", "forward", 2, 128, "bfloat16", "sm_80"),
     case("step", "backward", 1, 72, "bfloat16", "sm_90a"),
+    case("step", "backward", 11, 16, "bfloat16", "sm_80"),
 ]
 
 TILED = [
@@ -191,7 +192,9 @@ PASSES = {
     ("project", "forward"): {"x": "R"},
     ("project", "backward"): {"x": "R", "dx": "W"},
     ("pre", "forward"): {"x": "RR", "u": "W"},
+    ("pre", "backward"): {"x": "RR", "dx": "RW"},
     ("step", "forward"): {"x": "R", "f": "R", "x_next": "WRR", "u": "W"},
+    ("step", "backward"): {"x": "RR", "f": "RR", "dx_next": "R", "dx": "W", "df": "W"},
 }
 """How often an op goes over its streams, and u, f: what it cannot do without, and the second look of fused ones."""
 
@@ -200,8 +203,9 @@ PASSES = {
 def test_streams_are_moved_in_whole_sectors_and_as_often_as_designed(fixed, case):
     kernel, tokens = fixed[1][case], 128
     movements = kernel.movements(tokens)
-    # A tile that reaches past its stream carries columns of the next one.
-    most = 1 if case.problem.width % 64 == 0 else 1.8
+    # A tile that reaches past its stream carries columns of the next one; narrow rows fill their sectors in part.
+    width = case.problem.width
+    most = 1 if width % 128 == 0 or (width == 64 and case.problem.op != "pre") else 2.2
     for name, passes in PASSES.get((case.problem.op, case.problem.direction), {}).items():
         argument = next(argument for argument in kernel.spec.arguments(kernel.problem) if argument.name == name)
         for writes, kind in ((False, "R"), (True, "W")):
@@ -242,7 +246,7 @@ WAIT = r"cudaGridDependencySynchronize\(\);"
         (BACKWARD, r"tl::warpgroup_wait<0>\(\);", "", 2, "race .* wgmma|dx: "),
         (BACKWARD, r"<1, 640, 64>", "<1, 640, 32>", 1, "dx: "),
         (BACKWARD, r"\(dphi \+ ", "(dphi + 24576 + ", 0, "invalid access .* past the end of of_dphi"),
-        *((CHAINED[1], WAIT, "", at, "before it waits for a kernel") for at in range(5)),
+        *((CHAINED[1], WAIT, "", at, "before it waits for a kernel|has not waited") for at in range(4)),
         (BACKWARD, r"x\[\(", "x[-8 + (", 0, "invalid access .* before x"),
     ],
 )

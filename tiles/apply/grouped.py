@@ -2,7 +2,7 @@
 
 The maths is that of `programs.Apply`. The forward writes one output stream after the other from streams that it holds.
 The backward takes `schedule.GROUP` input streams at a time and reads g again for each group: it was just read, so it
-comes from a cache. Members of a group past the last stream repeat it.
+comes from a cache. Members of a group past the last stream repeat it; their sums are dropped.
 """
 
 from functools import partial
@@ -49,8 +49,9 @@ class Grouped:
 
         @T.macro
         def put_res(dres: Buffer, token: Expr, first: Expr, number: Expr, value: Expr) -> None:
-            """One of the sums of n rows for a group's members."""
-            dres[token, number // len(members), T.min(first + number % len(members), n - 1)] = value
+            """One of the sums of n rows for a group's members. Those past the last stream added up in another order."""
+            if first + number % len(members) < n:
+                dres[token, number // len(members), first + number % len(members)] = value
 
         @T.macro
         def sublayer_back(f: Buffer, g: Buffer, df: Buffer, dpost: Buffer, token: Expr, post: Buffer) -> None:

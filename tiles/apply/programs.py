@@ -155,6 +155,29 @@ class Apply:
             dialect.totals(sums, partial(put_in_column, dpre, lane_of_token))
 
         @T.macro
+        def merge_and_weigh(
+            x: Buffer, f: Buffer, du: Buffer, out: Buffer, token: Expr, res: Any, post: Sequence[Expr], dpre: Buffer
+        ) -> None:
+            """merge, and in the same pass dpre_i = Σ_c du_c out_ic, into dpre [n, T]."""
+            sums = [columns.sums() for _ in streams]
+            state, sublayer, upper, mixed = rows(x), row(f), row(du), rows(out)
+            for chunk in T.serial(width // block):
+                fetch(state, token, chunk * block)
+                sublayer.fetch(token, chunk * block)
+                upper.fetch(token, chunk * block)
+                place(mixed, token, chunk * block)
+                for lane in columns.lanes():
+                    for step in columns.steps():
+                        at, column = dialect.lane(lane), columns.place(lane, step)
+                        added, grad = sublayer.get(column), upper.get(column)
+                        values = [state[j].get(column) for j in streams]
+                        for i in streams:
+                            mixed[i].put(column, post[i] * added + sum(res[i][j] * values[j] for j in streams))
+                            sums[i][at] += grad * mixed[i].get(column)
+                flush(mixed)
+            dialect.totals(sums, partial(put_in_column, dpre, token))
+
+        @T.macro
         def aggregate_back(x: Buffer, du: Buffer, dx: Buffer, dpre: Buffer, token: Expr, pre: Sequence[Expr]) -> None:
             """dx_ic = pre_i du_c;  dpre_i = Σ_c du_c x_ic."""
             sums = [columns.sums() for _ in streams]
@@ -173,7 +196,7 @@ class Apply:
                 flush(state_grads)
             dialect.totals(sums, partial(put_in_row, dpre, token))
 
-        self.aggregate, self.merge, self.weigh = aggregate, merge, weigh
+        self.aggregate, self.merge, self.merge_and_weigh, self.weigh = aggregate, merge, merge_and_weigh, weigh
         self.aggregate_back, self.merge_back = aggregate_back, merge_back
         self.streams = streams
 

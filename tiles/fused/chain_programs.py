@@ -10,7 +10,7 @@ from typing import Any
 import tilelang.language as T
 
 from tiles.apply.programs import Apply, merging
-from tiles.apply.schedule import ApplySchedule
+from tiles.apply.schedule import ApplySchedule, in_groups
 from tiles.dialect import Dialect
 from tiles.facts import checked
 from tiles.family import Problem
@@ -157,11 +157,12 @@ def pre_backward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) ->
 
 
 def step_backward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) -> Any:
-    """x' again from x and f;  in its place g = dx' + what pre's backward adds;  then merge's backward."""
+    """x' again from x and f, and dpre;  in its place g = dx' + what pre's backward adds;  then merge's backward."""
     n, width, fan_in, outputs = problem.streams, problem.width, problem.fan_in, problem.outputs
     stored, after = dialect.storage(problem.dtype), After(problem, schedule, dialect)
     apply = Apply(problem, schedule.row_width, dialect, schedule.row_threads)
-    mixed = merging(problem, ApplySchedule(schedule.row_width, schedule.row_threads), dialect)
+    walk = ApplySchedule(schedule.row_width, schedule.row_threads)
+    mixed, grouped = merging(problem, walk, dialect), in_groups(problem, walk)
     rows = Rows(schedule)
     tokens, splits = T.dynamic("tokens"), T.dynamic("splits")
 
@@ -200,12 +201,13 @@ def step_backward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) -
             dialect.let_next_start(schedule.overlap)
             for turn in T.serial(rows.turns(block, tokens)):
                 token = rows.token(block, turn)
-                mixed.merge(x, f, near, token, mixed.mixing(res, token), mixed.gates(post, token))
-        with dialect.kernel(rows.blocks(tokens), threads=schedule.row_threads) as block:
-            dialect.await_last(schedule.overlap)
-            for turn in T.serial(rows.turns(block, tokens)):
-                token = rows.token(block, turn)
-                apply.weigh(near, du, token, dpre, token)
+                if grouped:
+                    mixed.merge(x, f, near, token, mixed.mixing(res, token), mixed.gates(post, token))
+                    dialect.barrier()
+                    apply.weigh(near, du, token, dpre, token)
+                else:
+                    gate = apply.gates(post, token)
+                    apply.merge_and_weigh(x, f, du, near, token, apply.mixing(res, token), gate, dpre)
         with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=lanes(problem)) as block:
             dialect.await_last(schedule.overlap)
             grads, sums = (dpre, dpost_next, dres_next), (alphas, biases)
@@ -217,8 +219,8 @@ def step_backward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) -
             dialect.await_last(schedule.overlap)
             for turn in T.serial(rows.turns(block, tokens)):
                 token = rows.token(block, turn)
-                mix, gate = mixed.mixing(res, token), mixed.gates(post, token)
-                mixed.merge_back(x, f, near, dx, df, dres, dpost, token, mix, gate)
+                weights = (mixed.mixing(res, token), mixed.gates(post, token))
+                mixed.merge_back(x, f, near, dx, df, dres, dpost, token, *weights)
         with dialect.kernel(splits, threads=JOIN_THREADS) as split:
             dialect.await_last(schedule.overlap)
             after.join(alphas, biases, dalpha, dbias, split, as_value(tokens), as_value(splits))
