@@ -199,13 +199,13 @@ PASSES = {
 """How often an op goes over its streams, and u, f: what it cannot do without, and the second look of fused ones."""
 
 
-@pytest.mark.parametrize("case", DEFAULTS, ids=str)
+@pytest.mark.parametrize("case", [case for case in DEFAULTS if case.problem.width >= 64], ids=str)
 def test_streams_are_moved_in_whole_sectors_and_as_often_as_designed(fixed, case):
     kernel, tokens = fixed[1][case], 128
     movements = kernel.movements(tokens)
     # A tile that reaches past its stream carries columns of the next one; narrow rows fill their sectors in part.
     width = case.problem.width
-    most = 1 if width % 128 == 0 or (width == 64 and case.problem.op != "pre") else 2.2
+    most = 1 if width % 128 == 0 or (width == 64 and case.problem.op != "pre") else 2
     for name, passes in PASSES.get((case.problem.op, case.problem.direction), {}).items():
         argument = next(argument for argument in kernel.spec.arguments(kernel.problem) if argument.name == name)
         for writes, kind in ((False, "R"), (True, "W")):
