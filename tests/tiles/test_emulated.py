@@ -111,7 +111,7 @@ def sample(number: int) -> list[Case]:
 
 def drawn(chance: random.Random) -> Case:
     (op, direction), arch = chance.choice(list(kernel_specs())), chance.choice(("sm_80", "sm_90a", "sm_100a"))
-    n, width = chance.choice((1, 2, 3, 4, 8, 16)), chance.choice((8, 64, 72, 128, 136, 256))
+    n, width = chance.choice((1, 2, 3, 4, 8, 11, 16)), chance.choice((8, 64, 72, 128, 136, 256))
     made = case(op, direction, n, width, chance.choice(("float32", "float16", "bfloat16")), arch)
     spec, target = kernel_specs()[op, direction], Target("cuda", arch)
     space = spec.space(made.problem, target)
