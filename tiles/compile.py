@@ -157,8 +157,9 @@ def _plan(program: Any, module: Any, arguments: Sequence[Argument]) -> Plan:
     buffers = [program.buffer_map[parameter] for parameter in program.params if parameter in program.buffer_map]
     extra = [buffer for buffer in buffers if buffer.name not in named]
     lost = {argument.name for argument in arguments if argument.role != "scalar"} - {buffer.name for buffer in buffers}
-    # TileLang renames a parameter that a program assigns to a name; the launcher would take it for workspace.
-    assert not lost, f"a program must keep its parameters' names, got {[buffer.name for buffer in extra]} for {lost}"
+    if lost:  # TileLang renames a parameter that a program assigns to a name; the launcher would take it for workspace
+        found = [buffer.name for buffer in extra]
+        raise CompileError(f"a program must keep its parameters' names, got {found}: do not assign {sorted(lost)}")
     in_order = sorted(module.functions.values(), key=lambda function: _place(function.attrs["global_symbol"]))
     facts = {name: int(value) for name, value in (program.attrs or {}).items() if name in PLANNED}
     return Plan(

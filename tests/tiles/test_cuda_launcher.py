@@ -8,10 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from launching import WORKSPACE, job, launched
 
+from tiles.compile import CompileError, _plan
 from tiles.cuda_launcher import (
     IMAGE,
     NO_DRIVER,
@@ -144,6 +146,14 @@ def test_kernels_after_a_chunks_first_may_start_while_the_one_before_ends(driver
         ((record,),) = launched(driver, [job(built(tmp_path / str(chosen.overlap), chosen), (32, 0, 0))])
         assert [launch["overlaps"] for launch in record["log"][:5]] == wanted
         assert [launch["cluster"] for launch in record["log"][:2]] == [[0, 0, 0], [2, 1, 1]]
+
+
+def test_a_program_that_lost_a_parameters_name_does_not_compile():
+    """Its launcher would take the parameter for workspace, which nobody fills."""
+    parameters = {name: SimpleNamespace(name=name, dtype="float32", shape=()) for name in ("x", "gate", "out")}
+    program = SimpleNamespace(params=list(parameters), buffer_map=parameters, attrs={})
+    with pytest.raises(CompileError, match=r"keep its parameters' names, got \['gate'\]: do not assign \['post'\]"):
+        _plan(program, SimpleNamespace(functions={}), [*ARGUMENTS, Argument("post", (TOKENS, 4), "float32", "input")])
 
 
 def test_an_empty_grid_is_not_launched(driver, tmp_path):

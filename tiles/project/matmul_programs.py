@@ -140,9 +140,8 @@ def gradients(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
     tokens. dx may be x itself.
 
     Of dz·phi the three larger products of parts are taken: dz₀·phi₀ + dz₁·phi₀ + dz₀·phi₁, as one product of
-    [dz₀ | dz₁ | dz₀] and [phi₀ ; phi₀ ; phi₁]. Where a tile reaches past its stream, columns of
-    the next one are carried along: no
-    result of a column depends on another, and they are not written.
+    [dz₀ | dz₁ | dz₀] and [phi₀ ; phi₀ ; phi₁]. Where a tile reaches past its stream, columns of the next one are
+    carried along: no result of a column depends on another, and they are not written.
 
     `beside`, where given, is (du [T, C], more [T, nC], pre [T, n]): pre_i du + more is added to dx. Then kernels
     before this one make dz, ds and pre; they are waited for once phi is laid out.
