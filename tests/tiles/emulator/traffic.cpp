@@ -1,3 +1,4 @@
+// Requests are put together from what each thread does: a warp's lanes need not run at the same time here.
 #include "traffic.h"
 
 #include <inttypes.h>
@@ -26,9 +27,9 @@ struct Request {
   std::map<unsigned, uintptr_t> addresses;  // of each lane
 };
 
-// `least` and `moved` count sectors or rounds; `least` are those that the distinct bytes of each request would fill.
+// `least` and `taken` count sectors or rounds; `least` are those that the distinct bytes of each request would fill.
 struct Total {
-  uint64_t requests = 0, lanes = 0, bytes = 0, least = 0, moved = 0;
+  uint64_t requests = 0, lanes = 0, bytes = 0, least = 0, taken = 0;
 };
 
 std::string kernel;
@@ -85,7 +86,7 @@ void block_ends() {
     total.lanes += request.addresses.size();
     total.bytes += request.addresses.size() * request.bytes;
     total.least += least(request, shared ? BANKS * WORD : SECTOR);
-    total.moved += shared ? rounds(request) : sectors(request);
+    total.taken += shared ? rounds(request) : sectors(request);
   }
   visits.clear();
   requests.clear();
@@ -96,7 +97,7 @@ void tell() {
     const auto [site, tensor, write] = key.second;
     const char *counts = " %" PRIu64 " %" PRIu64 " %" PRIu64 " %" PRIu64 " %" PRIu64 "\n";
     printf("%s %u %u %d", key.first.c_str(), site, tensor, write);
-    printf(counts, total.requests, total.lanes, total.bytes, total.least, total.moved);
+    printf(counts, total.requests, total.lanes, total.bytes, total.least, total.taken);
   }
   fflush(stdout);
 }
