@@ -40,6 +40,9 @@ TILELANG_IN = (
     "tiles/coefficients/gates.py",
     "tiles/coefficients/sinkhorn.py",
     "tiles/fused/chain_macros.py",
+    "tiles/fused/merged_macros.py",
+    "tiles/fused/patches.py",
+    "tiles/project/halves.py",
 )
 LOADED_WITHOUT = {"tilelang", "optuna", "rich", "typer"}
 MOST_LINES = 400

@@ -160,11 +160,12 @@ def _plan(program: Any, module: Any, arguments: Sequence[Argument]) -> Plan:
     if lost:  # TileLang renames a parameter that a program assigns to a name; the launcher would take it for workspace
         found = [buffer.name for buffer in extra]
         raise CompileError(f"a program must keep its parameters' names, got {found}: do not assign {sorted(lost)}")
+    used = {parameter.name for function in module.functions.values() for parameter in function.params}
     in_order = sorted(module.functions.values(), key=lambda function: _place(function.attrs["global_symbol"]))
     facts = {name: int(value) for name, value in (program.attrs or {}).items() if name in PLANNED}
     return Plan(
         launches=tuple(_launch(function) for function in in_order),
-        workspace=tuple((buffer.name, _nbytes(buffer)) for buffer in extra),
+        workspace=tuple((buffer.name, _nbytes(buffer)) for buffer in extra if buffer.name in used),
         token_elements=max(_token_elements(size) for buffer in buffers for size in buffer.shape),
         **{PLANNED[name]: value for name, value in facts.items()},
     )

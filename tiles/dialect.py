@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import tilelang.language as T
 
-from tiles.limits import DOT_LANES, OWNED_REGISTERS
+from tiles.limits import DOT_LANES, OWNED_REGISTERS, compute_capability
 from tiles.rows import CpuRow, CudaRow, Row
 from tiles.target import Target
 from tiles.values import Buffer, Expr
@@ -102,7 +102,7 @@ class View:
 
 def dialect_for(target: Target) -> Dialect:
     """The dialect that programs for `target` are written in."""
-    return Cpu() if target.kind == "cpu" else Cuda()
+    return Cpu() if target.kind == "cpu" else Cuda(by_proxy=compute_capability(target) >= 90)
 
 
 class Cpu:
@@ -193,7 +193,11 @@ class Cpu:
 
 
 class Cuda:
-    """One thread block a program instance."""
+    """One thread block a program instance. `by_proxy`: matrix instructions may read shared memory by a way of their
+    own, as wgmma does, and have to be told of what other ways wrote."""
+
+    def __init__(self, *, by_proxy: bool) -> None:
+        self.by_proxy = by_proxy
 
     def storage(self, dtype: str) -> str:
         return dtype

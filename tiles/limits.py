@@ -73,7 +73,12 @@ def why_bad_overlap(overlap: int, target: Target) -> str | None:
 
 def overlaps(target: Target) -> bool:
     """Whether kernels can wait for each other on the device (programmatic dependent launch, Hopper and newer)."""
-    return target.kind == "cuda" and int(target.arch.removeprefix("sm_").rstrip("a")) >= 90
+    return target.kind == "cuda" and compute_capability(target) >= 90
+
+
+def compute_capability(target: Target) -> int:
+    """Of a CUDA target: 90 for sm_90a."""
+    return int(target.arch.removeprefix("sm_").rstrip("a"))
 
 
 def why_not_divisor(name: str, block: int, total: int) -> str | None:

@@ -2,12 +2,14 @@
 
 A table in Markdown, for one architecture and width. Kilobytes are for each token, as warps ask for them: 32-byte
 sectors of global memory, whatever cache they come from, and rounds of 128 bytes of shared memory by loads, stores and
-ldmatrix, not by wgmma. Sums over tokens are one split's. `least` is what the op has to move.
+ldmatrix, not by wgmma. Sums over tokens are one split's. What a kernel does for all tokens at once is divided by those
+that the schedule is for. `least` is what the op has to move.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from tiles.target import Target
 
 OPS = ("aggregate", "merge", "project", "coefficients", "pre", "step")
 HEAD = ("op", "direction", "n", "least kB", "global kB", "shared kB", "shared rounds / least", "sectors / least")
+
+TOKENS = 4096
+"""Tokens that the schedules are for."""
 
 
 def main() -> None:
@@ -37,7 +42,7 @@ def main() -> None:
         for op in OPS:
             for direction in ("forward", "backward"):
                 for n in asked.streams:
-                    problem = Problem(op, direction, n, asked.width, "bfloat16", tokens=4096)
+                    problem = Problem(op, direction, n, asked.width, "bfloat16", tokens=TOKENS)
                     counted = row(Path(name), emulator, problem, Target("cuda", asked.arch), asked.tokens)
                     print("|", " | ".join(counted), "|", flush=True)  # noqa: T201
 
@@ -47,15 +52,17 @@ def row(folder: Path, emulator: Path, problem: Problem, target: Target, tokens: 
     spec = kernel_spec(problem.op, problem.direction)
     problem = spec.canonical(problem)
     schedule: Any = spec.default(problem, target)
-    kernel = Emulated(folder, emulator, generate(problem, schedule, target, most_splits=1))
-    moved = kernel.movements(tokens)
+    text = generate(problem, schedule, target, most_splits=1)
+    moved = Emulated(folder, emulator, text).movements(tokens)
+    once = {launch.kernel for launch in text.plan.launches if not re.search("tokens|splits", " ".join(launch.grid))}
     shared = [move for move in moved if move.tensor == "shared"]
     others = [move for move in moved if move.tensor != "shared"]
-    kilobytes = (
-        spec.traffic(problem, tokens).bytes / tokens / 1000,
-        32 * sum(move.taken for move in others) / tokens / 1000,
-        128 * sum(move.taken for move in shared) / tokens / 1000,
-    )
+
+    def kilobytes_of(moves: list[Movement], unit: int) -> float:
+        return sum(unit * move.taken / (TOKENS if move.kernel in once else tokens) for move in moves) / 1000
+
+    least = spec.traffic(problem, TOKENS).bytes / TOKENS / 1000
+    kilobytes = least, kilobytes_of(others, 32), kilobytes_of(shared, 128)
     return (
         *(problem.op, problem.direction, str(problem.streams)),
         *(f"{value:.1f}" for value in kilobytes),

@@ -26,7 +26,8 @@ def test_few_tokens_have_no_chunks_and_no_fixed_grid_to_choose():
         assert space["row_blocks"] == space["chunk_tokens"] == (0,)
         many = chain_schedule.space(problem(direction, 4096), HOPPER)
         assert many["row_blocks"] == (0, 528)
-        assert many["chunk_tokens"] == (0, 1024, 2048)
+        assert many["chunk_tokens"] == (0, 1024)
+        assert chain_schedule.space(problem(direction, 16384, streams=8), HOPPER)["chunk_tokens"] == (0, 512)
 
 
 def test_one_token_gets_more_threads_for_its_row_than_one_of_many():
@@ -77,6 +78,44 @@ def test_kernels_may_overlap_on_hopper_and_newer(op):
         assert (spec.why_invalid(at_hand, overlapping, target) is None) == (arch not in ("sm_80", "sm_89"))
     why = spec.why_invalid(at_hand, replace(overlapping, overlap=2), HOPPER)
     assert why == "overlap must be 0, or 1 on sm_90 and newer, got 2 on cuda:sm_90a: choose 0"
+
+
+def test_a_step_merges_inside_of_tiles_where_that_saves_more_than_it_costs():
+    for direction in ("forward", "backward"):
+        for streams in (1, 2, 3, 4, 8, 12, 16):
+            step = replace(problem(direction, 4096, streams), op="step")
+            assert chain_schedule.default(step, HOPPER).merged == int(streams <= 4)
+            assert chain_schedule.space(step, HOPPER)["merged"] == ((0, 1) if streams <= 8 else (0,))
+            assert chain_schedule.space(replace(step, op="pre"), HOPPER)["merged"] == (0,)
+
+
+@pytest.mark.parametrize(
+    ("op", "streams", "change", "why"),
+    [
+        ("pre", 4, {}, "merged must be 0 for pre, which does not merge, got 1: choose 0"),
+        ("step", 9, {}, "merged must be 0 where n · (n + 1) weights are more than 72, got 1 for n = 9: choose 0"),
+        ("step", 3, {"block_width": 64}, "block_width must be a multiple of 24 where merged is 1, got 64: choose 48"),
+        ("step", 4, {"stages": 4}, "stages must be in 1..3 for bfloat16, got 4: choose 1"),
+        ("step", 4, {"merged": 2}, "merged must be 0 or 1, got 2: choose 0"),
+        (
+            "step",
+            4,
+            {"halved": 1},
+            "halved must be 0 in the backward, where a thread block stages phi once, got 1: choose 0",
+        ),
+    ],
+)
+def test_rules_of_a_step_that_merges_inside_of_tiles(op, streams, change, why):
+    at_hand = replace(problem("backward", 4096, streams), op=op)
+    schedule = replace(chain_schedule.default(at_hand, HOPPER), **({"merged": 1} | change))
+    assert kernel_spec(op, "backward").why_invalid(at_hand, schedule, HOPPER) == why
+
+
+def test_phi_is_cut_once_where_there_is_much_of_it():
+    for op in ("project", "pre", "step"):
+        for streams, tokens, halved in ((4, 4096, 0), (8, 4096, 1), (8, 64, 0), (16, 4096, 1)):
+            at_hand = replace(problem("forward", tokens, streams), op=op)
+            assert kernel_spec(op, "forward").default(at_hand, HOPPER).halved == halved
 
 
 def test_one_kernel_has_nothing_to_overlap_with():

@@ -76,31 +76,57 @@ DEFAULTS = [
     case("pre", "forward", 2, 64, "float16", "sm_90a"),
     case("pre", "backward", 2, 64, "bfloat16", "sm_90a", None, 16),
     case("step", "forward", 2, 128, "bfloat16", "sm_80"),
+    case("step", "forward", 4, 64, "bfloat16", "sm_90a"),
     case("step", "backward", 1, 72, "bfloat16", "sm_90a"),
+    case("step", "backward", 2, 128, "bfloat16", "sm_80", None, 32),
     case("step", "backward", 11, 16, "bfloat16", "sm_80"),
 ]
 
-TILED = [
-    case("project", "forward", 1, 64, "bfloat16", arch, schedule)
-    for arch, schedule in (
-        ("sm_80", TiledSchedule(16, 32, 2, 2, 1, 64)),
-        ("sm_90a", TiledSchedule(64, 16, 4, 1, 1, 128)),
-        ("sm_90a", TiledSchedule(128, 32, 3, 2, 1, 256, overlap=1)),
-    )
-] + [
-    case("project", "backward", 3, 40, "bfloat16", arch, schedule, 16)
-    for arch, schedule in (
-        ("sm_80", TiledSchedule(16, 32, 2, 2, 2, 64)),
-        ("sm_90a", TiledSchedule(64, 64, 2, 4, 1, 128, overlap=1)),
-    )
-]
+TILED = (
+    [
+        case("project", "forward", 1, 64, "bfloat16", arch, schedule)
+        for arch, schedule in (
+            ("sm_80", TiledSchedule(16, 32, 2, 2, 1, 64)),
+            ("sm_90a", TiledSchedule(64, 16, 4, 1, 1, 128)),
+            ("sm_90a", TiledSchedule(128, 32, 3, 2, 1, 256, overlap=1)),
+        )
+    ]
+    + [
+        case("project", "forward", n, 72, dtype, arch, TiledSchedule(*tiles, halved=1))
+        for n, dtype, arch, tiles in (
+            (2, "bfloat16", "sm_90a", (64, 64, 3, 1, 1, 128, 1)),
+            (3, "float16", "sm_80", (16, 32, 2, 2, 1, 64, 0)),
+        )
+    ]
+    + [
+        case("project", "backward", 3, 40, "bfloat16", arch, schedule, 16)
+        for arch, schedule in (
+            ("sm_80", TiledSchedule(16, 32, 2, 2, 2, 64)),
+            ("sm_90a", TiledSchedule(64, 64, 2, 4, 1, 128, overlap=1)),
+        )
+    ]
+)
 
 CHAINED = [
     case("pre", "forward", 2, 40, "bfloat16", "sm_90a", ChainSchedule(16, 32, 2, 2, 1, 64, 16, 8, 32, 7, 0, 1), 0, 32),
     case("step", "backward", 2, 40, "float32", "sm_90a", ChainSchedule(16, 32, 1, 4, 1, 32, 8, 8, 32, 7, 0, 1), 8, 16),
+    case("step", "forward", 3, 40, "bfloat16", "sm_90a", ChainSchedule(16, 32, 2, 2, 1, 64, 16, 8, 32, 7, 0, 1), 0, 32),
+    case("pre", "forward", 4, 40, "bfloat16", "sm_90a", ChainSchedule(64, 32, 2, 2, 1, 128, 16, 8, 32, 0, 0, 1, 0, 1)),
+    case("pre", "backward", 2, 128, "bfloat16", "sm_90a", ChainSchedule(64, 64, 2, 2, 1, 128, 8, 8, 32, 0, 0), 32),
+    case("pre", "backward", 3, 40, "float16", "sm_80", ChainSchedule(16, 32, 3, 2, 1, 32, 8, 8, 32, 0, 0), 8, 32),
 ]
 
-FIXED = [*DEFAULTS, *TILED, *CHAINED]
+MERGED = [
+    case("step", direction, n, width, dtype, arch, ChainSchedule(*tiles, 8, 8, 32, 7, 0, *modes), *cuts)
+    for direction, n, width, dtype, arch, tiles, modes, cuts in (
+        ("forward", 2, 40, "float16", "sm_90a", (64, 32, 3, 2, 1, 128), (1, 1, 0), (0, 32)),
+        ("forward", 4, 72, "bfloat16", "sm_90a", (64, 64, 2, 2, 1, 128), (1, 1, 1), (0, 32)),
+        ("backward", 2, 40, "float32", "sm_80", (16, 32, 2, 4, 1, 32), (0, 1, 0), (8, 16)),
+        ("backward", 4, 64, "bfloat16", "sm_90a", (64, 64, 3, 4, 1, 128), (1, 1, 0), (32,)),
+    )
+]
+
+FIXED = [*DEFAULTS, *TILED, *CHAINED, *MERGED]
 
 
 def sample(number: int) -> list[Case]:
@@ -193,8 +219,8 @@ PASSES = {
     ("project", "backward"): {"x": "R", "dx": "W"},
     ("pre", "forward"): {"x": "RR", "u": "W"},
     ("pre", "backward"): {"x": "RR", "dx": "RW"},
-    ("step", "forward"): {"x": "R", "f": "R", "x_next": "WRR", "u": "W"},
-    ("step", "backward"): {"x": "RR", "f": "RR", "dx_next": "R", "dx": "W", "df": "W"},
+    ("step", "forward"): {"x": "R", "f": "R", "x_next": "WR", "u": "W"},
+    ("step", "backward"): {"x": "RR", "f": "RR", "du": "RR", "dx_next": "R", "dx": "W", "df": "W"},
 }
 """How often an op goes over its streams, and u, f: what it cannot do without, and the second look of fused ones."""
 
@@ -216,9 +242,12 @@ def test_streams_are_moved_in_whole_sectors_and_as_often_as_designed(fixed, case
 
 @pytest.mark.parametrize("case", [case for case in FIXED if case.problem.streams % 2 == 0], ids=str)
 def test_threads_do_not_meet_in_the_banks_of_shared_memory(fixed, case):
-    """Where sums of few outputs are written out they may, once; what a step over the streams takes does not."""
+    """Where sums of few outputs are written out they may, once; what a step over the streams takes does not.
+    Merging inside of tiles, threads read a token's weights as vectors: eight are served at a time, though more want
+    the same."""
     shared = [move for move in fixed[1][case].movements(64) if move.tensor == "shared"]
-    assert sum(move.taken for move in shared) <= 1.2 * sum(move.least for move in shared)
+    most = 1.5 if case.problem.op == "step" else 1.2
+    assert sum(move.taken for move in shared) <= most * sum(move.least for move in shared)
 
 
 def test_the_count_of_what_a_default_moves(emulator, tmp_path):

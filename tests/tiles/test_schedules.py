@@ -63,14 +63,29 @@ def test_the_default_is_valid_for_every_problem(spec, target):
 @pytest.mark.parametrize("spec", SPECS, ids=named)
 def test_every_tunable_changes_the_generated_source(spec, target):
     problem = problem_of(spec, 4 if target.kind == "cpu" else 2)  # lowering for CUDA takes long for many streams
-    default = spec.default(problem, target)
+    default, space = spec.default(problem, target), spec.space(problem, target)
     base = generate_source(spec, problem, default, target)
-    for name, values in spec.space(problem, target).items():
-        others = [dataclasses.replace(default, **{name: value}) for value in values if value != getattr(default, name)]
-        valid = [other for other in others if spec.why_invalid(problem, other, target) is None]
-        assert bool(valid) == (len(values) > 1), f"{name}: no other value is valid beside the default's"
-        if valid:
-            assert generate_source(spec, problem, valid[0], target) != base, name
+    for name in (name for name, values in space.items() if len(values) > 1):
+        start, other = neighbours(spec, problem, target, default, name)
+        text = base if start == default else generate_source(spec, problem, start, target)
+        assert generate_source(spec, problem, other, target) != text, name
+
+
+def neighbours(spec, problem, target, default, name):
+    """Two valid schedules that differ in this tunable: the default and another, or if none is valid beside it, two that
+    differ from the default in one more."""
+
+    def variants(schedule, tunable):
+        values = spec.space(problem, target)[tunable]
+        return [dataclasses.replace(schedule, **{tunable: value}) for value in values]
+
+    starts = [default, *(start for second in spec.space(problem, target) for start in variants(default, second))]
+    for start in starts:
+        for other in variants(start, name):
+            pair = start, other
+            if start != other and all(spec.why_invalid(problem, schedule, target) is None for schedule in pair):
+                return pair
+    raise AssertionError(f"{name}: no other value is valid")
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=named)

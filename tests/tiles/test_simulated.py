@@ -56,6 +56,32 @@ def test_chains_backward(tmp_path, op, shape, blocks):
             kernel.check(tokens, seed=tokens, splits=splits)
 
 
+MERGED = ((1, 8, "bfloat16"), (2, 40, "float32"), (3, 72, "float16"), (4, 40, "bfloat16"), (8, 24, "bfloat16"))
+
+
+def merged(shape, stages: int, splits: int, halved: int = 0) -> ChainSchedule:
+    width = 16 * shape[0]
+    return ChainSchedule(16, width, stages, splits, 1, 32, 8, 8, 32, 0, 0, merged=1, halved=halved)
+
+
+@pytest.mark.parametrize("halved", [0, 1])
+@pytest.mark.parametrize("shape", MERGED, ids=str)
+def test_a_step_that_merges_inside_of_tiles(tmp_path, shape, halved):
+    splits = min(2, -(-shape[1] // 16))
+    kernel = Simulated(tmp_path, Problem("step", "forward", *shape), merged(shape, 2, splits, halved))
+    for tokens in TOKENS:
+        kernel.check(tokens, seed=tokens)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("shape", MERGED, ids=str)
+def test_the_backward_of_a_step_that_merges_inside_of_tiles(tmp_path, shape, stages):
+    kernel = Simulated(tmp_path, Problem("step", "backward", *shape), merged(shape, stages, 2))
+    for tokens in TOKENS[1:]:
+        for splits in (1, 3):
+            kernel.check(tokens, seed=tokens, splits=splits)
+
+
 def test_sums_over_splits_do_not_depend_on_the_other_tokens(tmp_path):
     """Split sums are added in order: a token's result is the same bits alone and among others."""
     problem = Problem("project", "forward", 4, 64, "bfloat16")

@@ -155,6 +155,23 @@ class Apply:
             dialect.totals(sums, partial(put_in_column, dpre, lane_of_token))
 
         @T.macro
+        def weigh_both(x: Buffer, f: Buffer, du: Buffer, token: Expr, along: Buffer) -> None:
+            """Σ_c du_c x_ic for every stream, and at last Σ_c du_c f_c, into along [n + 1, T]."""
+            sums = [columns.sums() for _ in (*streams, n)]
+            given, upper = [*rows(x), row(f)], row(du)
+            for chunk in T.serial(width // block):
+                fetch(given[:n], token, chunk * block)
+                given[n].fetch(token, chunk * block)
+                upper.fetch(token, chunk * block)
+                for lane in columns.lanes():
+                    for step in columns.steps():
+                        at, column = dialect.lane(lane), columns.place(lane, step)
+                        grad = upper.get(column)
+                        for i, part in enumerate(given):
+                            sums[i][at] += grad * part.get(column)
+            dialect.totals(sums, partial(put_in_column, along, token))
+
+        @T.macro
         def merge_and_weigh(
             x: Buffer, f: Buffer, du: Buffer, out: Buffer, token: Expr, res: Any, post: Sequence[Expr], dpre: Buffer
         ) -> None:
@@ -197,7 +214,7 @@ class Apply:
             dialect.totals(sums, partial(put_in_row, dpre, token))
 
         self.aggregate, self.merge, self.merge_and_weigh, self.weigh = aggregate, merge, merge_and_weigh, weigh
-        self.aggregate_back, self.merge_back = aggregate_back, merge_back
+        self.aggregate_back, self.merge_back, self.weigh_both = aggregate_back, merge_back, weigh_both
         self.streams = streams
 
     def gates(self, weights: Buffer, token: Expr) -> list[Expr]:

@@ -11,7 +11,7 @@ from tiles.facts import checked
 from tiles.family import Problem
 from tiles.fused.chain_schedule import ChainSchedule, lanes, split_sums, tiled
 from tiles.matmul import tiles_for
-from tiles.project.matmul_programs import column_groups, gradients, projection
+from tiles.project.matmul_programs import column_groups, gradients, projection, whole_halves
 from tiles.values import Buffer, Expr, variable
 
 LOADS_AHEAD = 100
@@ -54,7 +54,7 @@ class _Sums(NamedTuple):
 
 
 class Before:
-    """The macros before a sublayer: `project` for a tile, `coefficients` for a block of tokens."""
+    """The macros before a sublayer: `cut` phi, `project` for a tile, `coefficients` for a block of tokens."""
 
     def __init__(self, problem: Problem, schedule: ChainSchedule, dialect: Dialect) -> None:
         block, outputs, splits = schedule.lane_tokens, problem.outputs, schedule.splits
@@ -98,6 +98,7 @@ class Before:
             lane.store(held, pre, post, res, start, end)
 
         self.project, self.coefficients = projection(problem, tiled(schedule), dialect), coefficients
+        self.cut = whole_halves(problem, tiled(schedule), dialect)
         self._tile = schedule.block_tokens
 
     def groups(self, tokens: Expr) -> Expr:

@@ -16,7 +16,8 @@ from tiles.facts import checked
 from tiles.family import Problem
 from tiles.fused.chain_macros import JOIN_THREADS, After, Before, Rows
 from tiles.fused.chain_schedule import ChainSchedule, lanes
-from tiles.project.matmul_programs import SplitSums
+from tiles.project.halves import THREADS
+from tiles.project.matmul_programs import SplitSums, start_after
 from tiles.values import as_value
 
 
@@ -42,10 +43,17 @@ def pre_forward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) -> 
         s: T.Tensor((tokens,), "float32"),
         parts: T.Tensor((schedule.splits, tokens * (outputs + 1)), "float32"),
         pre: T.Tensor((tokens, n), "float32"),
+        halves: T.Tensor(before.cut.shape, before.cut.dtype),
     ):
+        if schedule.halved:
+            with dialect.kernel(before.cut.blocks, before.cut.rows, threads=THREADS) as (group, k):
+                dialect.let_next_start(schedule.overlap)
+                before.cut.fill(phi, halves, group, k)
         with dialect.kernel(before.groups(tokens), schedule.splits, threads=schedule.threads) as (group, split):
-            dialect.let_next_start(schedule.overlap)
-            before.project(x, phi, group, split, as_value(tokens), SplitSums(parts, split, outputs))
+            start_after(dialect, schedule)
+            before.project(
+                x, halves if schedule.halved else phi, group, split, as_value(tokens), SplitSums(parts, split, outputs)
+            )
         with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=lanes(problem)) as block:
             dialect.await_last(schedule.overlap)
             before.coefficients(alpha, bias, eps, pre, post, res, z, s, parts, block, as_value(tokens))
@@ -85,15 +93,27 @@ def step_forward(problem: Problem, schedule: ChainSchedule, dialect: Dialect) ->
         s: T.Tensor((tokens,), "float32"),
         parts: T.Tensor((schedule.splits, tokens * (outputs + 1)), "float32"),
         pre: T.Tensor((tokens, n), "float32"),
+        halves: T.Tensor(before.cut.shape, before.cut.dtype),
     ):
+        if schedule.halved:
+            with dialect.kernel(before.cut.blocks, before.cut.rows, threads=THREADS) as (group, k):
+                dialect.let_next_start(schedule.overlap)
+                before.cut.fill(phi, halves, group, k)
         with dialect.kernel(rows.blocks(tokens), threads=schedule.row_threads) as block:
-            dialect.let_next_start(schedule.overlap)
+            start_after(dialect, schedule)
             for turn in T.serial(rows.turns(block, tokens)):
                 token = rows.token(block, turn)
                 mixed.merge(x, f, x_next, token, mixed.mixing(res, token), mixed.gates(post, token))
         with dialect.kernel(before.groups(tokens), schedule.splits, threads=schedule.threads) as (group, split):
             dialect.await_last(schedule.overlap)
-            before.project(x_next, phi, group, split, as_value(tokens), SplitSums(parts, split, outputs))
+            before.project(
+                x_next,
+                halves if schedule.halved else phi,
+                group,
+                split,
+                as_value(tokens),
+                SplitSums(parts, split, outputs),
+            )
         with dialect.kernel(T.ceildiv(tokens, schedule.lane_tokens), threads=lanes(problem)) as block:
             dialect.await_last(schedule.overlap)
             before.coefficients(alpha, bias, eps, pre, post_next, res_next, z, s, parts, block, as_value(tokens))

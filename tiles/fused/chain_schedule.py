@@ -8,14 +8,15 @@ from dataclasses import dataclass, fields, replace
 from tiles.apply import schedule as apply
 from tiles.apply.schedule import ApplySchedule
 from tiles.coefficients import schedule as coefficients
-from tiles.family import Problem
+from tiles.family import DTYPE_BYTES, Problem
+from tiles.fused import merged_schedule
 from tiles.limits import OWNED_REGISTERS, why_bad_threads, why_not_divisor, why_too_much_scratch
 from tiles.project import matmul_schedule
 from tiles.project.matmul_schedule import TiledSchedule
 from tiles.target import Target
 
-CHUNKS = (0, 1024, 2048)
-"""Tokens of a chunk; 0: all. The streams of 1024 tokens are 21 MB at n = 4, C = 2560 in bfloat16."""
+CHUNK_BYTES = 24 * 1024 * 1024
+"""The streams of a chunk: half of an L2 cache, since what is made of them is near as well."""
 
 ROW_THREADS = (64, 128, 160, 256, 320)
 ROW_BLOCKS = (0, 528)
@@ -32,6 +33,7 @@ TILES = {
     "resident": (1, 2),
     "threads": (128, 256),
     "overlap": (0, 1),
+    "halved": (0, 1),
 }
 """What of project's tiles is tried here."""
 
@@ -40,12 +42,14 @@ TILES = {
 class ChainSchedule:
     """Project's tiles, passes over rows of tokens, and between them the coefficients.
 
-    block_tokens, block_width, stages, splits, resident, threads, overlap: as in `TiledSchedule`.
+    block_tokens, block_width, stages, splits, resident, threads, overlap, halved: as in `TiledSchedule`.
     lane_tokens: tokens of a thread block of the coefficients, a thread each; threads to spare help to add up splits.
     row_width: columns in one lane loop of aggregate and merge; a divisor of C.
     row_threads: CUDA threads of those passes.
     row_blocks: thread blocks of those passes, which take tokens in turns; 0: one for each token.
     chunk_tokens: all kernels take so many tokens before the next ones are touched; 0: all at once.
+    merged: 1 if step merges inside of project's tiles, which then have the same columns of all streams: x' is not read
+        back (forward), or not even written (backward); 0 if passes of their own merge.
     """
 
     block_tokens: int
@@ -60,6 +64,8 @@ class ChainSchedule:
     row_blocks: int
     chunk_tokens: int
     overlap: int = 0
+    merged: int = 0
+    halved: int = 0
 
 
 def tiled(schedule: ChainSchedule) -> TiledSchedule:
@@ -81,12 +87,19 @@ def split_sums(problem: Problem, schedule: ChainSchedule) -> tuple[int, int]:
 
 def default(problem: Problem, target: Target) -> ChainSchedule:
     """What project and the passes over rows take by themselves; few tokens for each block that adds up their sums."""
-    part = matmul_schedule.default(problem, target, staged=_staged(problem))
+    within = merged_schedule.usual(problem, target) if _merges(problem) else None
+    part = within or matmul_schedule.default(problem, target, staged=_staged(problem))
     rows = _rows(problem, target)
     walk = {"row_width": rows.block_width, "row_threads": rows.threads, "row_blocks": 0}
     most = 8 if problem.direction == "forward" else 32
     lane_tokens = max(1, min(most, problem.tokens, lanes(problem)))
-    return ChainSchedule(**vars(part), lane_tokens=lane_tokens, **walk, chunk_tokens=0)
+    return ChainSchedule(**vars(part), lane_tokens=lane_tokens, **walk, chunk_tokens=0, merged=int(within is not None))
+
+
+def _merges(problem: Problem) -> bool:
+    """Whether step's default merges inside of project's tiles. That of many streams does not: forward, all weights are
+    read for every few columns; backward, there are n² sums of every token and tile."""
+    return problem.op == "step" and problem.streams <= 4
 
 
 def _rows(problem: Problem, target: Target) -> ApplySchedule:
@@ -101,14 +114,20 @@ def _staged(problem: Problem) -> int:
 
 
 def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
-    """Project's tiles, thinned out, since every one meets every way to walk the rows; lanes, rows, chunks."""
+    """Project's tiles, thinned out, since every one meets every way to walk the rows; lanes; rows of few threads and of
+    many; chunks."""
     usual = default(problem, target)
     tiles = matmul_schedule.space(problem, target, staged=_staged(problem))
     choices = {name: [value for value in values if value in TILES[name]] for name, values in tiles.items()}
+    choices["merged"] = [0, 1] if merged_schedule.usual(problem, target) else [0]
     vectors = [8 * threads for threads in ROW_THREADS if problem.width % (8 * threads) == 0]
+    vectors = sorted({*vectors[:1], *vectors[-1:]})
     threads = [count // 8 for count in vectors] or [64, 128]
     choices |= {"lane_tokens": [8, lanes(problem)], "row_width": vectors, "row_threads": threads}
-    for name, counts in (("row_blocks", ROW_BLOCKS), ("chunk_tokens", CHUNKS)):
+    if problem.outputs < matmul_schedule.MUCH_OF_PHI:
+        choices["halved"] = []
+    chunk = matmul_schedule.power_of_two(CHUNK_BYTES // (problem.fan_in * DTYPE_BYTES[problem.dtype]))
+    for name, counts in (("row_blocks", ROW_BLOCKS), ("chunk_tokens", (0, chunk))):
         choices[name] = [count for count in counts if count < problem.tokens]
     names = [field.name for field in fields(ChainSchedule)]
     return {name: tuple(sorted({*choices[name], getattr(usual, name)})) for name in names}
@@ -116,7 +135,12 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
 
 def why_invalid(problem: Problem, schedule: ChainSchedule, target: Target) -> str | None:
     """None, or the rule that the schedule breaks."""
-    why = matmul_schedule.why_invalid(problem, tiled(schedule), target, staged=_staged(problem))
+    if schedule.merged not in (0, 1):
+        return f"merged must be 0 or 1, got {schedule.merged}: choose 0"
+    if schedule.merged:
+        why = merged_schedule.why_invalid(problem, tiled(schedule), target)
+    else:
+        why = matmul_schedule.why_invalid(problem, tiled(schedule), target, staged=_staged(problem))
     why = why or why_bad_threads(schedule.row_threads, target)
     why = why or why_not_divisor("row_width", schedule.row_width, problem.width)
     if why:
@@ -135,7 +159,10 @@ def why_invalid(problem: Problem, schedule: ChainSchedule, target: Target) -> st
 
 def scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
     """Bytes of shared memory of the kernel that needs most."""
-    tiles = matmul_schedule.scratch(problem, tiled(schedule), staged=_staged(problem))
+    if schedule.merged:
+        tiles = merged_schedule.scratch(problem, tiled(schedule))
+    else:
+        tiles = matmul_schedule.scratch(problem, tiled(schedule), staged=_staged(problem))
     return max(tiles, _lane_scratch(problem, schedule, target))
 
 

@@ -15,7 +15,7 @@ from tiles.apply.programs import Apply
 from tiles.coefficients import gates
 from tiles.dialect import Cpu, Dialect
 from tiles.family import Problem
-from tiles.fused import chain_programs
+from tiles.fused import chain_programs, merged_programs
 from tiles.fused.chain_schedule import ChainSchedule
 from tiles.fused.schedule import FusedSchedule, Schedule
 from tiles.project.programs import gradients, projection
@@ -56,7 +56,8 @@ def pre_forward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
 def step_forward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
     """x'_ic = Σ_j res_ij x_jc + post_i f_c, then pre of x'."""
     if isinstance(schedule, ChainSchedule):
-        return chain_programs.step_forward(problem, schedule, dialect)
+        made = merged_programs if schedule.merged else chain_programs
+        return made.step_forward(problem, schedule, dialect)
     assert isinstance(dialect, Cpu)
     n, width, fan_in, outputs = problem.streams, problem.width, problem.fan_in, problem.outputs
     block, stored = schedule.block_tokens, dialect.storage(problem.dtype)
@@ -137,7 +138,8 @@ def step_backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any
     Both x' and g lie in the rows of dx until dx itself is written: they are near, and no memory is set aside for them.
     """
     if isinstance(schedule, ChainSchedule):
-        return chain_programs.step_backward(problem, schedule, dialect)
+        made = merged_programs if schedule.merged else chain_programs
+        return made.step_backward(problem, schedule, dialect)
     assert isinstance(dialect, Cpu)
     n, width, fan_in, outputs = problem.streams, problem.width, problem.fan_in, problem.outputs
     stored, after = dialect.storage(problem.dtype), _After(problem, schedule, dialect)
@@ -268,7 +270,7 @@ class _After:
                 apply.weigh(x, du, start + t, held.dpre, t)
             coefficients.run(held, z, s, alpha, bias, eps, start, last)
 
-        def joined(
+        def merged(
             held: Any, du: Buffer, more: Buffer, i: Expr, column: Expr, t: Expr, token: Expr, lane: Expr
         ) -> Expr:
             """pre_i du_c, and the gradient that x gets from elsewhere."""
@@ -303,7 +305,7 @@ class _After:
                         start,
                         last,
                         i * width + column,
-                        partial(joined, held, du, more, i, column),
+                        partial(merged, held, du, more, i, column),
                         (more,),
                     )
 

@@ -13,6 +13,7 @@ from tiles.dialect import Dialect
 from tiles.facts import checked
 from tiles.family import Problem
 from tiles.matmul import PART, part, tiles_for
+from tiles.project.halves import THREADS, Halves
 from tiles.project.matmul_schedule import TiledSchedule, padded_outputs, padded_products, settled_row, turned_row
 from tiles.values import Buffer, Expr, as_value, bind, token_range
 
@@ -24,7 +25,7 @@ def forward(problem: Problem, schedule: TiledSchedule, dialect: Dialect) -> Any:
     """z_tk = Σ_c x̄_tc phi_kc;  s_t = Σ_c x̄_tc²: `schedule.splits` sums over parts of the columns, added in order."""
     fan_in, outputs, splits = problem.fan_in, problem.outputs, schedule.splits
     stored, block = dialect.storage(problem.dtype), schedule.block_tokens
-    project = projection(problem, schedule, dialect)
+    project, cut = projection(problem, schedule, dialect), whole_halves(problem, schedule, dialect)
     tokens = T.dynamic("tokens")
 
     @T.prim_func
@@ -33,38 +34,52 @@ def forward(problem: Problem, schedule: TiledSchedule, dialect: Dialect) -> Any:
         phi: T.Tensor((outputs, fan_in), "float32"),
         z: T.Tensor((tokens, outputs), "float32"),
         s: T.Tensor((tokens,), "float32"),
+        halves: T.Tensor(cut.shape, cut.dtype),
+        parts: T.Tensor((splits, tokens * (outputs + 1)) if splits > 1 else (1, 1), "float32"),
     ):
-        with dialect.kernel(T.ceildiv(tokens, block), threads=schedule.threads) as group:
-            project(x, phi, group, 0, as_value(tokens), _Whole(z, s))
-
-    @T.prim_func
-    def project_forward_split(
-        x: T.Tensor((tokens, fan_in), stored),
-        phi: T.Tensor((outputs, fan_in), "float32"),
-        z: T.Tensor((tokens, outputs), "float32"),
-        s: T.Tensor((tokens,), "float32"),
-        parts: T.Tensor((splits, tokens * (outputs + 1)), "float32"),
-    ):
+        if schedule.halved:
+            with dialect.kernel(cut.blocks, cut.rows, threads=THREADS) as (group, k):
+                dialect.let_next_start(schedule.overlap)
+                cut.fill(phi, halves, group, k)
         with dialect.kernel(T.ceildiv(tokens, block), splits, threads=schedule.threads) as (group, split):
-            dialect.let_next_start(schedule.overlap)
-            project(x, phi, group, split, as_value(tokens), SplitSums(parts, split, outputs))
-        with dialect.kernel(T.ceildiv(tokens, SUM_TOKENS), threads=SUM_THREADS) as group:
-            dialect.await_last(schedule.overlap)
-            for t, k in dialect.lanes(SUM_TOKENS, outputs + 1):
-                if group * SUM_TOKENS + t < tokens:
-                    total = T.alloc_var("float32", init=0.0)
-                    for split in T.serial(splits):
-                        total += parts[split, (group * SUM_TOKENS + t) * (outputs + 1) + k]
-                    if k < outputs:
-                        z[group * SUM_TOKENS + t, k] = total
-                    else:
-                        s[group * SUM_TOKENS + t] = total
+            start_after(dialect, schedule)
+            into = _Whole(z, s) if splits == 1 else SplitSums(parts, split, outputs)
+            project(x, halves if schedule.halved else phi, group, split, as_value(tokens), into)
+        if splits > 1:
+            with dialect.kernel(T.ceildiv(tokens, SUM_TOKENS), threads=SUM_THREADS) as group:
+                dialect.await_last(schedule.overlap)
+                for t, k in dialect.lanes(SUM_TOKENS, outputs + 1):
+                    if group * SUM_TOKENS + t < tokens:
+                        total = T.alloc_var("float32", init=0.0)
+                        for split in T.serial(splits):
+                            total += parts[split, (group * SUM_TOKENS + t) * (outputs + 1) + k]
+                        if k < outputs:
+                            z[group * SUM_TOKENS + t, k] = total
+                        else:
+                            s[group * SUM_TOKENS + t] = total
 
-    return checked(project_forward if splits == 1 else project_forward_split, overlap=schedule.overlap)
+    return checked(project_forward, overlap=schedule.overlap)
+
+
+def start_after(dialect: Dialect, schedule: Any) -> Any:
+    """The beginning of the kernel that multiplies by phi: after the one that cuts phi, or first of all."""
+    if schedule.halved:
+        return dialect.await_last(schedule.overlap)
+    return dialect.let_next_start(schedule.overlap)
+
+
+def whole_halves(problem: Problem, schedule: Any, dialect: Dialect) -> Halves:
+    """The parts of phi, column by column."""
+
+    def origin(column: Expr) -> Expr:
+        return column
+
+    return Halves(problem, schedule, dialect, problem.fan_in, origin)
 
 
 def projection(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
-    """The macro that projects one tile of tokens over one split's columns and gives its sums to `into`."""
+    """The macro that projects one tile of tokens over one split's columns and gives its sums to `into`. `phi` is in its
+    parts (`halves.Halves`) where the schedule has that done before."""
     outputs, dtype, n = problem.outputs, problem.dtype, schedule.block_tokens
     width, rows, tiles = schedule.block_width, padded_outputs(problem, schedule), tiles_for(dialect)
     steps = -(-problem.fan_in // (schedule.splits * width))
@@ -72,25 +87,30 @@ def projection(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
     @T.macro
     def project(x: Buffer, phi: Buffer, group: Expr, split: Expr, tokens: Expr, into: Any) -> None:
         tiles.resident(schedule.resident)
-        state, weights = tiles.operand(n, width, dtype), tiles.operand(outputs, width, "float32")
+        state = tiles.operand(n, width, dtype)
         factors = [state] if dtype == PART else [tiles.operand(n, width, PART) for _ in range(2)]
         halves = tiles.operand(rows, width, PART)
         squares, products = tiles.sums(n, width), tiles.sums(n, rows)
-        if rows > 2 * outputs:
-            for k, c in dialect.lanes(rows - 2 * outputs, width):
-                halves[2 * outputs + k, c] = dialect.store(T.float32(0), PART)
+        if not schedule.halved:
+            weights = tiles.operand(outputs, width, "float32")
+            if rows > 2 * outputs:
+                for k, c in dialect.lanes(rows - 2 * outputs, width):
+                    halves[2 * outputs + k, c] = dialect.store(T.float32(0), PART)
         for step in tiles.steps(steps, schedule.stages):
             tiles.stage(x, group * n, (split * steps + step) * width, state)
-            tiles.stage(phi, 0, (split * steps + step) * width, weights)
+            tiles.stage(phi, 0, (split * steps + step) * width, halves if schedule.halved else weights)
             for t, c in dialect.lanes(n, width):
                 value = bind(dialect.load(state[t, c], dtype))
                 squares[t, c] += value * value
                 if dtype != PART:
                     for p in (0, 1):
                         factors[p][t, c] = part(dialect, value, p)
-            for k, c in dialect.lanes(outputs, width):
-                for p in (0, 1):
-                    halves[p * outputs + k, c] = part(dialect, weights[k, c], p)
+            if not schedule.halved:
+                for k, c in dialect.lanes(outputs, width):
+                    for p in (0, 1):
+                        halves[p * outputs + k, c] = part(dialect, weights[k, c], p)
+            if schedule.halved and dtype == PART:
+                tiles.show()
             for factor in factors:
                 tiles.multiply(factor, halves, products, turn_b=True)
         settled, lengths = tiles.operand(n, settled_row(rows), "float32"), tiles.totals(n)
@@ -130,6 +150,43 @@ def backward(problem: Problem, schedule: TiledSchedule, dialect: Dialect) -> Any
     return checked(project_backward, **planned)
 
 
+def factors_of(problem: Problem, schedule: Any, dialect: Dialect) -> tuple[Any, Any]:
+    """The macros that fill the factors of both gradients: `lay_out` phi once, `cut` the dz of a block of tokens."""
+    outputs, block, zero = problem.outputs, schedule.block_tokens, T.float32(0)
+    inner, columns = padded_products(problem), padded_outputs(problem, schedule)
+    unit = outputs if outputs % 8 else 8  # columns that swizzled tiles keep together: a warp meets all banks
+
+    @T.macro
+    def lay_out(phi: Buffer, weights: Buffer, left: Buffer, right: Buffer, places: Any, count: int) -> None:
+        """phi's parts, and zeros where tiles are padded. `places`: of every `count` columns in the tile and in phi."""
+        for k, c in dialect.lanes(outputs, count):
+            for within, column in places:
+                value = bind(phi[k, column + c])
+                for at, p in ((0, 0), (1, 0), (2, 1)):
+                    weights[at * outputs + k, within + c] = part(dialect, value, p)
+        if inner > 3 * outputs:
+            for k, c in dialect.lanes(inner - 3 * outputs, schedule.block_width):
+                weights[3 * outputs + k, c] = dialect.store(zero, PART)
+            for t, k in dialect.lanes(block, inner - 3 * outputs):
+                left[t, 3 * outputs + k] = dialect.store(zero, PART)
+        if columns > 2 * outputs:
+            for t, k in dialect.lanes(block, columns - 2 * outputs):
+                right[t, 2 * outputs + k] = dialect.store(zero, PART)
+
+    @T.macro
+    def cut(dz: Buffer, left: Buffer, right: Buffer, start: Expr) -> None:
+        """A token block's dz in parts."""
+        for chunk, t, within in dialect.lanes(outputs // unit, block, unit):
+            k = chunk * unit + within
+            value = bind(dz[start + t, k])  # else TileLang makes an asynchronous copy of this that it cannot place
+            for at, p in ((0, 0), (1, 1), (2, 0)):
+                left[t, at * outputs + k] = part(dialect, value, p)
+            for p in (0, 1):
+                right[t, p * outputs + k] = part(dialect, value, p)
+
+    return lay_out, cut
+
+
 def column_groups(problem: Problem, schedule: Any) -> int:
     """Tiles of columns that cover all streams, each within one stream."""
     return problem.streams * -(-problem.width // schedule.block_width)
@@ -150,35 +207,16 @@ def gradients(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
     block, width, parts = schedule.block_tokens, schedule.block_width, column_groups(problem, schedule) // n
     inner, columns = padded_products(problem), padded_outputs(problem, schedule)
     tiles = tiles_for(dialect)
-    unit = outputs if outputs % 8 else 8  # columns that swizzled tiles keep together: a warp meets all banks
-    zero = T.float32(0)
+    lay_out, cut = factors_of(problem, schedule, dialect)
+    stages = schedule.stages
 
     @T.macro
-    def lay_out(phi: Buffer, weights: Buffer, left: Buffer, right: Buffer, column: Expr) -> None:
-        """phi's parts, and zeros where tiles are padded."""
-        for k, c in dialect.lanes(outputs, width):
-            value = bind(phi[k, column + c])
-            for at, p in ((0, 0), (1, 0), (2, 1)):
-                weights[at * outputs + k, c] = part(dialect, value, p)
-        if inner > 3 * outputs:
-            for k, c in dialect.lanes(inner - 3 * outputs, width):
-                weights[3 * outputs + k, c] = dialect.store(zero, PART)
-            for t, k in dialect.lanes(block, inner - 3 * outputs):
-                left[t, 3 * outputs + k] = dialect.store(zero, PART)
-        if columns > 2 * outputs:
-            for t, k in dialect.lanes(block, columns - 2 * outputs):
-                right[t, 2 * outputs + k] = dialect.store(zero, PART)
-
-    @T.macro
-    def cut(dz: Buffer, left: Buffer, right: Buffer, start: Expr) -> None:
-        """A token block's dz in parts."""
-        for chunk, t, within in dialect.lanes(outputs // unit, block, unit):
-            k = chunk * unit + within
-            value = bind(dz[start + t, k])  # else TileLang makes an asynchronous copy of this that it cannot place
-            for at, p in ((0, 0), (1, 1), (2, 0)):
-                left[t, at * outputs + k] = part(dialect, value, p)
-            for p in (0, 1):
-                right[t, p * outputs + k] = part(dialect, value, p)
+    def begin(x: Buffer, beside: Any, row: Expr, column: Expr, within: Expr, slots: Any, slot: Expr) -> None:
+        """Copy a block of tokens ahead of its turn: TileLang 0.1.15 pipelines no loop of unknown length that stages x
+        and what comes beside."""
+        tiles.fetch(beside[0], row, within, slots[0], slot)
+        tiles.fetch(beside[1], row, column, slots[1], slot)
+        tiles.fetch(x, row, column, slots[2], slot)
 
     @T.macro
     def write(out: Buffer, dx: Buffer, start: Expr, column: Expr, room: Expr) -> None:
@@ -204,32 +242,50 @@ def gradients(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
         beside: Any,
     ) -> None:
         tiles.resident(schedule.resident)
-        state, out = tiles.operand(block, width, dtype), tiles.operand(block, width, dtype)
+        ahead, others, out = beside is not None and stages > 1, [], tiles.operand(block, width, dtype)
+        if dtype == PART or not ahead:
+            state = tiles.operand(block, width, dtype)
         factors = [state] if dtype == PART else [tiles.operand(block, width, PART) for _ in range(2)]
         left, right = tiles.operand(block, inner, PART), tiles.operand(block, columns, PART)
         weights = tiles.operand(inner, width, PART)
-        others = [] if beside is None else [tiles.operand(block, width, dtype) for _ in range(2)]
-        tiles.pad(out, *others, *([] if dtype == PART else [state]))
+        if ahead:
+            others = [tiles.slots(stages, block, width, dtype) for _ in range(3)]
+        elif beside is not None:
+            others = [tiles.operand(block, width, dtype) for _ in range(2)]
+        tiles.pad(out, *others, *([] if dtype == PART or ahead else [state]))
         grads, sums = tiles.sums(block, width), tiles.sums(width, columns)
         stream, within = bind(group // parts), bind(group % parts * width)
         column = bind(stream * problem.width + within)
-        lay_out(phi, weights, left, right, column)
+        lay_out(phi, weights, left, right, [(0, column)], width)
         if beside is not None:
             dialect.await_last(schedule.overlap)
-        first, _, blocks = token_range(tokens, split, splits, block)
-        for step in tiles.steps(blocks[0], schedule.stages):
-            tiles.stage(x, first[0] + step * block, column, state)
-            if beside is not None:
-                tiles.stage(beside[0], first[0] + step * block, within, others[0])
-                tiles.stage(beside[1], first[0] + step * block, column, others[1])
+        first, last, blocks = token_range(tokens, split, splits, block)
+        if ahead:
+            for step in T.serial(stages - 1):
+                row = bind(or_past(first[0] + step * block, last[0], tokens))
+                begin(x, beside, row, column, within, others, step)
+        for step in T.serial(blocks[0]) if ahead else tiles.steps(blocks[0], stages):
+            if ahead:
+                tiles.arrived(3 * (stages - 2))
+                row = bind(or_past(first[0] + (step + stages - 1) * block, last[0], tokens))
+                begin(x, beside, row, column, within, others, (step + stages - 1) % stages)
+                if dtype == PART:
+                    for t, c in dialect.lanes(block, width):
+                        state[t, c] = others[2][step % stages, t, c]
+            else:
+                tiles.stage(x, first[0] + step * block, column, state)
+                if beside is not None:
+                    tiles.stage(beside[0], first[0] + step * block, within, others[0])
+                    tiles.stage(beside[1], first[0] + step * block, column, others[1])
             cut(dz, left, right, first[0] + step * block)
             for t, c in dialect.lanes(block, width):
                 token = T.min(first[0] + step * block + t, tokens - 1)
-                value = bind(dialect.load(state[t, c], dtype))
+                value = bind(dialect.load(others[2][step % stages, t, c] if ahead else state[t, c], dtype))
                 if dtype != PART:
                     for p in (0, 1):
                         factors[p][t, c] = part(dialect, value, p)
-                grads[t, c] = 2 * ds[token] * value + _joined(dialect, dtype, beside, others, token, stream, (t, c))
+                at = (step % stages, t, c) if ahead else (t, c)
+                grads[t, c] = 2 * ds[token] * value + _joined(dialect, dtype, beside, others, token, stream, at)
             tiles.multiply(left, weights, grads)
             for t, c in dialect.lanes(block, width):
                 out[t, c] = dialect.store(grads[t, c], dtype)
@@ -248,12 +304,17 @@ def gradients(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
 
 
 def _joined(
-    dialect: Dialect, dtype: str, beside: Any, others: list[Buffer], token: Expr, stream: Expr, at: tuple[Expr, Expr]
+    dialect: Dialect, dtype: str, beside: Any, others: list[Buffer], token: Expr, stream: Expr, at: tuple[Expr, ...]
 ) -> Expr:
     """pre_i du_c and the gradient that x gets from elsewhere."""
     if beside is None:
         return T.float32(0)
     return beside[2][token, stream] * dialect.load(others[0][at], dtype) + dialect.load(others[1][at], dtype)
+
+
+def or_past(row: Expr, last: Expr, tokens: Expr) -> Expr:
+    """A row before `last`, or one past all, of which nothing is copied."""
+    return T.if_then_else(row < last, row, tokens)
 
 
 class _Whole(NamedTuple):
