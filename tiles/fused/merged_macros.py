@@ -13,8 +13,8 @@ from tiles.fused.merged_schedule import columns_of, groups
 from tiles.fused.patches import Patch, Weights
 from tiles.matmul import PART, part, tiles_for
 from tiles.project.halves import Halves
-from tiles.project.matmul_programs import factors_of, or_past
-from tiles.project.matmul_schedule import TiledSchedule, padded_outputs, padded_products, settled_row
+from tiles.project.matmul_programs import factors_of, or_past, settling
+from tiles.project.matmul_schedule import TiledSchedule, padded_outputs, padded_products
 from tiles.values import Buffer, Expr, bind, token_range
 
 FINISH_THREADS = 256
@@ -44,6 +44,7 @@ def merged_projection(problem: Problem, schedule: TiledSchedule, dialect: Dialec
     columns, rows, given = columns_of(problem, schedule), padded_outputs(problem, schedule), (*streams, n)
     vector = patch.vector
     steps, weights_of = -(-width // (schedule.splits * columns)), Weights(problem, schedule, dialect)
+    settle = settling(problem, schedule, dialect)
 
     @T.macro
     def project(
@@ -109,16 +110,7 @@ def merged_projection(problem: Problem, schedule: TiledSchedule, dialect: Dialec
                             halves[p * outputs + k, patch.place(i, c)] = part(dialect, weights[i][k, c], p)
             for factor in factors:
                 tiles.multiply(factor, halves, products, turn_b=True)
-        settled, lengths = tiles.operand(block, settled_row(rows), "float32"), tiles.totals(block)
-        for t, k in dialect.lanes(block, rows):
-            settled[t, k] = products[t, k]
-        tiles.row_totals(squares, lengths)
-        for t, k in dialect.lanes(block, outputs):
-            if start + t < tokens:
-                into.product(start + t, k, settled[t, k] + settled[t, outputs + k])
-        for t in dialect.lanes(block):
-            if start + t < tokens:
-                into.length(start + t, lengths[t])
+        settle(products, squares, start, tokens, into)
 
     return project
 

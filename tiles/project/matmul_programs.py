@@ -82,7 +82,7 @@ def projection(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
     parts (`halves.Halves`) where the schedule has that done before."""
     outputs, dtype, n = problem.outputs, problem.dtype, schedule.block_tokens
     width, rows, tiles = schedule.block_width, padded_outputs(problem, schedule), tiles_for(dialect)
-    steps = -(-problem.fan_in // (schedule.splits * width))
+    steps, settle = -(-problem.fan_in // (schedule.splits * width)), settling(problem, schedule, dialect)
 
     @T.macro
     def project(x: Buffer, phi: Buffer, group: Expr, split: Expr, tokens: Expr, into: Any) -> None:
@@ -113,18 +113,30 @@ def projection(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
                 tiles.show()
             for factor in factors:
                 tiles.multiply(factor, halves, products, turn_b=True)
-        settled, lengths = tiles.operand(n, settled_row(rows), "float32"), tiles.totals(n)
-        for t, k in dialect.lanes(n, rows):
-            settled[t, k] = products[t, k]
-        tiles.row_totals(squares, lengths)
-        for t, k in dialect.lanes(n, outputs):
-            if group * n + t < tokens:
-                into.product(group * n + t, k, settled[t, k] + settled[t, outputs + k])
-        for t in dialect.lanes(n):
-            if group * n + t < tokens:
-                into.length(group * n + t, lengths[t])
+        settle(products, squares, group * n, tokens, into)
 
     return project
+
+
+def settling(problem: Problem, schedule: Any, dialect: Dialect) -> Any:
+    """The macro that gives `into` a tile of tokens' sums for z, of both parts of phi, and the totals of `squares`."""
+    outputs, block, tiles = problem.outputs, schedule.block_tokens, tiles_for(dialect)
+    rows = padded_outputs(problem, schedule)
+
+    @T.macro
+    def settle(products: Buffer, squares: Buffer, start: Expr, tokens: Expr, into: Any) -> None:
+        settled, lengths = tiles.operand(block, settled_row(rows), "float32"), tiles.totals(block)
+        for t, k in dialect.lanes(block, rows):
+            settled[t, k] = products[t, k]
+        tiles.row_totals(squares, lengths)
+        for t, k in dialect.lanes(block, outputs):
+            if start + t < tokens:
+                into.product(start + t, k, settled[t, k] + settled[t, outputs + k])
+        for t in dialect.lanes(block):
+            if start + t < tokens:
+                into.length(start + t, lengths[t])
+
+    return settle
 
 
 def backward(problem: Problem, schedule: TiledSchedule, dialect: Dialect) -> Any:
