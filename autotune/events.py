@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autotune.measuring.roofline import Roofline
-from tiles.cache import Record
-from tiles.family import Problem
+from tiles.cache.cache import Record
+from tiles.kernels.spec import Problem
 
 
 @dataclass(frozen=True)

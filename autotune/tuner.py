@@ -12,10 +12,10 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from autotune.ending.conclusion import Conclusion
-from autotune.ending.final import at_floor, floor_ms
+from autotune.decision.conclude import Conclusion
+from autotune.decision.significance import at_floor, floor_ms
 from autotune.events import Event, ProblemFinished, ProblemStarted, TrialDone, TrialFailed
-from autotune.measuring.look import why_cannot_win
+from autotune.measuring.resource_check import why_cannot_win
 from autotune.measuring.timing import Ratio, paired_ratio
 from autotune.processes.reasons import by_kind
 from autotune.processes.tasks import DEFAULT, TUNED
@@ -26,14 +26,14 @@ from autotune.search.pool import enumerate_pool
 from autotune.search.sampler import PoolSampler
 from autotune.search.transfer import Neighbour, seeds
 from autotune.search.trials import REASON, Found
-from autotune.study.about import ABOUT, CONCLUDED, about, check_same_search
-from autotune.study.ledger import Ledger, Standing
+from autotune.study.metadata import ABOUT, CONCLUDED, about, check_same_search
+from autotune.study.shared_trials import Ledger, Standing
 from autotune.study.storage import open_study
-from tiles.cache import KernelCache, Key, Record
-from tiles.compile import Artifact
+from tiles.cache.cache import KernelCache, Key, Record
+from tiles.compiler.compile import Artifact
 from tiles.errors import BadInput
-from tiles.family import Problem
-from tiles.registry import kernel_spec
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Problem
 from tiles.target import Device
 
 __all__ = ["TuneFailed", "TuneResult", "tune"]

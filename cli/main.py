@@ -10,9 +10,11 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import bench, compile, diff, doctor, explain, keys, merge, packs, prune, record, replay, report, tune, verify
+from cli.bench import command as bench
+from cli.commands import compile, diff, doctor, explain, keys, merge, packs, prune, record, replay, tune, verify
 from cli.gpu import command as gpu
-from cli.output import say
+from cli.report import command as report
+from cli.ui.output import say
 from tiles.errors import BadInput
 
 USAGE = 2

@@ -7,14 +7,14 @@ The kernels: `load_kernels` takes a cache folder or pack, `kernel_report` tells 
 """
 
 from mhc import converters, diagnostics, functional, manifolds
-from mhc.kernels import Kernels, active, kernel_report, load_kernels, using
-from mhc.module import HyperConnection
-from mhc.recompute import recompute
-from mhc.report import KernelReport
-from mhc.segments import segment_length
-from mhc.stack import HyperConnectionStack
-from mhc.streams import StreamHead, expand_streams, reduce_streams
-from mhc.wrapping import wrap
+from mhc.dispatch.kernel_report import KernelReport
+from mhc.dispatch.kernels import Kernels, active, kernel_report, load_kernels, using
+from mhc.integrations.wrap import wrap
+from mhc.modules.hyper_connection import HyperConnection
+from mhc.modules.recompute import recompute
+from mhc.modules.recompute_segments import segment_length
+from mhc.modules.stack import HyperConnectionStack
+from mhc.modules.streams import StreamHead, expand_streams, reduce_streams
 from tiles.errors import BadInput
 
 __all__ = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from tiles.errors import BadInput
-from tiles.family import WIDTH_MULTIPLE, why_bad_streams, why_bad_width
-from tiles.reference import DTYPES
+from tiles.kernels.reference_inputs import DTYPES
+from tiles.kernels.spec import WIDTH_MULTIPLE, why_bad_streams, why_bad_width
 
 STREAM_DTYPES = frozenset(DTYPES.values())
 

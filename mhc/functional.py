@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 
 from mhc.checks import check_problem, expect, stream_shape
-from mhc.operators import call
+from mhc.dispatch.operators import call
 from tiles.errors import BadInput
-from tiles.family import PAPER_ROUNDS, WIDTH_MULTIPLE
+from tiles.kernels.spec import PAPER_ROUNDS, WIDTH_MULTIPLE
 
 ROUNDS = PAPER_ROUNDS
 """Sinkhorn rounds where none are given."""

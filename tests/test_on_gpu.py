@@ -16,16 +16,17 @@ import mhc
 from autotune.measuring.roofline import Roofline
 from autotune.measuring.verify import inputs_for, verify
 from autotune.tuner import tune
-from cli import bench, peers
-from cli.cases import make_case
-from cli.choice import Choice
-from mhc.kernels import Kernels, using
-from tiles.cache import KernelCache
-from tiles.compile import Artifact, compile_kernel
-from tiles.family import Direction, Problem
-from tiles.limits import overlaps
-from tiles.registry import kernel_specs
-from tiles.runtime import LoadedKernel
+from cli.bench import command as bench
+from cli.bench import peers
+from cli.bench.cases import make_case
+from cli.bench.fastest_torch import Choice
+from mhc.dispatch.kernels import Kernels, using
+from tiles.cache.cache import KernelCache
+from tiles.compiler.compile import Artifact, compile_kernel
+from tiles.kernels.limits import overlaps
+from tiles.kernels.registry import kernel_specs
+from tiles.kernels.spec import Direction, Problem
+from tiles.runtime.loaded_kernel import LoadedKernel
 from tiles.target import Target, detect_device
 
 pytestmark = pytest.mark.gpu

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tiles.cache import KernelCache, Key
-from tiles.compile import compile_kernel
-from tiles.family import Direction, Problem
-from tiles.pack import write_pack
-from tiles.registry import kernel_spec
+from tiles.cache.cache import KernelCache, Key
+from tiles.compiler.compile import compile_kernel
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Direction, Problem
+from tiles.pack.pack import write_pack
 from tiles.target import detect_device
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +128,7 @@ def link(needed: Distribution, packages: Path) -> None:
 def test_the_wheel_holds_the_packages_and_the_shipped_schedules(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"tiles", "autotune", "mhc", "cli"}
-    assert "tiles/shipped.json" in names
+    assert "tiles/cache/shipped.json" in names
     assert not [name for name in names if name.endswith((".so", ".mhcpack", ".pyc"))]
 
 

@@ -38,6 +38,11 @@ class Target:
         return f"{self.kind}:{self.arch}"
 
 
+def compute_capability(target: Target) -> int:
+    """Of a CUDA target: 90 for sm_90a."""
+    return int(target.arch.removeprefix("sm_").rstrip("a"))
+
+
 @dataclass(frozen=True)
 class Device:
     """The fingerprint of a device: two devices with equal fields share measurements.

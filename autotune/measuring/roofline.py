@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from autotune.measuring.stopwatch import CudaStopwatch, last_level_cache_bytes
-from tiles.family import Traffic
+from tiles.kernels.spec import Traffic
 
 LEAST_REPEATS, LONGEST = 5, 4.0
 """A limit is measured with at least so many repeats, and with no more once they have taken so many seconds."""

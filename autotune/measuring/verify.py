@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from tiles.family import TOKENS, Argument
-from tiles.reference import DTYPES, in_float64
-from tiles.runtime import CPU, LoadedKernel, is_result, summed
+from tiles.kernels.reference_inputs import DTYPES, in_float64
+from tiles.kernels.spec import TOKENS, Argument
+from tiles.runtime.loaded_kernel import CPU, LoadedKernel, is_result, summed
 
 ODD_TOKENS = 131
 """A prime: no block of tokens divides it, so that tails are run."""

@@ -1,4 +1,5 @@
-"""What worker processes do with kernels: verify and time. Compiling is `tiles.compile.compile_kernel` itself."""
+"""What worker processes do with kernels: verify and time. Compiling is `tiles.compiler.compile.compile_kernel`
+itself."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from autotune.measuring.roofline import Roofline
 from autotune.measuring.stopwatch import stopwatch_for
 from autotune.measuring.timing import interleaved
 from autotune.measuring.verify import give_updated, inputs_for, verify
-from tiles.family import Direction, Problem
-from tiles.registry import kernel_spec
-from tiles.runtime import LoadedKernel, empty_result, is_result
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Direction, Problem
+from tiles.runtime.loaded_kernel import LoadedKernel, empty_result, is_result
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from autotune.measuring.roofline import Roofline
 from autotune.processes import tasks
 from autotune.processes.confine import SHARE, memory_bytes
 from autotune.processes.worker import TaskFailed, Worker
-from tiles.compile import Artifact, compile_kernel
+from tiles.compiler.compile import Artifact, compile_kernel
 from tiles.errors import BadInput
-from tiles.family import Direction, Problem
+from tiles.kernels.spec import Direction, Problem
 from tiles.target import Target
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autotune.search.pool import Pool
-from tiles.cache import write_atomically
+from tiles.cache.cache import write_atomically
 
 FORMAT = "mhc-tune space"
 VERSION = 1

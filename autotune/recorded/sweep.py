@@ -19,11 +19,11 @@ from autotune.recorded.spaces import RecordedSpace, write_space
 from autotune.search.case import digest
 from autotune.search.pool import Pool, enumerate_pool
 from autotune.study.provenance import provenance
-from tiles.cache import Key
-from tiles.compile import Artifact
+from tiles.cache.cache import Key
+from tiles.compiler.compile import Artifact
 from tiles.errors import BadInput
-from tiles.family import KernelSpec, Problem
-from tiles.registry import kernel_spec
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import KernelSpec, Problem
 from tiles.target import Device
 
 Line = dict[str, Any]

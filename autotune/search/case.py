@@ -11,11 +11,11 @@ from optuna.trial import FrozenTrial
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Workers
 from autotune.search.pool import Pool
-from tiles.cache import Key
-from tiles.compile import Artifact
+from tiles.cache.cache import Key
+from tiles.compiler.canonical_source import stable_form
+from tiles.compiler.compile import Artifact
 from tiles.errors import BadInput
-from tiles.family import KernelSpec, Problem, Traffic
-from tiles.stable import stable_form
+from tiles.kernels.spec import KernelSpec, Problem, Traffic
 
 NOT_THE_SCHEDULE = ("No space left on device", "Disk quota exceeded", "Read-only file system", "File too large")
 """What makes any schedule fail: none is to blame, and all are to be asked again when it is mended."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 from optuna.distributions import CategoricalDistribution
 
-from tiles.family import KernelSpec, Problem
+from tiles.kernels.spec import KernelSpec, Problem
 from tiles.target import Target
 
 

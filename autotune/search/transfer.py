@@ -11,8 +11,8 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from autotune.search.pool import Pool
-from tiles.family import DTYPE_BYTES, KernelSpec
-from tiles.record import Key
+from tiles.cache.record import Key
+from tiles.kernels.spec import DTYPE_BYTES, KernelSpec
 
 MOST = 4
 """So many schedules of neighbours start a search at most."""

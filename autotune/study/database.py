@@ -20,7 +20,7 @@ from sqlalchemy.exc import (
     ProgrammingError,
 )
 
-from autotune.study.storage import without_password
+from autotune.study.redact import without_password
 from tiles.errors import BadInput
 
 PATIENCE = 60.0

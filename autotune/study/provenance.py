@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from autotune.measuring.roofline import Roofline
-from autotune.study.storage import without_password
-from tiles.family import Traffic
-from tiles.toolchain import TILELANG
+from autotune.study.redact import without_password
+from tiles.compiler.toolchain import TILELANG
+from tiles.kernels.spec import Traffic
 
 
 def measurement(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import optuna
@@ -26,8 +25,3 @@ def open_study(name: str, folder: Path, url: str | None, sampler: BaseSampler) -
 
         storage = open_database(url)
     return optuna.create_study(study_name=name, storage=storage, sampler=sampler, load_if_exists=True)
-
-
-def without_password(text: str) -> str:
-    """The text, such as a URL or a command, as it may be shown and kept."""
-    return re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)

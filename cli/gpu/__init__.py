@@ -1,0 +1,1 @@
+"""The GPU host's command: what `make gpu` runs."""

@@ -14,8 +14,8 @@ from torch import nn
 import mhc
 from autotune.measuring.stopwatch import queued_stopwatch_for
 from autotune.measuring.timing import interleaved
+from mhc.dispatch.kernels import Kernels, using
 from mhc.examples import model
-from mhc.kernels import Kernels, using
 from tiles.target import Device
 
 

@@ -11,9 +11,9 @@ from multiprocessing import get_context
 import torch
 
 from cli.gpu.plan import DTYPE
-from tiles.family import Direction, Problem
-from tiles.rebuild import build, built_earlier
-from tiles.registry import kernel_spec
+from tiles.cache.compiled_here import build, built_earlier
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Direction, Problem
 from tiles.target import Device
 
 KERNELS = {"layer": ("pre", "merge"), "stack": ("pre", "step", "merge"), "step": ("step", "pre", "merge")}

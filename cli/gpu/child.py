@@ -16,13 +16,15 @@ from typing import Any
 import torch
 
 from autotune.measuring.roofline import Roofline
-from cli import bench, choice, ours
-from cli.choice import Choice
+from cli.bench import command as bench
+from cli.bench import fastest_torch as choice
+from cli.bench import our_kernels as ours
+from cli.bench.fastest_torch import Choice
 from cli.gpu import block, build, numerics
 from cli.gpu.plan import DTYPE
-from cli.options import measured_device
-from cli.output import first_line
-from tiles.cache import write_atomically
+from cli.ui.options import measured_device
+from cli.ui.output import first_line
+from tiles.cache.cache import write_atomically
 from tiles.target import Device
 
 BROKEN = 3

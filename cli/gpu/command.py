@@ -11,9 +11,9 @@ import typer
 from cli.gpu import items, plots, table
 from cli.gpu.plan import Item, plan
 from cli.gpu.store import Store
-from cli.options import TargetOption, measured_device
-from cli.output import say
-from cli.render import device_text
+from cli.ui.options import TargetOption, measured_device
+from cli.ui.output import say
+from cli.ui.render import device_text
 from tiles.target import Device
 
 RESULTS = "gpu.json"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from autotune.measuring.verify import WrongResult
-from cli import ours
-from cli.cases import Case, make_case
-from cli.contenders import Contender
+from cli.bench import our_kernels as ours
+from cli.bench.cases import Case, make_case
+from cli.bench.implementation import Contender
 from tiles.errors import BadInput
 from tiles.target import Device
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
 
-from cli import peers
+from cli.bench import peers
 
 STREAMS, WIDTHS, TOKENS, DTYPE = (2, 4, 8), (1280, 2560, 4096, 7168), (1, 64, 4096, 16384), "bfloat16"
 TELLING = (4, 2560, 4096)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.gpu.plan import FEW, TELLING
 from cli.gpu.table import SHAPE, Row, best_of_ours, by_impl, measured_rows
-from cli.output import say
+from cli.ui.output import say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tiles.cache import write_atomically
+from tiles.cache.cache import write_atomically
 from tiles.errors import BadInput
 from tiles.target import Device
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cli import peers
+from cli.bench import peers
 from cli.gpu.plan import FEW
-from cli.render import number
-from tiles.cache import write_atomically
+from cli.ui.render import number
+from tiles.cache.cache import write_atomically
 
 RIVALS = (*peers.NAMES, "compile", "eager")
 """What does the same work."""

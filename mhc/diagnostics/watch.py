@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mhc.diagnostics import gains
-from mhc.module import HyperConnection
+from mhc.modules.hyper_connection import HyperConnection
 from tiles.errors import BadInput
 
 

@@ -18,7 +18,7 @@ from torch.distributed.pipelining import ScheduleDualPipeV
 from torch.distributed.pipelining.schedules import OVERLAP_F_B, _Action, _PipelineContext, _wait_batch_p2p
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
-from mhc.recompute import Recomputed
+from mhc.modules.recompute import Recomputed
 
 
 def overlap_pairs(schedule: ScheduleDualPipeV) -> None:

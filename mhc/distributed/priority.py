@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mhc.module import HyperConnection
+from mhc.modules.hyper_connection import HyperConnection
 from tiles.errors import BadInput
 
 HIGH = -1

@@ -8,10 +8,10 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from mhc.distributed.results import give_no_views
-from mhc.module import HyperConnection
-from mhc.recompute import NORMS, Recomputed
-from mhc.stack import HyperConnectionStack
-from mhc.streams import StreamHead
+from mhc.modules.hyper_connection import HyperConnection
+from mhc.modules.recompute import NORMS, Recomputed
+from mhc.modules.stack import HyperConnectionStack
+from mhc.modules.streams import StreamHead
 from tiles.errors import BadInput
 
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from mhc.module import HyperConnection
+from mhc.modules.hyper_connection import HyperConnection
 from tiles.errors import BadInput
 
 Tokens = Literal["replicated", "sharded"]

@@ -33,7 +33,7 @@ from mhc.examples.train_bytes import (
     training,
     validation_loss,
 )
-from tiles.cache import write_atomically
+from tiles.cache.cache import write_atomically
 
 CONTENDERS: dict[str, Residual] = {"plain": "plain", "hc": "hc", "mhc": "mhc", "mhc-eager": "mhc"}
 EAGER = "mhc-eager"

@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import mhc
 from mhc.distributed import overlap_pairs, prioritise_merges, v_stages
 from mhc.examples.model import Attention
-from mhc.recompute import recompute
+from mhc.modules.recompute import recompute
 
 STEPS = 3
 

@@ -33,7 +33,7 @@ from mhc.examples.train_bytes import (
     validation_loss,
     where_it_ran,
 )
-from tiles.cache import write_atomically
+from tiles.cache.cache import write_atomically
 
 DEEP = Size(blocks=30, width=64, heads=4, context=64, streams=4)
 PEAK_RATES = (1e-3, 3e-3, 1e-2)

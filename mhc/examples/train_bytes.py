@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 
 import mhc
 from mhc.examples.model import ByteTransformer, Residual, Size
-from tiles.cache import write_atomically
+from tiles.cache.cache import write_atomically
 from tiles.target import detect_device
 
 NO_KERNELS = "none"

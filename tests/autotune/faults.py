@@ -12,9 +12,9 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tiles.compile import Artifact
-from tiles.family import Problem
-from tiles.registry import kernel_spec
+from tiles.compiler.compile import Artifact
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Problem
 
 PROBLEM = Problem("aggregate", "forward", 2, 64, tokens=64)
 
@@ -98,7 +98,7 @@ def code(name: str) -> str:
 
 
 def compile_faulty(problem, schedule, target):
-    """In place of `tiles.compile.compile_kernel`, run by worker processes."""
+    """In place of `tiles.compiler.compile.compile_kernel`, run by worker processes."""
     folder = Path(os.environ[FOLDER])
     if schedule.name == "compiler-hangs":
         # g++ waits for its cc1plus, which waits for a writer of the pipe.

@@ -22,8 +22,8 @@ from optuna.storages.journal import JournalFileBackend
 
 from autotune import tuner
 from autotune.search.trials import settled
-from autotune.study import lease
-from tiles.cache import KernelCache, Key
+from autotune.study import heartbeat as lease
+from tiles.cache.cache import KernelCache, Key
 
 PHASES = ("starts", "searches", "holds the final", "writes the cache", "ends")
 LONGEST = {"starts": 0.01, "searches": 0.15, "holds the final": 0.003, "writes the cache": 0.003, "ends": 0.003}

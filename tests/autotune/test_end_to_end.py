@@ -13,10 +13,10 @@ import torch
 from autotune.events import ProblemStarted, TrialDone
 from autotune.processes.workers import Workers
 from autotune.tuner import tune
-from tiles.cache import KernelCache
-from tiles.family import Problem
-from tiles.registry import kernel_spec
-from tiles.runtime import LoadedKernel, run_reference
+from tiles.cache.cache import KernelCache
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Problem
+from tiles.runtime.loaded_kernel import LoadedKernel, run_reference
 from tiles.target import detect_device
 
 PROBLEM = Problem("project", "forward", 2, 64, "bfloat16", tokens=64)
@@ -30,8 +30,8 @@ import sys
 from pathlib import Path
 from autotune.events import TrialDone
 from autotune.tuner import tune
-from tiles.cache import KernelCache
-from tiles.family import Problem
+from tiles.cache.cache import KernelCache
+from tiles.kernels.spec import Problem
 from tiles.target import detect_device
 
 def show(event):

@@ -12,10 +12,10 @@ from autotune.processes.worker import TaskFailed
 from autotune.search.pool import enumerate_pool
 from autotune.search.sampler import PoolSampler
 from autotune.search.trials import Found
-from autotune.study.ledger import Ledger
+from autotune.study.shared_trials import Ledger
 from autotune.study.storage import open_study
 from autotune.tuner import TuneFailed, tune
-from tiles.cache import KernelCache, Key
+from tiles.cache.cache import KernelCache, Key
 from tiles.errors import BadInput
 
 

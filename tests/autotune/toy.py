@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from autotune.measuring.roofline import Roofline
 from autotune.processes.tasks import DEFAULT, TUNED
 from autotune.processes.worker import TaskFailed
-from tiles.cache import Key, token_bucket
-from tiles.compile import Artifact
-from tiles.family import KernelSpec, Problem, Traffic
+from tiles.cache.cache import Key, token_bucket
+from tiles.compiler.compile import Artifact
+from tiles.kernels.spec import KernelSpec, Problem, Traffic
 from tiles.target import Device, Target
 
 DEVICE = Device("cpu", "toy processor", "x86-64-v3")

@@ -11,10 +11,11 @@ from pathlib import Path
 import toy
 
 from autotune import tuner
-from autotune.study import database, lease
+from autotune.study import database
+from autotune.study import heartbeat as lease
 from cli import main
-from cli import tune as command
-from tiles.cache import Key
+from cli.commands import tune as command
+from tiles.cache.cache import Key
 
 GATE = os.environ.get("TOY_GATE")
 SECONDS = float(os.environ.get("TOY_SECONDS", "0"))

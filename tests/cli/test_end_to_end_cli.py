@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cli import bench
-from cli.cases import DIRECTIONS, OPS
-from cli.compositions import COMPOSED
+from cli.bench import command as bench
+from cli.bench.cases import DIRECTIONS, OPS
+from cli.bench.torch_composites import COMPOSED
 from cli.main import app
-from tiles.cache import KernelCache
-from tiles.launcher import ENTRY
-from tiles.registry import kernel_specs
+from tiles.cache.cache import KernelCache
+from tiles.compiler.cpu_launcher import ENTRY
+from tiles.kernels.registry import kernel_specs
 
 SHAPE = ["--target", "cpu", "--streams", "2", "--width", "64", "--tokens", "32", "--dtype", "bfloat16"]
 
@@ -102,7 +102,7 @@ def test_import_copies_trusted_binaries(pack: Path, tmp_path: Path) -> None:
 
 
 def test_import_compiles_what_is_not_trusted(pack: Path, tuned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    from tiles.pack import write_pack
+    from tiles.pack.pack import write_pack
 
     source = KernelCache(tuned[0])
     small = tmp_path / "small.mhcpack"

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from tiles.cache import KernelCache
+from tiles.cache.cache import KernelCache
 
 COMMANDS = (
     "tune",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mhc
-from mhc.resolve import Resolver
+from mhc.dispatch.resolve import Resolver
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests import `fake_kernels`
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 import mhc
-import mhc.resolve
-import tiles.compile
-import tiles.rebuild
+import mhc.dispatch.resolve
+import tiles.cache.compiled_here
+import tiles.compiler.compile
 from mhc import functional
-from tiles.cache import KernelCache, Key
-from tiles.compile import Artifact
-from tiles.family import Problem
-from tiles.registry import kernel_spec
-from tiles.runtime import LoadError
+from tiles.cache.cache import KernelCache, Key
+from tiles.compiler.compile import Artifact
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Problem
+from tiles.runtime.loaded_kernel import LoadError
 from tiles.target import detect_device
 
 HERE = detect_device("cpu")
@@ -43,10 +43,10 @@ class FakeKernel:
 def fakes(monkeypatch, tmp_path, caplog):
     """Kernels that answer, a compiler whose kernels answer `COMPILED`, a default folder of this test's own."""
     monkeypatch.setenv("MHC_TUNE_CACHE", str(tmp_path / "default"))
-    monkeypatch.setattr(mhc.resolve, "LoadedKernel", FakeKernel)
-    monkeypatch.setattr(tiles.compile, "why_no_compiler", lambda target: None)
-    monkeypatch.setattr(tiles.compile, "compile_kernel", lambda *_: Artifact(HERE.target, "source", b"c"))
-    tiles.rebuild._private.cache_clear()
+    monkeypatch.setattr(mhc.dispatch.resolve, "LoadedKernel", FakeKernel)
+    monkeypatch.setattr(tiles.compiler.compile, "why_no_compiler", lambda target: None)
+    monkeypatch.setattr(tiles.compiler.compile, "compile_kernel", lambda *_: Artifact(HERE.target, "source", b"c"))
+    tiles.cache.compiled_here._private.cache_clear()
     caplog.set_level(logging.INFO, logger="mhc")
 
 

@@ -9,8 +9,8 @@ import torch
 
 import mhc
 from mhc import functional
-from tiles.cache import KernelCache, default_folder
-from tiles.pack import write_pack
+from tiles.cache.cache import KernelCache, default_folder
+from tiles.pack.pack import write_pack
 
 HEAVY = ("tilelang", "tvm", "optuna", "rich", "typer", "matplotlib", "tensorboard", "transformers")
 FIND_HEAVY = f"import sys; print([name for name in {HEAVY} if name in sys.modules])"

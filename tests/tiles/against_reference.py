@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tiles.family import KernelSpec, Problem
+from tiles.kernels.spec import KernelSpec, Problem
 
 Inputs = dict[str, Any]
 

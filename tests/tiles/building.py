@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tiles.compile import compile_kernel
-from tiles.family import Problem
-from tiles.registry import kernel_specs
-from tiles.runtime import LoadedKernel
+from tiles.compiler.compile import compile_kernel
+from tiles.kernels.registry import kernel_specs
+from tiles.kernels.spec import Problem
+from tiles.runtime.loaded_kernel import LoadedKernel
 from tiles.target import Target, parse_target
 
 Job = tuple[Problem, Any]

@@ -17,8 +17,8 @@ from typing import Any
 from emulated import Emulated, generate
 from emulation import Movement, build_emulator
 
-from tiles.family import Problem
-from tiles.registry import kernel_spec
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Problem
 from tiles.target import Target
 
 OPS = ("aggregate", "merge", "project", "coefficients", "pre", "step")

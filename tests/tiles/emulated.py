@@ -10,10 +10,10 @@ import torch
 from against_reference import check_against_reference
 from emulation import WAYS, Emulation, Movement, Way
 
-from tiles.compile import planned
-from tiles.cuda_launcher import Plan
-from tiles.family import Problem
-from tiles.registry import kernel_spec
+from tiles.compiler.compile import planned
+from tiles.compiler.cuda_launcher import Plan
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Problem
 from tiles.target import Target
 
 

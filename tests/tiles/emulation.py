@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from tiles.cuda_launcher import IMAGE, Plan, with_cuda_launcher
-from tiles.family import Argument
-from tiles.reference import DTYPES
-from tiles.runtime import is_given, is_result
+from tiles.compiler.cuda_launcher import IMAGE, Plan, with_cuda_launcher
+from tiles.kernels.reference_inputs import DTYPES
+from tiles.kernels.spec import Argument
+from tiles.runtime.loaded_kernel import is_given, is_result
 
 HERE = Path(__file__).parent
 EMULATOR = HERE / "emulator"

@@ -16,10 +16,10 @@ from typing import Any
 
 from mutations import Mutant, Originals, mutant
 
-from tiles.cache import CacheCorrupt
+from tiles.cache.cache import CacheCorrupt
+from tiles.cache.record import check_schedule
 from tiles.errors import BadInput
-from tiles.pack import Pack
-from tiles.record import check_schedule
+from tiles.pack.pack import Pack
 
 MEMORY = 256 * 2**20
 """What the address space may grow by. All libraries are mapped by then: sound packs have been opened."""

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from stored import KEY
 
-from tiles.cache import KernelCache, Key, Record
-from tiles.prune import prune
+from tiles.cache.cache import KernelCache, Key, Record
+from tiles.cache.prune import prune
 
 GRACE_SECONDS = 10.0
 """Far longer than a put or a read takes here, far shorter than the test."""

@@ -3,9 +3,9 @@
 import random
 from dataclasses import asdict, replace
 
-from tiles.cache import KernelCache, Key
-from tiles.family import Problem
-from tiles.registry import kernel_spec
+from tiles.cache.cache import KernelCache, Key
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Problem
 from tiles.target import Device
 
 DEVICE = Device("cpu", "A CPU", "x86-64")

@@ -1,4 +1,4 @@
-"""Runs a CUDA program's text on this CPU: the same program, spelled in the CPU's dialect (`tiles.matmul`).
+"""Runs a CUDA program's text on this CPU: the same program, spelled in the CPU's dialect (`tiles.lang.tensor_cores`).
 
 What it shows is the maths and the indices: tiles, parts, splits, tails, workspace. What it cannot show is how threads
 share the work.
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from against_reference import check_against_reference
 
-from tiles.compile import CPU_FLAGS, lowered
-from tiles.family import Problem
-from tiles.reference import DTYPES
-from tiles.registry import kernel_spec
-from tiles.runtime import is_given, is_result
+from tiles.compiler.compile import CPU_FLAGS, lowered
+from tiles.kernels.reference_inputs import DTYPES
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Problem
+from tiles.runtime.loaded_kernel import is_given, is_result
 from tiles.target import Target
 
 _NUMBERS = itertools.count()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiles.cache import KernelCache, Key, Record
+from tiles.cache.cache import KernelCache, Key, Record
 from tiles.target import Device
 
 DEVICE = Device("cpu", "A CPU", "x86-64-v3")

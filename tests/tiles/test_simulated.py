@@ -9,9 +9,9 @@ import pytest
 import torch
 from simulated import Simulated
 
-from tiles.family import Problem
-from tiles.fused.chain_schedule import ChainSchedule
-from tiles.project.matmul_schedule import TiledSchedule
+from tiles.kernels.fused.chain_schedule import ChainSchedule
+from tiles.kernels.project.matmul_schedule import TiledSchedule
+from tiles.kernels.spec import Problem
 
 TOKENS = (0, 1, 16, 37)
 SHAPES = ((1, 8, "float32"), (2, 64, "bfloat16"), (3, 72, "float16"), (4, 40, "bfloat16"), (8, 16, "float32"))
@@ -95,7 +95,7 @@ def test_sums_over_splits_do_not_depend_on_the_other_tokens(tmp_path):
 
 def test_one_part_of_phi_would_not_be_enough(tmp_path, monkeypatch):
     """The tolerance that the tests hold the two parts to is one that a single part fails."""
-    monkeypatch.setattr("tiles.project.matmul_programs.part", _first_part_only)
+    monkeypatch.setattr("tiles.kernels.project.matmul_programs.part", _first_part_only)
     kernel = Simulated(tmp_path, Problem("project", "forward", 4, 64, "bfloat16"), TiledSchedule(16, 32, 2, 1, 1, 32))
     with pytest.raises(AssertionError, match="z:"):
         kernel.check(37, seed=0)

@@ -8,22 +8,22 @@ import pytest
 import toy
 
 from autotune import tuner
-from autotune.buckets import serve as serving
+from autotune.buckets import choose as serving
+from autotune.buckets.choose import WITHIN, Measured, groups, serve
 from autotune.buckets.cover import choose
-from autotune.buckets.serve import WITHIN, Measured, groups, serve
 from autotune.events import BucketsMeet, BucketsServed
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Workers as RealWorkers
 from autotune.search.case import TuneFailed
 from autotune.tuner import TuneResult, tune
-from cli.options import problems
-from tiles.apply.schedule import ApplySchedule
-from tiles.cache import KernelCache, Key, token_bucket
+from cli.ui.options import problems
+from tiles.cache.cache import KernelCache, Key, token_bucket
+from tiles.cache.record import check_schedule
 from tiles.errors import BadInput
-from tiles.family import Problem, Separate
-from tiles.record import check_schedule
-from tiles.registry import kernel_specs
-from tiles.runtime import LoadedKernel
+from tiles.kernels.apply.schedule import ApplySchedule
+from tiles.kernels.registry import kernel_specs
+from tiles.kernels.spec import Problem, Separate
+from tiles.runtime.loaded_kernel import LoadedKernel
 from tiles.target import detect_device
 
 FLAT = [1.0] * 12
@@ -369,7 +369,7 @@ def test_a_fused_kernel_with_another_schedule_is_weighed_against_its_parts_again
         weighed.append(problem.tokens)
         return {"separate_ms": 1.0, "separate_ratio": 0.5, "separate_wins": len(weighed) > 3}
 
-    monkeypatch.setattr("autotune.ending.conclusion.weigh", weigh)
+    monkeypatch.setattr("autotune.decision.conclude.weigh", weigh)
     monkeypatch.setattr(serving, "weigh", weigh)
     for module in (tuner, serving):
         monkeypatch.setattr(module, "kernel_spec", lambda op, direction: spec)

@@ -7,7 +7,7 @@ import pytest
 
 from autotune.measuring import roofline
 from autotune.measuring.roofline import CHANNELS, PIXELS, SIDE, TAPS, Roofline, arithmetic_peak, copy_bandwidth
-from tiles.family import Traffic
+from tiles.kernels.spec import Traffic
 
 
 def test_copy_bandwidth_is_that_of_the_fastest_copy(monkeypatch):

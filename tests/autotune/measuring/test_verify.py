@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autotune.measuring.verify import GUARD_TOKENS, ODD_TOKENS, Guarded, WrongResult, give_updated, verify
-from tiles.family import TOKENS, Argument, Problem
+from tiles.kernels.spec import TOKENS, Argument, Problem
 
 TOKEN_COUNT = 64
 PROBLEM = Problem("toy", "forward", 1, 8, tokens=TOKEN_COUNT)

@@ -16,7 +16,7 @@ from autotune import tuner
 from autotune.events import TrialDone, TrialFailed
 from autotune.processes.workers import Workers
 from autotune.tuner import tune
-from tiles.cache import KernelCache
+from tiles.cache.cache import KernelCache
 from tiles.target import detect_device
 
 DEVICE = detect_device("cpu")

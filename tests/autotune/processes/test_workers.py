@@ -14,7 +14,7 @@ from autotune.processes.tasks import DEFAULT, TUNED, Timed
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Workers
 from tiles.errors import BadInput
-from tiles.family import Problem
+from tiles.kernels.spec import Problem
 
 
 def binary(tmp_path, body):

@@ -12,7 +12,7 @@ from autotune.search.pool import Pool, enumerate_pool
 from autotune.search.sampler import PoolSampler
 from autotune.search.transfer import MOST, nearest_member, seeds
 from autotune.tuner import tune
-from tiles.cache import KernelCache, Key, Record
+from tiles.cache.cache import KernelCache, Key, Record
 from tiles.target import Device
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from sqlalchemy.pool import NullPool
 
 from autotune.search.trials import settled
-from tiles.cache import KernelCache
+from tiles.cache.cache import KernelCache
 
 pytest.importorskip("psycopg", reason="the driver psycopg is not installed: pip install 'mhc-tune[postgres]'")
 pytestmark = pytest.mark.skipif(postgres.why_not() is not None, reason=str(postgres.why_not()))

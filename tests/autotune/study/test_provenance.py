@@ -6,7 +6,7 @@ import pytest
 
 from autotune.measuring.roofline import Roofline
 from autotune.study.provenance import measurement, provenance
-from tiles.family import Traffic
+from tiles.kernels.spec import Traffic
 
 
 def test_measurement_counts_rates_in_decimal_gigabytes():

@@ -17,7 +17,8 @@ from optuna.trial import TrialState
 
 from autotune.study import database
 from autotune.study.journal import repair
-from autotune.study.storage import open_study, without_password
+from autotune.study.redact import without_password
+from autotune.study.storage import open_study
 from tiles.errors import BadInput
 
 DISTRIBUTIONS = {"block": optuna.distributions.CategoricalDistribution((1, 2, 4))}

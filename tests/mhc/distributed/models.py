@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import mhc
-from mhc.recompute import recompute
+from mhc.modules.recompute import recompute
 
 WIDTH, STREAMS, TOKENS = 24, 3, 8
 RUNNERS = {"stack": mhc.HyperConnectionStack, "recompute": lambda made: recompute(made, segment=2)}

@@ -12,7 +12,7 @@ from torch.distributed.pipelining.schedules import OVERLAP_F_B, _Action
 import mhc
 from mhc.distributed import overlap
 from mhc.distributed.overlap import recompute_ahead
-from mhc.recompute import recompute
+from mhc.modules.recompute import recompute
 
 
 class Watched:

@@ -1,0 +1,1 @@
+"""The benchmark: our kernels beside torch and public peers, in one run."""

@@ -1,0 +1,224 @@
+"""The kernels of DeepSeek's TileKernels and of Liger on a GPU, called as their users call them.
+
+Parameters are held as each of them wants them, gradients checked in that form: see `Contender.adapted`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from cli.bench.cases import Case
+from cli.bench.implementation import Contender
+from cli.bench.torch_composites import composed, step
+from cli.bench.torch_ops import EPS, ROUNDS, Form
+
+COEFFICIENT_RESULTS = {"pre": 2, "step": 3}
+"""The place of res among the results of ops that give it."""
+
+
+def contender(name: str, case: Case, directions: Sequence[str]) -> Contender | str:
+    """The peer's kernels as a contender, not checked yet, or why there is none. Raises what importing them raises."""
+    if case.op == "coefficients" or (case.op == "project" and name == "liger"):
+        return "cuts the work differently between these ops; see pre"
+    if case.op == "stack":
+        return "is compared in the layer"
+    return {"tile-kernels": _tile_kernels, "liger": _liger}[name](case, directions)
+
+
+# TileKernels: streams [batch, T, 4, C] in bfloat16; comb = resᵀ, so that the res block of phi and bias is transposed.
+
+
+class TileKernels(NamedTuple):
+    """The modules of its mHC part."""
+
+    functional: ModuleType
+    ops: ModuleType
+    kernels: ModuleType
+
+
+@cache
+def tile_kernels() -> TileKernels | str:
+    """Its mHC part. Its top package imports parts that need another tilelang, so an empty module takes its place."""
+    package = importlib.util.find_spec("tile_kernels")
+    if package is None or not package.submodule_search_locations:
+        return "not installed: pip install tile-kernels==1.0.0"
+    stand_in = ModuleType("tile_kernels")
+    stand_in.__path__ = list(package.submodule_search_locations)
+    sys.modules["tile_kernels"] = stand_in
+    names = ("modeling.mhc.functional", "modeling.mhc.ops", "mhc.norm_fn_kernel")
+    return TileKernels(*(importlib.import_module(f"tile_kernels.{name}") for name in names))
+
+
+def _tile_kernels(case: Case, directions: Sequence[str]) -> Contender | str:
+    if case.streams != 4 or case.dtype != "bfloat16":
+        return "has kernels for n = 4 in bfloat16 only"
+    modules = tile_kernels()
+    if isinstance(modules, str):
+        return modules
+    made: dict[str, Form] = {
+        "project": partial(_project, modules),
+        "aggregate": partial(_aggregate, modules),
+        "merge": partial(_merge, modules),
+        "pre": partial(_pre, modules),
+        "step": step(partial(_pre, modules), partial(_merge, modules)),
+        "layer": partial(_layer, modules),
+    }
+    return Contender("tile-kernels", made[case.op], "kernels", directions, adapted=transposed)
+
+
+def transposed(case: Case) -> Case:
+    """The case with the res block of every parameter, input and result transposed; project does not know of blocks."""
+    if case.op == "project":
+        return case
+    n = case.streams
+    order = torch.tensor([*range(2 * n), *(2 * n + i * n + j for j in range(n) for i in range(n))])
+
+    def turned(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name in ("phi", "bias"):
+            return tensor[order.to(tensor.device)]
+        return tensor.mT.contiguous() if name == "res" else tensor
+
+    place = COEFFICIENT_RESULTS.get(case.op)
+    results = ["res" if index == place else "" for index in range(len(case.upstream))]
+    return replace(
+        case,
+        inputs=tuple(
+            turned(name, tensor.detach()).requires_grad_() for name, tensor in zip(case.names, case.inputs, strict=True)
+        ),
+        upstream=tuple(map(turned, results, case.upstream)),
+        wanted=tuple(map(turned, (*results, *case.names), case.wanted)),
+    )
+
+
+def _project(modules: TileKernels, x: torch.Tensor, phi: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    found: tuple[torch.Tensor, ...] = _Project.apply(modules, x, phi)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Project(torch.autograd.Function):
+    """z and s by the kernels inside of its norm, which has no function of its own for them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, modules: TileKernels, x: torch.Tensor, phi: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs, columns = phi.shape
+        phi = modules.kernels.round_to_tf32(phi)
+        z, s = x.new_empty(len(x), outputs, dtype=torch.float32), x.new_empty(len(x), dtype=torch.float32)
+        kernel = modules.kernels._mhc_pre_norm_fn_fwd_mul(outputs, 1, columns)
+        kernel(x.view(-1, columns), phi, z.view(-1, 1, outputs), s.view(-1, 1))
+        ctx.save_for_backward(x, phi)
+        ctx.kernels = modules.kernels
+        return z, s
+
+    @staticmethod
+    def backward(ctx: Any, dz: torch.Tensor, ds: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
+        x, phi = ctx.saved_tensors
+        outputs, columns = phi.shape
+        dx, dphi = torch.zeros_like(x), torch.empty_like(phi)
+        kernel = ctx.kernels._mhc_pre_norm_fn_bwd_mul(outputs, 1, columns)
+        rounded = ctx.kernels.round_to_tf32(dz.contiguous()).view(-1, 1, outputs)
+        kernel(rounded, ds.contiguous().view(-1, 1), x.view(-1, columns), phi, dx.view(-1, columns), dphi)
+        return None, dx, dphi
+
+
+def _aggregate(modules: TileKernels, x: torch.Tensor, pre: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (modules.ops.mhc_pre_apply_mix(x[None], pre[None, ..., None])[0],)
+
+
+def _merge(
+    modules: TileKernels, x: torch.Tensor, f: torch.Tensor, comb: torch.Tensor, post: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return (modules.ops.mhc_post(f[None], x[None], post[None, ..., None], comb[None])[0],)
+
+
+PAPER = {"post_mult_value": 2.0, "pre_eps": 0.0, "sinkhorn_eps": 0.0, "sinkhorn_repeat": ROUNDS, "norm_eps": EPS}
+"""Arguments that make its maths the paper's."""
+
+
+def _pre(
+    modules: TileKernels, x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Without gradients its fused kernel; with them its ops, as no merge follows whose gradient they could add to."""
+    streams = x[None]
+    if not torch.is_grad_enabled():
+        u, (post, comb) = modules.functional.mhc_pre(streams, phi, alpha, bias, **PAPER)
+        return u[0], post[0, ..., 0], comb[0]
+    ops = modules.ops
+    mixes = ops.mhc_pre_norm_fn(streams, phi, None, EPS, fuse_grad_acc=False)
+    weights, post, comb = ops.mhc_pre_split_mixes(mixes, alpha, bias, x.shape[1], 2.0, 0.0)
+    comb = ops.sinkhorn_normalize(comb, repeat=ROUNDS, eps=0.0)
+    return ops.mhc_pre_apply_mix(streams, weights)[0], post[0, ..., 0], comb[0]
+
+
+def _layer(
+    modules: TileKernels, x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """As in a network: the gradients of pre are added to that of merge in place."""
+    streams = x[None]
+    u, (post, comb) = modules.functional.mhc_pre(streams, phi, alpha, bias, **PAPER)
+    return (modules.ops.mhc_post(u, streams, post, comb)[0],)
+
+
+# Liger: phi [K, N], best held in half precision, and an alpha for each group. Its Sinkhorn begins with the rows, which
+# after 20 rounds is no difference that rounding does not hide.
+
+
+@cache
+def liger() -> ModuleType | str:
+    """Its functional interface."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "not installed: pip install liger-kernel==0.8.5"
+    return importlib.import_module("liger_kernel.transformers.functional")
+
+
+def _liger(case: Case, directions: Sequence[str]) -> Contender | str:
+    if case.streams not in (2, 4, 8, 16) or case.dtype == "float32":
+        return "has kernels for n = 2, 4, 8 or 16 in half precision only"
+    module = liger()
+    if isinstance(module, str):
+        return module
+
+    def aggregate(x: torch.Tensor, pre: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (module.liger_mhc_pre(x, pre),)
+
+    def merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (module.liger_mhc_post_res(x, f, post, res),)
+
+    def pre(
+        x: torch.Tensor, phi: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        weights, post, res = module.liger_mhc_coeffs(x, phi, bias, a, b, c, tmax=ROUNDS, rms_eps=EPS, sinkhorn_eps=0.0)
+        return module.liger_mhc_pre(x, weights), post, res
+
+    parts: dict[str, Form] = {"aggregate": aggregate, "merge": merge}
+    found = parts[case.op] if case.op in parts else composed(case.op, pre, merge)
+    label = "kernels, phi in half precision" if "phi" in case.names else "kernels"
+    return Contender("liger", found, label, directions, adapted=unpacked)
+
+
+def unpacked(case: Case) -> Case:
+    """The case with phi transposed and in the streams' dtype, and alpha as three numbers."""
+
+    def split(name: str, tensor: torch.Tensor, turned: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        return list(tensor.unbind()) if name == "alpha" else [turned(tensor) if name == "phi" else tensor]
+
+    x, results = case.inputs[0], len(case.upstream)
+    named = list(zip(case.names, case.inputs, case.wanted[results:], strict=True))
+    given = [part for name, tensor, _ in named for part in split(name, tensor, lambda phi: phi.T.to(x.dtype))]
+    wanted = [part for name, _, tensor in named for part in split(name, tensor, lambda phi: phi.T)]
+    return replace(
+        case,
+        inputs=tuple(tensor.detach().contiguous().clone().requires_grad_() for tensor in given),
+        names=tuple(part for name in case.names for part in ([name] * 3 if name == "alpha" else [name])),
+        wanted=(*case.wanted[:results], *wanted),
+    )

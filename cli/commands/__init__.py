@@ -1,0 +1,1 @@
+"""Commands of `mhc-tune`, one a file."""

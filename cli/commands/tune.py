@@ -1,0 +1,200 @@
+"""`mhc-tune tune`: search the fastest correct schedule of every kernel for the given shapes on this device."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from autotune.buckets.choose import groups
+from autotune.buckets.choose import serve as serve_buckets
+from autotune.events import BucketsServed, Event, ProblemFinished, ProblemStarted
+from autotune.measuring.roofline import Roofline
+from autotune.processes.workers import Workers
+from autotune.tuner import TuneFailed, TuneResult
+from autotune.tuner import tune as tune_kernel
+from cli.ui.options import (
+    DEFAULT_DTYPE,
+    DEFAULT_STREAMS,
+    DEFAULT_TOKENS,
+    DEFAULT_WIDTH,
+    CacheOption,
+    DtypeOption,
+    JsonOption,
+    StreamsOption,
+    TargetOption,
+    TokensOption,
+    WidthOption,
+    cache_at,
+    known_choices,
+    measured_device,
+    problems,
+)
+from cli.ui.output import say, show, show_json, stdout_kept_free
+from cli.ui.progress import TuneProgress
+from cli.ui.render import device_text, records_table
+from tiles.cache.cache import KernelCache
+from tiles.cache.record import record_dict
+from tiles.cache.shipped import shipped_records
+from tiles.compiler.compile import why_no_compiler
+from tiles.errors import BadInput
+from tiles.kernels.registry import kernel_specs
+from tiles.kernels.spec import Problem
+from tiles.target import Device
+
+INTERRUPTED = 130
+
+OPS = list(dict.fromkeys(op for op, _ in kernel_specs()))
+
+
+def tune(
+    target: TargetOption = "auto",
+    streams: StreamsOption = DEFAULT_STREAMS,
+    width: WidthOption = DEFAULT_WIDTH,
+    tokens: TokensOption = DEFAULT_TOKENS,
+    dtype: DtypeOption = DEFAULT_DTYPE,
+    op: Annotated[list[str], typer.Option("--op", help=f"Of {', '.join(OPS)}; default: all. May repeat.")] = OPS,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Most schedules to try for each kernel.")] = 40,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", min=0.0, help="Time for the whole run, shared by its kernels.")
+    ] = None,
+    cache: CacheOption = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            "--storage",
+            help="Database URL where workers on several machines share trials; default: a journal in the cache.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the search's random choices.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Tune all kernels, forward and backward, for the given shapes on this device.
+
+    Every schedule is checked against a float64 reference before it is timed, and a kernel whose default schedule
+    nothing beats keeps it. The fused kernels pre and step come last and meet the separate kernels, which run in their
+    place where they are faster. For several token counts, few schedules are chosen that are within 2 % of the best at
+    each of them. What is finished is in the cache at once: after Ctrl-C the same command goes on.
+    """
+    device = measured_device(target)
+    if why := why_no_compiler(device.target):
+        raise BadInput(f"tuning compiles kernels for {device.target}: {why}")
+    known_choices("op", op, OPS)
+    todo, kernels = problems(streams, width, tokens, dtype, op), cache_at(cache)
+    say(f"tuning {len(todo)} kernels on {device_text(device)}, {torch.get_num_threads()} threads")
+    with stdout_kept_free(json):
+        run = _Run(todo, device, kernels)
+        run.go(trials=trials, seconds=seconds, storage=storage, seed=seed)
+    if json:
+        show_json(run.as_dict())
+    else:
+        show(records_table([event.record for event in run.finished if event.record], str(kernels.folder)))
+    if run.interrupted:
+        kept = sum(event.record is not None for event in run.finished)
+        say(f"interrupted: {kept} of {len(todo)} kernels are kept in {kernels.folder}; run the same command to go on")
+        raise typer.Exit(INTERRUPTED)
+    if run.failed:
+        raise typer.Exit(1)
+
+
+class _Run:
+    """One run over several problems: passes events to the display and remembers how each problem ended."""
+
+    def __init__(self, todo: list[Problem], device: Device, cache: KernelCache) -> None:
+        self.todo, self.device, self.cache = todo, device, cache
+        self.finished: list[ProblemFinished] = []
+        self.failed: dict[str, str] = {}
+        self.served: list[BucketsServed] = []
+        self.begun = 0
+        self.interrupted = False
+        self.roofline: Roofline | None = None
+
+    def go(self, *, trials: int, seconds: float | None, storage: str | None, seed: int) -> None:
+        """Tune one problem after the other; what remains of `seconds` is shared evenly by the problems that remain."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        options: dict[str, Any] = {"trials": trials, "storage": storage, "seed": seed}
+        try:
+            with TuneProgress(len(self.todo), seconds) as display, Workers(kind=self.device.kind) as workers:
+
+                def on_event(event: Event) -> None:
+                    self._remember(event)
+                    display(event)
+
+                options |= {"on_event": on_event, "workers": workers, "advice": shipped_records()}
+                for group in groups(self.todo):
+                    self._tune_buckets(group, deadline, options)
+        except KeyboardInterrupt:
+            self.interrupted = True
+
+    def _tune_buckets(self, group: list[Problem], deadline: float | None, options: dict[str, Any]) -> None:
+        """Tune problems that differ in tokens only, then choose few schedules for them."""
+        results: dict[Problem, TuneResult] = {}
+        for problem in group:
+            if deadline is not None:
+                left = len(self.todo) - self.begun
+                options = options | {"seconds": max(0.0, deadline - time.monotonic()) / left}
+            self.begun += 1
+            try:
+                results[problem] = tune_kernel(problem, self.device, self.cache, **options)
+            except TuneFailed as error:
+                self._remember_failure(problem, error)
+        if len(results) > 1:
+            try:
+                shared = {name: options[name] for name in ("workers", "seed", "on_event")}
+                serve_buckets(results, self.device, self.cache, **shared)
+            except TuneFailed as error:
+                self._remember_failure(group[0], error)
+
+    def _remember_failure(self, problem: Problem, error: TuneFailed) -> None:
+        self.failed[problem.describe()] = str(error)
+        say(f"FAILED: {error}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {
+            "device": self.device.as_dict(),
+            "threads": torch.get_num_threads(),
+            "copy_gb_per_s": self.roofline and self.roofline.copy_gb_per_s,
+            "gflops_peak": self.roofline and self.roofline.gflops,
+            "cache": str(Path(self.cache.folder)),
+            "interrupted": self.interrupted,
+            "failed": self.failed,
+            "results": [
+                {
+                    **asdict(event.problem),
+                    "stopped": event.stopped,
+                    "failed_trials": event.failed,
+                    "failures": dict(event.reasons),
+                    "seconds": event.seconds,
+                    "record": None if event.record is None else record_dict(event.record),
+                }
+                for event in self.finished
+            ],
+            "buckets": [
+                asdict(event.problems[0])
+                | {
+                    "tokens": [problem.tokens for problem in event.problems],
+                    "schedules": event.schedules,
+                    "worst": event.worst,
+                    "seconds": event.seconds,
+                }
+                for event in self.served
+            ],
+        }
+
+    def _remember(self, event: Event) -> None:
+        if isinstance(event, ProblemStarted):
+            self.roofline = event.roofline
+        if isinstance(event, ProblemFinished):
+            self.finished.append(event)
+        if isinstance(event, BucketsServed):
+            self.served.append(event)
+            newer = {record.key: record for record in event.records}
+            self.finished = [
+                replace(done, record=newer.get(done.record.key, done.record)) if done.record else done
+                for done in self.finished
+            ]

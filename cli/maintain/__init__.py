@@ -1,0 +1,1 @@
+"""Scripts of the maintainers: they are no commands of `mhc-tune`."""

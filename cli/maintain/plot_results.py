@@ -1,0 +1,147 @@
+"""Figures for results/: `python -m cli.maintain.plot_results scaling OUT.json OUT.png`, `gains CACHE`, `replay IN.json
+OUT.png`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from cli.bench.command import Shape, run
+from tiles.cache.cache import KernelCache, Record
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Problem
+from tiles.target import detect_device
+
+OPS = ("project", "coefficients", "aggregate", "merge", "pre", "step")
+
+STREAMS, DTYPE = 4, "float32"
+TOKENS = (40, 126, 400, 1264, 4000)
+WIDTHS = (64, 200, 640, 2024, 6400)
+USUAL_TOKENS, USUAL_WIDTH = 512, 1280
+
+app = typer.Typer(help=__doc__, add_completion=False)
+
+
+@app.command()
+def scaling(data: Path, picture: Path) -> None:
+    """Time forward and backward of every op on default schedules over two decades of tokens and of width; draw them."""
+    by_tokens: list[Shape] = [(STREAMS, USUAL_WIDTH, tokens, DTYPE) for tokens in TOKENS]
+    by_width: list[Shape] = [(STREAMS, width, USUAL_TOKENS, DTYPE) for width in WIDTHS]
+    report = run(detect_device("cpu"), Path(), [*by_tokens, *by_width], OPS, ("both",), ("default",))
+    data.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    draw(report["results"], picture)
+
+
+def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
+    """Milliseconds over tokens and over width, both axes logarithmic, beside a line of slope one."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    fixed = {"tokens": ("width", USUAL_WIDTH), "width": ("tokens", USUAL_TOKENS)}
+    for axis, (along, (other, value)) in zip(axes, fixed.items(), strict=True):
+        for op in OPS:
+            line = sorted((row[along], row["median_ms"]) for row in rows if row["op"] == op and row[other] == value)
+            axis.loglog(*zip(*line, strict=True), marker="o", label=op)
+        first, last = min(row[along] for row in rows), max(row[along] for row in rows)
+        axis.loglog((first, last), (0.2, 0.2 * last / first), "k:", label="linear")
+        axis.set(xlabel=f"{along} ({other} {value})", title=f"n = {STREAMS}, {DTYPE}, forward and backward")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("ms")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+
+
+@app.command()
+def replay(data: Path, picture: Path) -> None:
+    """Draw what `mhc-tune replay --json` printed: best time over trials, of every sampler and of random search."""
+    try:
+        rows = json.loads(data.read_text(encoding="utf-8"))["results"]
+        if not rows:
+            raise ValueError("no results")
+        draw_replay(rows, picture)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        typer.echo(
+            f"error: {data} must hold the output of mhc-tune replay --json, got {error!r}: make it anew", err=True
+        )
+        raise typer.Exit(2) from error
+
+
+def draw_replay(rows: Sequence[dict[str, Any]], picture: Path) -> None:
+    """One panel a space: the median of the best time over the optimum, beside the expectation of random search."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    spaces = list(dict.fromkeys(row["space"] for row in rows))
+    columns = min(3, len(spaces))
+    lines = -(-len(spaces) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.6 * lines), squeeze=False)
+    for axis in axes.flat[len(spaces) :]:
+        axis.set_visible(False)
+    for axis, space in zip(axes.flat, spaces, strict=False):
+        shown = [row for row in rows if row["space"] == space]
+        for row in shown:
+            axis.plot(range(1, len(row["curve"]) + 1), row["curve"], label=row["sampler"])
+        calculated = shown[0]["random_curve"]
+        axis.plot(range(1, len(calculated) + 1), calculated, "k:", label="random, calculated")
+        axis.axhline(1, color="gray", linewidth=0.5)
+        axis.set(title=f"{space}, {shown[0]['members']} members", xlabel="trials", ylabel="best time / optimum")
+        axis.title.set_fontsize(8)
+    axes.flat[0].legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+@app.command()
+def gains(cache: Path) -> None:
+    """Print a table (Markdown) of what fusing gains: by the bytes that are saved, and as the tuner measured it."""
+    typer.echo("\n".join(gain_table(KernelCache(cache).records())))
+
+
+def gain_table(records: Iterable[Record]) -> list[str]:
+    """One line for each fused kernel that was compared with the separate ones."""
+    lines = [
+        "| kernel | n | width | tokens | dtype | predicted | measured | chosen |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    found = [record for record in records if "separate_ratio" in record.measurement]
+    for record in sorted(found, key=lambda record: _order(record.key.problem)):
+        problem, said = record.key.problem, record.measurement
+        measured, chosen = 1 / said["separate_ratio"], "separate" if said["separate_wins"] else "fused"
+        lines.append(
+            f"| {problem.op} {problem.direction} | {problem.streams} | {problem.width} | {problem.tokens} "
+            f"| {problem.dtype} | {predicted_gain(problem):.2f} | {measured:.2f} | {chosen} |"
+        )
+    return lines
+
+
+def _order(problem: Problem) -> tuple[Any, ...]:
+    return problem.op, problem.direction == "backward", problem.dtype, problem.streams, problem.width, problem.tokens
+
+
+def predicted_gain(problem: Problem) -> float:
+    """How many times the fused kernel's bytes `tiles.kernels.fused.separate` moves, its sums of gradients included."""
+    spec = kernel_spec(problem.op, problem.direction)
+    assert spec.separate
+    parts = (replace(problem, op=op, direction=direction) for op, direction in spec.separate.parts)
+    moved = sum(kernel_spec(part.op, part.direction).traffic(part, problem.tokens).bytes for part in parts)
+    if problem.direction == "backward":
+        # Two gradients of x are added to a third: each addition reads two and writes one. step copies that one first.
+        x = next(argument for argument in spec.arguments(problem) if argument.name == "x")
+        moved += (2 * 3 + (2 if problem.op == "step" else 0)) * x.nbytes(problem.tokens)
+    return moved / spec.traffic(problem, problem.tokens).bytes
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,90 @@
+"""The options that several commands share, and the problems and the device that they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from tiles.cache.cache import KernelCache, default_folder
+from tiles.errors import BadInput
+from tiles.kernels.registry import kernel_specs
+from tiles.kernels.spec import Direction, Problem
+from tiles.target import Device, cuda_available, detect_device, parse_target, why_cannot_run
+
+TargetOption = Annotated[
+    str, typer.Option("--target", help="What to run on: auto, cpu, cuda, or one architecture such as cuda:sm_90a.")
+]
+StreamsOption = Annotated[list[int], typer.Option("--streams", help="Residual streams n, 1 to 16. May repeat.")]
+WidthOption = Annotated[list[int], typer.Option("--width", help="Model width C, a multiple of 8. May repeat.")]
+TokensOption = Annotated[
+    list[int],
+    typer.Option("--tokens", help="Tokens a call (batch x sequence). Kernels take any count; tuning fits this one."),
+]
+DtypeOption = Annotated[
+    list[str], typer.Option("--dtype", help="Of the streams: float32, bfloat16 or float16. May repeat.")
+]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option("--cache", help="Kernel cache folder; default: $MHC_TUNE_CACHE, else your user cache folder."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+
+DEFAULT_STREAMS, DEFAULT_WIDTH, DEFAULT_TOKENS, DEFAULT_DTYPE = [4], [2560], [4096], ["bfloat16"]
+
+
+def cache_at(folder: Path | None) -> KernelCache:
+    """The kernel cache that `--cache` names."""
+    return KernelCache(folder if folder is not None else default_folder())
+
+
+def existing_cache(folder: Path | None) -> KernelCache:
+    """Like `cache_at`; raises `BadInput` where it holds no kernel yet."""
+    cache = cache_at(folder)
+    if not cache.records():
+        raise BadInput(f"the kernel cache must hold tuned kernels, found none in {cache.folder}: run mhc-tune tune")
+    return cache
+
+
+def measured_device(target: str) -> Device:
+    """The device of this machine that `--target` names, with the ISA level that it asks for.
+
+    Raises `BadInput` where code for that target does not run here.
+    """
+    wanted = parse_target(target)
+    if wanted.kind == "cuda" and not cuda_available():
+        raise BadInput(f"measuring needs a visible NVIDIA GPU, got {target} and found none: use cpu, or run this there")
+    device = detect_device(wanted.kind)
+    why = why_cannot_run(wanted.arch, device)
+    if why:
+        raise BadInput(f"measuring needs a device that runs {wanted.arch}, got {target}, {why}: run this command there")
+    return replace(device, arch=wanted.arch)
+
+
+def known_choices(option: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """Raise `BadInput` for a value that an option does not take."""
+    for value in given:
+        if value not in known:
+            raise BadInput(f"{option} must be one of {', '.join(known)}, got {value}: choose one of them")
+
+
+def problems(
+    streams: Sequence[int],
+    widths: Sequence[int],
+    tokens: Sequence[int],
+    dtypes: Sequence[str],
+    ops: Sequence[str] | None = None,
+) -> list[Problem]:
+    """Every kernel (of `ops`) at every combination, each distinct piece of generated code and token count once."""
+    found: dict[Problem, None] = {}
+    for n, width, count, dtype in product(streams, widths, tokens, dtypes):
+        for (op, direction), spec in kernel_specs().items():
+            if ops is not None and op not in ops:
+                continue
+            problem = Problem(op, cast(Direction, direction), n, width, dtype, count)
+            found[replace(spec.canonical(problem), tokens=count)] = None
+    return list(found)

@@ -1,0 +1,1 @@
+"""Dispatch: which kernel runs a call, and the operators that torch sees."""

@@ -1,0 +1,52 @@
+"""What runs for every op, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Literal
+
+from tiles.kernels.spec import Direction
+
+Runs = Literal["tuned", "recompiled", "shipped", "default", "separate", "reference"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op that has run.
+
+    `runs` is a tuned kernel; a stored schedule compiled here, as its own code may not be called; one shipped with
+    this package; the default schedule; a fused pass made of separate kernels, which have rows of their own; or the
+    torch reference. `tokens` is the token bucket (the next power of two); `why` is one sentence.
+    """
+
+    op: str
+    direction: Direction
+    streams: int
+    width: int
+    dtype: str
+    tokens: int
+    rounds: int
+    device: str
+    runs: Runs
+    why: str
+
+
+class KernelReport(tuple[Row, ...]):
+    """Rows in the order in which the ops first ran; prints as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        if not self:
+            return "no mhc op has run yet"
+        return table([field.name for field in fields(Row)], [[str(value) for value in astuple(row)] for row in self])
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, each as wide as its longest cell."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

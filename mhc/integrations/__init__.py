@@ -1,0 +1,1 @@
+"""Integrations: hyper-connections in models that others have written."""

@@ -1,0 +1,132 @@
+"""`nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer` with hyper-connections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from mhc.integrations.connected import ConnectedLayer, Connection, FeedForward
+from tiles.errors import BadInput
+
+
+class EncoderLayer(ConnectedLayer):
+    """The blocks are self-attention and MLP. PyTorch's encoder and decoder ask their layers for `self_attn`."""
+
+    @property
+    def self_attn(self) -> nn.MultiheadAttention:
+        """The layer's self-attention."""
+        return self.blocks[0].sublayer.attention  # type: ignore[return-value, union-attr]
+
+
+class DecoderLayer(EncoderLayer):
+    """The blocks are self-attention, attention to the encoder's result, and MLP."""
+
+
+class EncoderAttention(nn.Module):
+    """u -> attention(norm(u)), with the arguments of `nn.TransformerEncoderLayer.forward`."""
+
+    def __init__(self, norm: nn.Module, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.norm, self.attention = norm, attention
+
+    def forward(
+        self,
+        u: torch.Tensor,
+        src_mask: torch.Tensor | None = None,
+        src_key_padding_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """u [batch, sequence, C] -> the same."""
+        h = self.norm(u)
+        return _attend(self.attention, h, h, src_mask, src_key_padding_mask, is_causal)
+
+
+class DecoderAttention(EncoderAttention):
+    """u -> attention(norm(u)), with the arguments of `nn.TransformerDecoderLayer.forward`."""
+
+    def forward(  # type: ignore[override]
+        self,
+        u: torch.Tensor,
+        memory: torch.Tensor,
+        tgt_mask: torch.Tensor | None = None,
+        memory_mask: torch.Tensor | None = None,
+        tgt_key_padding_mask: torch.Tensor | None = None,
+        memory_key_padding_mask: torch.Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> torch.Tensor:
+        """u [batch, sequence, C] -> the same."""
+        h = self.norm(u)
+        return _attend(self.attention, h, h, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+
+
+class CrossAttention(EncoderAttention):
+    """u -> attention(norm(u) to memory), with the arguments of `nn.TransformerDecoderLayer.forward`."""
+
+    def forward(  # type: ignore[override]
+        self,
+        u: torch.Tensor,
+        memory: torch.Tensor,
+        tgt_mask: torch.Tensor | None = None,
+        memory_mask: torch.Tensor | None = None,
+        tgt_key_padding_mask: torch.Tensor | None = None,
+        memory_key_padding_mask: torch.Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> torch.Tensor:
+        """u [batch, sequence, C] and memory [batch, other sequence, C] -> like u."""
+        return _attend(self.attention, self.norm(u), memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+
+
+class Mlp(nn.Module):
+    """linear2(dropout(activation(linear1(u)))), as PyTorch's layers have it."""
+
+    def __init__(self, layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) -> None:
+        super().__init__()
+        self.linear1, self.dropout, self.linear2 = layer.linear1, layer.dropout, layer.linear2
+        self.activation: Callable[[torch.Tensor], torch.Tensor] = layer.activation
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        """u [..., C] -> the same."""
+        return self.linear2(self.dropout(self.activation(self.linear1(u))))
+
+
+def connected_pytorch(layer: nn.Module, connection: Connection, width: int | None) -> ConnectedLayer | None:
+    """The layer with hyper-connections, of the same submodules; None for another class, subclasses included.
+
+    Raises `BadInput` for a post-norm layer, whose sublayers are not inside of the residual.
+    """
+    if type(layer) is nn.TransformerEncoderLayer:
+        make: type[EncoderLayer] = EncoderLayer
+        attention = EncoderAttention(layer.norm1, layer.self_attn)
+        mlp = FeedForward(layer.norm2, Mlp(layer))
+        parts: list[tuple[nn.Module, nn.Dropout]] = [(attention, layer.dropout1), (mlp, layer.dropout2)]
+    elif type(layer) is nn.TransformerDecoderLayer:
+        make = DecoderLayer
+        attention = DecoderAttention(layer.norm1, layer.self_attn)
+        cross = CrossAttention(layer.norm2, layer.multihead_attn)
+        mlp = FeedForward(layer.norm3, Mlp(layer))
+        parts = [(attention, layer.dropout1), (cross, layer.dropout2), (mlp, layer.dropout3)]
+    else:
+        return None
+    if not layer.norm_first:
+        raise BadInput(
+            f"hyper-connections go around pre-norm sublayers, got {type(layer).__name__} with norm_first=False: "
+            "build it with norm_first=True"
+        )
+    width = width or layer.self_attn.embed_dim
+    return make([connection(sublayer, width, dropout.p) for sublayer, dropout in parts])
+
+
+def _attend(
+    attention: nn.MultiheadAttention,
+    h: torch.Tensor,
+    to: torch.Tensor,
+    mask: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    is_causal: bool,
+) -> torch.Tensor:
+    masks = {"attn_mask": mask, "key_padding_mask": padding, "is_causal": is_causal}
+    return attention(h, to, to, **masks, need_weights=False)[0]

@@ -1,0 +1,1 @@
+"""Modules: hyper-connection blocks, stacks of them, and their streams."""

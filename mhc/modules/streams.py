@@ -1,0 +1,63 @@
+"""Where streams begin (after the embedding) and where they end (before the output head)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from mhc import functional
+from mhc.checks import check_problem, expect, stream_shape
+from mhc.modules.init import ALPHA, draw_phi, even_gate
+from tiles.errors import BadInput
+
+
+def expand_streams(h: torch.Tensor, streams: int) -> torch.Tensor:
+    """n equal streams: h [..., C] -> x [..., n, C], a copy."""
+    check_problem(streams, h.shape[-1])
+    return h.unsqueeze(-2).repeat_interleave(streams, dim=-2)
+
+
+def reduce_streams(x: torch.Tensor, how: Literal["mean", "sum"] = "mean") -> torch.Tensor:
+    """The mean or sum of the streams, in x's dtype: x [..., n, C] -> h [..., C].
+
+    The mean is right for streams that began as copies of one embedding and were mixed by rows that sum to one.
+    """
+    if how not in ("mean", "sum"):
+        raise BadInput(f"how must be mean or sum, got {how}: use StreamHead for learned weights")
+    return x.mean(-2) if how == "mean" else x.sum(-2)
+
+
+class StreamHead(nn.Module):
+    """A learned reduction of the streams, as DeepSeek-V4 has before its output head.
+
+    h = Σ_i g_i x_i with gates g = σ(alpha · (x̄ · phiᵀ) · rsqrt(mean x̄² + eps) + bias), one per stream and token.
+    It starts close to the mean: the gates' bias is σ⁻¹(1/n), alpha 0.01.
+
+    Args:
+        width, streams: C and n of the streams.
+        eps: added to the mean square before its root is taken.
+    """
+
+    def __init__(self, width: int, streams: int, *, eps: float = functional.EPS) -> None:
+        super().__init__()
+        check_problem(streams, width)
+        self.width, self.streams, self.eps = width, streams, eps
+        self.phi = nn.Parameter(draw_phi(streams, streams * width))
+        self.alpha = nn.Parameter(torch.full((1,), ALPHA))
+        self.bias = nn.Parameter(torch.full((streams,), even_gate(streams)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., n, C] -> h [..., C] in x's dtype."""
+        stream_shape(x)
+        expect("x", x, (*x.shape[:-2], self.streams, self.width), x.dtype, self.phi.device)
+        with torch.autocast(x.device.type, enabled=False):
+            flat = x.flatten(-2).float()
+            r = torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.eps)
+            logits = self.alpha.float() * (flat @ self.phi.float().T) * r + self.bias.float()
+            return functional.aggregate(x, logits.sigmoid())
+
+    def extra_repr(self) -> str:
+        """Shown by print."""
+        return f"width={self.width}, streams={self.streams}"

@@ -1,0 +1,279 @@
+"""`export`, `import`, `inspect` and `keys`: what is taken, who signed it, and what that is worth elsewhere."""
+
+import json
+import zipfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.commands import pack_selection as selection
+from cli.commands import packs
+from cli.commands.pack_selection import for_levels
+from cli.commands.recompile import recompile
+from cli.main import app
+from tiles.cache.cache import KernelCache, Key
+from tiles.cache.record import Record
+from tiles.compiler.compile import Artifact, CompileError
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Problem
+from tiles.pack.pack import Pack, write_pack
+from tiles.target import Device, detect_device
+
+HERE = replace(detect_device("cpu"), arch="x86-64")
+OTHER = Device("cpu", "[red]Other[/red] :smile: CPU", "x86-64-v2")
+GPU = Device("cuda", "NVIDIA X", "sm_90a", 132, 60)
+
+
+def mhc_tune(*arguments: object) -> Any:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert not result.exception or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def fill(cache: KernelCache, op: str, width: int, device: Device, dtype: str = "float32") -> Record:
+    problem = Problem(op, "forward", 2, width, dtype, 64)
+    spec = kernel_spec(op, "forward")
+    schedule = asdict(spec.default(problem, device.target))
+    content = f"{op} {width} {device}".encode(), "// source"
+    return cache.put(Key.of(problem, device), schedule, *content, {"tuned_ms": 1.0}, {"host": "a"})
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> KernelCache:
+    cache = KernelCache(tmp_path / "cache")
+    fill(cache, "merge", 64, HERE)
+    fill(cache, "merge", 128, HERE)
+    fill(cache, "aggregate", 64, HERE, "bfloat16")
+    fill(cache, "merge", 64, OTHER)
+    fill(cache, "merge", 64, GPU)
+    return cache
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A keys folder of this test's."""
+    monkeypatch.setenv("MHC_TUNE_KEYS", str(tmp_path / "keys"))
+    return tmp_path / "keys"
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling gives code that names its target, at once."""
+
+    def fake(records: list[Record]) -> list[Artifact]:
+        return [Artifact(r.key.device.target, "// made", f"made for {r.key.device.arch}".encode()) for r in records]
+
+    monkeypatch.setattr(packs, "recompile", fake)
+    monkeypatch.setattr(selection, "recompile", fake)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ([], 5),
+        (["--op", "merge"], 4),
+        (["--op", "merge", "--op", "aggregate"], 5),
+        (["--width", "128"], 1),
+        (["--width", "128", "--width", "64"], 5),
+        (["--dtype", "bfloat16"], 1),
+        (["--streams", "2"], 5),
+        (["--target", "cpu"], 4),
+        (["--target", "cuda"], 1),
+        (["--target", "cuda:sm_90a"], 1),
+        (["--target", "cpu:x86-64-v2"], 1),
+        (["--device", "other"], 1),
+        (["--device", "current"], 3),
+        (["--device", "current", "--width", "64", "--op", "merge"], 1),
+    ],
+)
+def test_export_takes_what_is_asked_for(
+    cache: KernelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], count: int
+) -> None:
+    monkeypatch.setattr(selection, "_gpu_names", list)
+    result = mhc_tune("export", tmp_path / "a.mhcpack", "--cache", cache.folder, *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    with Pack(tmp_path / "a.mhcpack") as pack:
+        assert len(pack.records()) == count
+        assert [record["digest"] for record in printed["records"]] == [r.key.digest for r in pack.records()]
+        assert printed["signed_by"] == pack.signed_by
+        assert pack.why_untrusted is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--width", "8", "--width", "16"], "none of 5 is for width 8 or 16"),
+        (["--device", "no such", "--op", "merge"], "none of 5 is for device no such, op merge"),
+        (["--dtype", "int8"], "dtype must be one of"),
+        (["--op", "swirl"], "op must be one of"),
+        (["--isa", "x86-64-v9"], "isa must be one of x86-64, x86-64-v2, x86-64-v3, x86-64-v4, got x86-64-v9"),
+        (["--isa", "x86-64-v3", "--target", "cuda"], "--isa compiles kernels of x86-64 CPUs, got none"),
+    ],
+)
+def test_what_export_cannot_do_is_one_line(cache: KernelCache, tmp_path: Path, options: list[str], said: str) -> None:
+    result = mhc_tune("export", tmp_path / "a.mhcpack", "--cache", cache.folder, *options)
+    assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
+    assert said in result.stderr
+    assert not (tmp_path / "a.mhcpack").exists()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_isa_puts_other_levels_beside_the_original(cache: KernelCache, tmp_path: Path) -> None:
+    out = tmp_path / "a.mhcpack"
+    levels = ["--isa", "x86-64-v3", "--isa", "x86-64-v2"]
+    result = mhc_tune("export", out, "--cache", cache.folder, "--width", 64, "--op", "merge", *levels)
+    assert result.exit_code == 0, result.stderr
+    with Pack(out) as pack:
+        found = {(record.key.device.name, record.key.device.arch): record for record in pack.records()}
+        assert len(found) == len(pack.records()) == 6  # the other CPU's level v2 was measured there: not compiled anew
+        made = found[HERE.name, "x86-64-v3"]
+        assert pack.binary(made) == b"made for x86-64-v3"
+        assert made.provenance == {
+            "host": "a",
+            "compiled_for": "x86-64-v3",
+            "measured_on": f"{HERE.name} (x86-64)",
+        }
+        assert made.measurement == {"tuned_ms": 1.0}
+        assert "measured_on" not in found[OTHER.name, OTHER.arch].provenance
+        assert pack.binary(found[HERE.name, "x86-64"]).startswith(b"merge 64")
+    assert "3 were compiled for other levels" in mhc_tune("inspect", out).stderr
+
+
+def test_a_level_that_does_not_compile_is_said_and_the_rest_is_written(
+    cache: KernelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "recompile", lambda records: [CompileError("no such level") for _ in records])
+    options = ["--cache", cache.folder, "--width", 128, "--isa", "x86-64-v3"]
+    result = mhc_tune("export", tmp_path / "a.mhcpack", *options)
+    assert result.exit_code == 1
+    assert "FAILED: x86-64-v3: no such level" in result.stderr
+    with Pack(tmp_path / "a.mhcpack") as pack:
+        assert len(pack.records()) == 1
+
+
+def test_real_code_for_another_level(tmp_path: Path) -> None:
+    """What is compiled for x86-64-v2 has no AVX register in it; for v3 it has."""
+    record = fill(KernelCache(tmp_path), "merge", 64, HERE)
+    kernels, failed = for_levels([record], ["x86-64-v2", "x86-64-v3"])
+    assert failed == []
+    sizes = {made.key.device.arch: (made.size, len(binary)) for made, binary, _ in kernels}
+    assert set(sizes) == {"x86-64-v2", "x86-64-v3"}
+    assert all(size == length for size, length in sizes.values())
+    (v2, v3) = (binary for _, binary, _ in kernels)
+    assert v2 != v3
+    assert v2.startswith(b"\x7fELF")
+
+
+def test_recompiling_survives_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = fill(KernelCache(tmp_path), "merge", 64, HERE)
+    monkeypatch.setenv("CXX", "false")
+    (result,) = recompile([record])
+    assert isinstance(result, CompileError)
+    assert "merge forward" in str(result)
+    assert "\n" not in str(result)
+
+
+@pytest.mark.usefixtures("no_compiler", "own")
+def test_import_trusts_ones_own_signature_a_listed_one_and_no_other(
+    cache: KernelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("MHC_TUNE_KEYS", str(tmp_path / "their keys"))
+        assert mhc_tune("export", tmp_path / "theirs", "--cache", cache.folder).exit_code == 0
+        assert mhc_tune("export", tmp_path / "unsigned", "--cache", cache.folder, "--unsigned").exit_code == 0
+        key = json.loads(mhc_tune("keys", "--json").stdout)["own"]
+    assert mhc_tune("export", tmp_path / "mine", "--cache", cache.folder).exit_code == 0
+
+    def imported(name: str, *options: str) -> tuple[set[str], Any]:
+        result = mhc_tune(
+            "import", tmp_path / name, "--cache", tmp_path / f"{len(list(tmp_path.iterdir()))}", "--json", *options
+        )
+        assert result.exit_code == 0, result.stderr
+        printed = json.loads(result.stdout)
+        return {kernel["how"] for kernel in printed["kernels"]}, printed["why_untrusted"]
+
+    assert imported("mine") == ({"copied"}, None)
+    how, why = imported("theirs")
+    assert how == {"recompiled"}
+    assert key in why
+    assert imported("unsigned") == ({"recompiled"}, "it is not signed")
+    assert imported("unsigned", "--trust-binaries")[0] == {"copied"}
+    assert mhc_tune("keys", "--trust", f"{key} Alice").exit_code == 0
+    assert imported("theirs") == ({"copied"}, None)
+
+
+def test_import_prints_reasons_and_exits_with_1_where_one_is_skipped(
+    cache: KernelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packs, "recompile", lambda records: [CompileError("no compiler") for _ in records])
+    write_pack(cache, tmp_path / "a.mhcpack", signed=False)
+    result = mhc_tune("import", tmp_path / "a.mhcpack", "--cache", tmp_path / "mine")
+    assert result.exit_code == 1
+    assert "its schedules are compiled here: it is not signed" in result.stderr
+    assert result.stderr.count("skipped: no compiler") == 5
+    assert "0 of 5 kernels are in" in result.stderr
+
+
+def test_inspect_says_who_signed(cache: KernelCache, tmp_path: Path) -> None:
+    write_pack(cache, tmp_path / "a.mhcpack")
+    result = mhc_tune("inspect", tmp_path / "a.mhcpack")
+    assert "signed by ed25519:" in result.stderr
+    assert "its code may run" in result.stderr
+    printed = json.loads(mhc_tune("inspect", tmp_path / "a.mhcpack", "--json").stdout)
+    assert printed["signed_by"].startswith("ed25519:")
+    assert printed["why_untrusted"] is None
+    write_pack(cache, tmp_path / "b.mhcpack", signed=False)
+    assert "its code is not run unasked: it is not signed" in mhc_tune("inspect", tmp_path / "b.mhcpack").stderr
+
+
+def test_names_from_a_pack_are_text_and_no_markup(cache: KernelCache, tmp_path: Path) -> None:
+    write_pack(cache, tmp_path / "a.mhcpack")
+    for command in (["inspect", tmp_path / "a.mhcpack"], ["diff", tmp_path / "a.mhcpack", tmp_path]):
+        assert OTHER.name in mhc_tune(*command).stdout
+
+
+def test_a_folder_that_others_can_write_to_is_not_signed_for(cache: KernelCache, tmp_path: Path) -> None:
+    cache.folder.chmod(0o777)
+    result = mhc_tune("export", tmp_path / "a.mhcpack", "--cache", cache.folder)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert "a signature vouches for code" in result.stderr
+    assert f"chmod o-w {cache.folder}" in result.stderr
+    assert mhc_tune("export", tmp_path / "a.mhcpack", "--cache", cache.folder, "--unsigned").exit_code == 0
+    assert "its code is not run unasked: everybody may change" in mhc_tune("inspect", cache.folder).stderr
+
+
+def test_a_forged_pack_is_bad_input_for_every_command(cache: KernelCache, tmp_path: Path) -> None:
+    path, out = tmp_path / "forged.mhcpack", tmp_path / "out.mhcpack"
+    write_pack(cache, path)
+    with zipfile.ZipFile(path) as whole:
+        entries = {name: whole.read(name) for name in whole.namelist()}
+    entries["manifest.json"] = entries["manifest.json"].replace(b'"tuned_ms":1.0', b'"tuned_ms":2.0')
+    with zipfile.ZipFile(path, "w") as forged:
+        for name, content in entries.items():
+            forged.writestr(name, content)
+    for command in (["inspect", path], ["verify", path], ["import", path], ["diff", path, path], ["merge", out, path]):
+        result = mhc_tune(*command)
+        assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
+        assert "forged.mhcpack: its content must match its signature" in result.stderr
+
+
+def test_keys_are_shown_listed_and_forgotten(own: Path) -> None:
+    key = "ed25519:" + "0123456789abcdef" * 4
+    assert mhc_tune("keys", "--trust", f"{key} [red]Alice").exit_code == 0
+    assert not (own / "signing-key.txt").exists()  # to trust others takes no key of one's own
+    mine, theirs = mhc_tune("keys").stdout.splitlines()
+    assert mine.endswith("yours")
+    assert theirs == f"{key}  trusted: [red]Alice"
+    assert json.loads(mhc_tune("keys", "--json").stdout) == {
+        "folder": str(own),
+        "own": mine.split()[0],
+        "listed": {key: "[red]Alice"},
+    }
+    assert mhc_tune("keys", "--forget", key).exit_code == 0
+    for wrong in (["--forget", key], ["--trust", "ed25519:1"]):
+        result = mhc_tune("keys", *wrong)
+        assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)

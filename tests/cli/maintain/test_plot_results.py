@@ -1,0 +1,53 @@
+"""The table of what fusing gains, and the picture of how cost grows."""
+
+from dataclasses import asdict
+
+from typer.testing import CliRunner
+
+from cli.maintain import plot_results as figures
+from tiles.cache.cache import KernelCache, Key
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Problem
+from tiles.target import detect_device
+
+DEVICE = detect_device("cpu")
+
+
+def put(cache, op, direction, measurement):
+    problem = Problem(op, direction, 4, 1280, "float32", tokens=2048)
+    schedule = asdict(kernel_spec(op, direction).default(problem, DEVICE.target))
+    cache.put(Key.of(problem, DEVICE), schedule, b"code", "source", measurement, {})
+
+
+def test_gains_are_told_for_the_fused_kernels_alone(tmp_path):
+    cache = KernelCache(tmp_path)
+    put(cache, "merge", "forward", {"tuned_ms": 1.0})
+    put(cache, "pre", "forward", {"separate_ratio": 0.5, "separate_wins": False})
+    put(cache, "step", "backward", {"separate_ratio": 1.25, "separate_wins": True})
+    said = CliRunner().invoke(figures.app, ["gains", str(tmp_path)])
+    assert said.exit_code == 0
+    lines = said.output.strip().splitlines()
+    assert lines[2].startswith("| pre forward | 4 | 1280 | 2048 | float32 |")
+    assert lines[2].endswith("| 2.00 | fused |")
+    assert lines[3].endswith("| 0.80 | separate |")
+    assert len(lines) == 4
+
+
+def test_bytes_predict_the_gain_of_reading_x_once():
+    """Without coefficients: (n + n + 1)C against (n + 1)C for pre forward."""
+    gain = figures.predicted_gain(Problem("pre", "forward", 4, 2560, "float32", tokens=100_000))
+    assert abs(gain - 9 / 5) < 0.01
+
+
+def test_scaling_measures_and_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "TOKENS", (8, 16))
+    monkeypatch.setattr(figures, "WIDTHS", (16, 24))
+    monkeypatch.setattr(figures, "USUAL_WIDTH", 16)
+    monkeypatch.setattr(figures, "USUAL_TOKENS", 8)
+    monkeypatch.setattr(figures, "OPS", ("aggregate",))
+    monkeypatch.setenv("MHC_TUNE_CACHE", str(tmp_path / "cache"))
+    data, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
+    said = CliRunner().invoke(figures.app, ["scaling", str(data), str(picture)])
+    assert said.exit_code == 0, said.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert '"impl": "default"' in data.read_text()

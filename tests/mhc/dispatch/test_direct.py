@@ -1,0 +1,106 @@
+"""Plain tensors take the short way to the kernels, everything that looks on gets the custom ops; both are the same."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mhc
+from mhc import functional
+from mhc.dispatch import operators
+from mhc.dispatch.operators import OPERATORS, call, watched
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Problem
+
+N, WIDTH = 3, 16
+
+
+def values_of(op):
+    """The op's inputs, differentiable, and the ints that follow."""
+    problem = Problem(op, "forward", N, WIDTH)
+    values = kernel_spec(op, "forward").inputs(problem, 5, 0).values()
+    given = [value.requires_grad_() if isinstance(value, torch.Tensor) else value for value in values]
+    return given, (N, WIDTH, 20)
+
+
+def outcome(run, op):
+    """Differentiable results, and gradients of all tensors."""
+    given, ints = values_of(op)
+    found = run(*given, *ints)
+    found = found if isinstance(found, tuple) else (found,)
+    backward = kernel_spec(op, "backward").arguments(Problem(op, "backward", N, WIDTH))
+    taken_back = {argument.name for argument in backward}
+    names = [argument.name for argument in kernel_spec(op, "forward").arguments(Problem(op, "forward", N, WIDTH))]
+    results = [result for name, result in zip(names[-len(found) :], found, strict=True) if name not in taken_back]
+    torch.manual_seed(1)
+    upstream = [torch.randn_like(result) for result in results]
+    tensors = [value for value in given if isinstance(value, torch.Tensor)]
+    return [*results, *torch.autograd.grad(results, tensors, upstream)]
+
+
+@pytest.mark.parametrize("op", sorted(OPERATORS))
+def test_both_ways_give_the_same_bits(kernels, op):
+    for direct, custom in zip(outcome(lambda *values: call(op, *values), op), outcome(OPERATORS[op], op), strict=True):
+        assert torch.equal(direct, custom)
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """The ops that went through the dispatcher."""
+    seen = []
+
+    def note(op):
+        return lambda *values: seen.append(op) or OPERATORS[op](*values)
+
+    monkeypatch.setattr(operators, "OPERATORS", {op: note(op) for op in OPERATORS})
+    return seen
+
+
+def aggregate(x=None):
+    return functional.aggregate(torch.randn(4, N, WIDTH) if x is None else x, torch.rand(4, N))
+
+
+def test_plain_tensors_and_parameters_go_directly(ways):
+    aggregate()
+    aggregate(torch.nn.Parameter(torch.randn(4, N, WIDTH)))
+    with torch.no_grad():
+        aggregate()
+    assert ways == []
+
+
+def test_a_dispatch_mode_sees_the_custom_op():
+    class Seen(TorchDispatchMode):
+        names: list[str] = []  # noqa: RUF012 (one use)
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Seen() as mode:
+        aggregate()
+    assert "mhc.aggregate.default" in mode.names
+
+
+def test_subclasses_and_function_transforms_are_watched():
+    class Tagged(torch.Tensor):
+        pass
+
+    def note(x):
+        seen.append(watched([x]))
+        return x.sum()
+
+    seen: list[bool] = []
+    torch.func.grad(note)(torch.randn(2))
+    assert seen == [True]
+    assert watched([torch.randn(2).as_subclass(Tagged)])
+    assert not watched([torch.randn(2), 1.0, 3])
+
+
+@pytest.mark.parametrize("op", ["merge", "pre"])
+def test_gradients_of_gradients_are_refused_and_not_wrong(op):
+    given, ints = values_of(op)
+    with mhc.using(mhc.Kernels.reference()):
+        found = call(op, *given, *ints)
+        result = (found[0] if isinstance(found, tuple) else found).square().sum()
+        (first,) = torch.autograd.grad(result, given[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()

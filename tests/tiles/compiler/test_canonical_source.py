@@ -1,0 +1,78 @@
+"""CUDA text that does not depend on the process that generates it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tiles.compiler.canonical_source import stable_form
+
+TEXT = """__global__ void kernel(float* v_9) {
+  extern __shared__ __align__(1024) uchar buf_dyn_shmem[];
+  void* FIRST = ((void*)((char*)buf_dyn_shmem + 0));
+  void* SECOND = ((void*)((char*)buf_dyn_shmem + 512));
+  float v_3[1];
+  ((float*)B)[0] = ((float*)A)[0] + v_3[0] + v_10[0];
+}
+"""
+
+
+def text(first: str, second: str, a: str, b: str) -> str:
+    return TEXT.replace("FIRST", first).replace("SECOND", second).replace("A)", f"{a})").replace("B)", f"{b})")
+
+
+def test_buffers_are_named_in_the_order_of_their_use_and_places_are_sorted():
+    assert stable_form(text("v", "v_1", a="v", b="v_1")) == (
+        "__global__ void kernel(float* v_9) {\n"
+        "  extern __shared__ __align__(1024) uchar buf_dyn_shmem[];\n"
+        "  // shared at 0 512\n"
+        "  float v_3[1];\n"
+        "  ((float*)shared_0)[0] = ((float*)shared_1)[0] + v_3[0] + v_10[0];\n"
+        "}\n"
+    )
+
+
+def test_a_text_without_shared_memory_stays():
+    assert stable_form("int main() {}\n") == "int main() {}\n"
+
+
+def test_names_and_places_that_change_from_run_to_run_leave_the_stable_form_alone():
+    forms = {
+        stable_form(text("v", "v_1", a="v", b="v_1")),
+        stable_form(text("v", "v_1", a="v_1", b="v")),
+        stable_form(text("workspace_2", "workspace", a="workspace", b="workspace_2")),
+    }
+    assert len(forms) == 1
+    assert forms != {stable_form(text("v", "v_1", a="v", b="v_1").replace("+ 512", "+ 1024"))}
+    assert forms != {stable_form(text("v", "v_1", a="v", b="v_1").replace("v_3[0] +", "v_3[0] -"))}
+
+
+GENERATE = """
+import hashlib, sys
+from tiles.compiler.compile import generate_source
+from tiles.kernels.spec import Problem
+from tiles.kernels.registry import kernel_spec
+from tiles.compiler.canonical_source import stable_form
+from tiles.target import Target
+hopper = Target("cuda", "sm_90a")
+for op in ("merge", "coefficients"):
+    spec = kernel_spec(op, "backward")
+    problem = spec.canonical(Problem(op, "backward", 4, 256, "bfloat16"))
+    junk = [object() for _ in range(int(sys.argv[1]))]
+    source = generate_source(spec, problem, spec.default(problem, hopper), hopper)
+    print(hashlib.sha256(stable_form(source).encode()).hexdigest())
+"""
+
+
+def test_two_processes_generate_the_same():
+    pytest.importorskip("tilelang")
+    runs = [
+        subprocess.Popen([sys.executable, "-c", GENERATE, str(junk)], stdout=subprocess.PIPE, text=True)
+        for junk in (0, 12345)
+    ]
+    digests = [run.communicate()[0].split() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert len(digests[0]) == len(set(digests[0])) == 2
+    assert digests[0] == digests[1]

@@ -1,0 +1,291 @@
+"""Generated CUDA kernels, run thread by thread against the float64 reference: barriers, asynchronous copies, operand
+layouts of matrix instructions, sums across threads, and the launcher with its chunks, splits and workspace.
+
+Every kernel is run with its default schedule; of the other stream counts, dtypes, architectures and schedules every day
+runs another sample. MHC_TUNE_SAMPLE, any whole number, names one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import random
+import re
+import shutil
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from count_traffic import row
+from emulated import Emulated, Text, generate
+from emulation import Way
+
+from tiles.compiler.compile import CompileError
+from tiles.kernels.fused.chain_schedule import ChainSchedule
+from tiles.kernels.project.matmul_schedule import TiledSchedule
+from tiles.kernels.registry import kernel_specs
+from tiles.kernels.spec import Problem
+from tiles.target import Target
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH: the emulator cannot be compiled")
+
+TOKENS = (0, 1, 37)
+SAMPLE_SIZE = 6
+SAMPLE = int(os.environ.get("MHC_TUNE_SAMPLE") or datetime.datetime.now(datetime.timezone.utc).toordinal())
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel to run. Without a schedule it is the default; `split_tokens` and `chunk_tokens` make few tokens many
+    splits and chunks, where they are given."""
+
+    problem: Problem
+    arch: str
+    schedule: Any = None
+    split_tokens: int = 0
+    chunk_tokens: int = 0
+
+    def __str__(self) -> str:
+        p = self.problem
+        return f"{p.op}.{p.direction}-n{p.streams}-C{p.width}-{p.dtype}-{self.arch}"
+
+
+def case(op: str, direction: str, n: int, width: int, dtype: str, arch: str, *more: Any) -> Case:
+    return Case(
+        kernel_specs()[op, direction].canonical(Problem(op, direction, n, width, dtype, tokens=64)), arch, *more
+    )
+
+
+# The kernels without matrices have the same text for all architectures.
+DEFAULTS = [
+    case("aggregate", "forward", 4, 128, "bfloat16", "sm_80"),
+    case("aggregate", "backward", 8, 256, "float16", "sm_80", None, 16),
+    case("merge", "forward", 2, 136, "float32", "sm_100a"),
+    case("merge", "backward", 4, 64, "bfloat16", "sm_90a", None, 16),
+    case("coefficients", "forward", 4, 64, "float32", "sm_90a"),
+    case("coefficients", "backward", 2, 64, "bfloat16", "sm_80", None, 32),
+    case("sinkhorn", "forward", 3, 8, "float32", "sm_80"),
+    case("sinkhorn", "backward", 2, 8, "float32", "sm_90a"),
+    case("project", "forward", 4, 128, "bfloat16", "sm_80"),
+    case("project", "forward", 2, 72, "float16", "sm_90a"),
+    case("project", "backward", 2, 72, "float32", "sm_80", None, 16),
+    case("project", "backward", 4, 128, "bfloat16", "sm_90a", None, 16),
+    case("pre", "forward", 2, 64, "float16", "sm_90a"),
+    case("pre", "backward", 2, 64, "bfloat16", "sm_90a", None, 16),
+    case("step", "forward", 2, 128, "bfloat16", "sm_80"),
+    case("step", "forward", 4, 64, "bfloat16", "sm_90a"),
+    case("step", "backward", 1, 72, "bfloat16", "sm_90a"),
+    case("step", "backward", 2, 128, "bfloat16", "sm_80", None, 32),
+    case("step", "backward", 11, 16, "bfloat16", "sm_80"),
+]
+
+TILED = (
+    [
+        case("project", "forward", 1, 64, "bfloat16", arch, schedule)
+        for arch, schedule in (
+            ("sm_80", TiledSchedule(16, 32, 2, 2, 1, 64)),
+            ("sm_90a", TiledSchedule(64, 16, 4, 1, 1, 128)),
+            ("sm_90a", TiledSchedule(128, 32, 3, 2, 1, 256, overlap=1)),
+        )
+    ]
+    + [
+        case("project", "forward", n, 72, dtype, arch, TiledSchedule(*tiles, halved=1))
+        for n, dtype, arch, tiles in (
+            (2, "bfloat16", "sm_90a", (64, 64, 3, 1, 1, 128, 1)),
+            (3, "float16", "sm_80", (16, 32, 2, 2, 1, 64, 0)),
+        )
+    ]
+    + [
+        case("project", "backward", 3, 40, "bfloat16", arch, schedule, 16)
+        for arch, schedule in (
+            ("sm_80", TiledSchedule(16, 32, 2, 2, 2, 64)),
+            ("sm_90a", TiledSchedule(64, 64, 2, 4, 1, 128, overlap=1)),
+        )
+    ]
+)
+
+CHAINED = [
+    case("pre", "forward", 2, 40, "bfloat16", "sm_90a", ChainSchedule(16, 32, 2, 2, 1, 64, 16, 8, 32, 7, 0, 1), 0, 32),
+    case("step", "backward", 2, 40, "float32", "sm_90a", ChainSchedule(16, 32, 1, 4, 1, 32, 8, 8, 32, 7, 0, 1), 8, 16),
+    case("step", "forward", 3, 40, "bfloat16", "sm_90a", ChainSchedule(16, 32, 2, 2, 1, 64, 16, 8, 32, 7, 0, 1), 0, 32),
+    case("pre", "forward", 4, 40, "bfloat16", "sm_90a", ChainSchedule(64, 32, 2, 2, 1, 128, 16, 8, 32, 0, 0, 1, 0, 1)),
+    case("pre", "backward", 2, 128, "bfloat16", "sm_90a", ChainSchedule(64, 64, 2, 2, 1, 128, 8, 8, 32, 0, 0), 32),
+    case("pre", "backward", 3, 40, "float16", "sm_80", ChainSchedule(16, 32, 3, 2, 1, 32, 8, 8, 32, 0, 0), 8, 32),
+]
+
+MERGED = [
+    case("step", direction, n, width, dtype, arch, ChainSchedule(*tiles, 8, 8, 32, 7, 0, *modes), *cuts)
+    for direction, n, width, dtype, arch, tiles, modes, cuts in (
+        ("forward", 2, 40, "float16", "sm_90a", (64, 32, 3, 2, 1, 128), (1, 1, 0), (0, 32)),
+        ("forward", 4, 72, "bfloat16", "sm_90a", (64, 64, 2, 2, 1, 128), (1, 1, 1), (0, 32)),
+        ("backward", 2, 40, "float32", "sm_80", (16, 32, 2, 4, 1, 32), (0, 1, 0), (8, 16)),
+        ("backward", 4, 64, "bfloat16", "sm_90a", (64, 64, 3, 4, 1, 128), (1, 1, 0), (32,)),
+    )
+]
+
+FIXED = [*DEFAULTS, *TILED, *CHAINED, *MERGED]
+
+
+def sample(number: int) -> list[Case]:
+    """Cases by chance: schedules out of the space, stream counts, widths, dtypes and architectures."""
+    chance = random.Random(number)
+    return [drawn(chance) for _ in range(SAMPLE_SIZE)]
+
+
+def drawn(chance: random.Random) -> Case:
+    (op, direction), arch = chance.choice(list(kernel_specs())), chance.choice(("sm_80", "sm_90a", "sm_100a"))
+    n, width = chance.choice((1, 2, 3, 4, 8, 11, 16)), chance.choice((8, 64, 72, 128, 136, 256))
+    made = case(op, direction, n, width, chance.choice(("float32", "float16", "bfloat16")), arch)
+    spec, target = kernel_specs()[op, direction], Target("cuda", arch)
+    space = spec.space(made.problem, target)
+    for _ in range(3000):
+        schedule = spec.schedule_from({name: chance.choice(values) for name, values in space.items()})
+        if spec.why_invalid(made.problem, schedule, target) is None:
+            break
+    else:
+        schedule = None
+    cuts = (0, 0) if op in ("coefficients", "sinkhorn") else (chance.choice((8, 16, 32)), chance.choice((0, 16, 32)))
+    return replace(made, schedule=schedule, split_tokens=cuts[0], chunk_tokens=cuts[1])
+
+
+def text_of(case: Case) -> Text | str:
+    """A case's text, or why there is none."""
+    target = Target("cuda", case.arch)
+    plan = {name: getattr(case, name) for name in ("split_tokens", "chunk_tokens") if getattr(case, name)}
+    if case.split_tokens:
+        plan["most_splits"] = 4
+    spec = kernel_specs()[case.problem.op, case.problem.direction]
+    try:
+        return generate(case.problem, case.schedule or spec.default(case.problem, target), target, **plan)
+    except CompileError as error:
+        return str(error)
+
+
+def built(folder: Path, emulator: Path, cases: list[Case]) -> tuple[dict[Case, Text | str], dict[Case, Emulated]]:
+    """All texts, and the kernels of those there are."""
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        texts = dict(zip(cases, pool.map(text_of, cases), strict=True))
+    found = {case: text for case, text in texts.items() if isinstance(text, Text)}
+    with ThreadPoolExecutor(2) as pool:
+        kernels = pool.map(lambda text: Emulated(folder, emulator, text), found.values())
+        return texts, dict(zip(found, kernels, strict=True))
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory, emulator):
+    return built(tmp_path_factory.mktemp("fixed"), emulator, FIXED)
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory, emulator):
+    return built(tmp_path_factory.mktemp("sampled"), emulator, sample(SAMPLE))
+
+
+@pytest.mark.parametrize("case", FIXED, ids=str)
+def test_a_kernel_computes_the_reference_without_a_finding(fixed, case):
+    texts, kernels = fixed
+    assert case in kernels, texts[case]
+    for tokens in TOKENS:
+        kernels[case].check(tokens, seed=tokens)
+
+
+@pytest.mark.parametrize("case", sample(SAMPLE), ids=lambda case: f"sample{SAMPLE}-{case}")
+def test_the_days_sample_computes_the_reference_without_a_finding(sampled, case):
+    texts, kernels = sampled
+    assert case in kernels, texts[case]
+    for tokens in (0, 1, 37, 70):
+        kernels[case].check(tokens, seed=tokens)
+
+
+def test_the_order_of_threads_and_blocks_does_not_matter(fixed):
+    """Results repeat bit for bit."""
+    for case in (DEFAULTS[11], DEFAULTS[13]):
+        kernel = fixed[1][case]
+        inputs = kernel.spec.inputs(kernel.problem, 37, 0)
+        first, *others = (kernel.run(inputs, 37, Way(seed, late=seed % 2 == 0)) for seed in (11, 12, 13, 14))
+        for other in others:
+            assert all(other[name].equal(value) for name, value in first.items())
+
+
+PASSES = {
+    ("aggregate", "forward"): {"x": "R", "u": "W"},
+    ("aggregate", "backward"): {"x": "R", "du": "R", "dx": "W"},
+    ("merge", "forward"): {"x": "R", "f": "R", "out": "W"},
+    ("merge", "backward"): {"x": "R", "f": "R", "g": "R", "dx": "W", "df": "W"},
+    ("project", "forward"): {"x": "R"},
+    ("project", "backward"): {"x": "R", "dx": "W"},
+    ("pre", "forward"): {"x": "RR", "u": "W"},
+    ("pre", "backward"): {"x": "RR", "dx": "RW"},
+    ("step", "forward"): {"x": "R", "f": "R", "x_next": "WR", "u": "W"},
+    ("step", "backward"): {"x": "RR", "f": "RR", "du": "RR", "dx_next": "R", "dx": "W", "df": "W"},
+}
+"""How often an op goes over its streams, and u, f: what it cannot do without, and the second look of fused ones."""
+
+
+@pytest.mark.parametrize("case", [case for case in DEFAULTS if case.problem.width >= 64], ids=str)
+def test_streams_are_moved_in_whole_sectors_and_as_often_as_designed(fixed, case):
+    kernel, tokens = fixed[1][case], 128
+    movements = kernel.movements(tokens)
+    # A tile that reaches past its stream carries columns of the next one; narrow rows fill their sectors in part.
+    width = case.problem.width
+    most = 1 if width % 128 == 0 or (width == 64 and case.problem.op != "pre") else 2
+    for name, passes in PASSES.get((case.problem.op, case.problem.direction), {}).items():
+        argument = next(argument for argument in kernel.spec.arguments(kernel.problem) if argument.name == name)
+        for writes, kind in ((False, "R"), (True, "W")):
+            taken = 32 * sum(move.taken for move in movements if (move.tensor, move.writes) == (name, writes))
+            needed = passes.count(kind) * argument.nbytes(tokens)
+            assert needed <= taken <= most * needed, (name, kind)
+
+
+@pytest.mark.parametrize("case", [case for case in FIXED if case.problem.streams % 2 == 0], ids=str)
+def test_threads_do_not_meet_in_the_banks_of_shared_memory(fixed, case):
+    """Where sums of few outputs are written out they may, once; what a step over the streams takes does not.
+    Merging inside of tiles, threads read a token's weights as vectors: eight are served at a time, though more want
+    the same."""
+    shared = [move for move in fixed[1][case].movements(64) if move.tensor == "shared"]
+    most = 1.5 if case.problem.op == "step" else 1.2
+    assert sum(move.taken for move in shared) <= most * sum(move.least for move in shared)
+
+
+def test_the_count_of_what_a_default_moves(emulator, tmp_path):
+    problem = Problem("aggregate", "backward", 2, 64, "bfloat16", tokens=4096)
+    # x and dx are 256 bytes each, du 128; the gates of a token are a part of a sector.
+    op, direction, n, least, moved, _, *ratios = row(tmp_path, emulator, problem, Target("cuda", "sm_90a"), tokens=16)
+    assert (op, direction, n, least, moved) == ("aggregate", "backward", "2", "0.7", "0.7")
+    assert ratios == ["1.00", "1.00"]
+
+
+FORWARD, BACKWARD = DEFAULTS[8], DEFAULTS[11]
+WAIT = r"cudaGridDependencySynchronize\(\);"
+
+
+@pytest.mark.parametrize(
+    ("case", "old", "new", "at", "found"),
+    [
+        (FORWARD, r"__syncthreads\(\);(?=\s+for \(int ki)", "", 0, "race .* without a barrier"),
+        (FORWARD, r"__syncthreads\(\);", "", -1, "race .* without a barrier"),
+        (FORWARD, r"tl::cp_async_wait<\d>\(\);", "", 0, "race .* no wait"),
+        (FORWARD, r"cp_async_wait<0>", "cp_async_wait<2>", 0, "race .* no wait"),
+        (FORWARD, r"ptx_ldmatrix_x4\(", "ptx_ldmatrix_x4_trans(", 0, "z: "),
+        (BACKWARD, r"(?<=cp_async_wait<0>\(\);)\s+__syncthreads\(\);", "", 0, "race .* no wait"),
+        (BACKWARD, r"tl::fence_proxy_async\(\);", "", 2, r"race .* without fence\.proxy\.async"),
+        (BACKWARD, r"tl::warpgroup_wait<0>\(\);", "", 2, "race .* wgmma|dx: "),
+        (BACKWARD, r"<1, 640, 64>", "<1, 640, 32>", 1, "dx: "),
+        (BACKWARD, r"\(dphi \+ ", "(dphi + 24576 + ", 0, "invalid access .* past the end of of_dphi"),
+        *((CHAINED[1], WAIT, "", at, "before it waits for a kernel|has not waited") for at in range(4)),
+        (BACKWARD, r"x\[\(", "x[-8 + (", 0, "invalid access .* before x"),
+    ],
+)
+def test_a_text_that_is_broken_on_purpose_is_found(fixed, emulator, tmp_path, case, old, new, at, found):
+    text = fixed[0][case]
+    place = list(re.finditer(old, text.source))[at]
+    changed = text.source[: place.start()] + new + text.source[place.end() :]
+    with pytest.raises(AssertionError, match=found):
+        Emulated(tmp_path, emulator, replace(text, source=changed)).check(37, 0)
+
+
+def test_a_day_draws_another_sample():
+    assert len({str(case) + str(case.schedule) for day in range(10) for case in sample(day)}) > 50

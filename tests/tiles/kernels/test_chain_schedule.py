@@ -1,0 +1,127 @@
+"""The schedules of pre and step on CUDA: what few tokens and many streams change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from tiles.kernels.fused import chain_schedule
+from tiles.kernels.fused.chain_schedule import lanes, split_sums
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Problem
+from tiles.target import Target
+
+HOPPER = Target("cuda", "sm_90a")
+
+
+def problem(direction: str, tokens: int, streams: int = 4, width: int = 2560) -> Problem:
+    return Problem("pre", direction, streams, width, "bfloat16", tokens)
+
+
+def test_few_tokens_have_no_chunks_and_no_fixed_grid_to_choose():
+    for direction in ("forward", "backward"):
+        space = chain_schedule.space(problem(direction, 64), HOPPER)
+        assert space["row_blocks"] == space["chunk_tokens"] == (0,)
+        many = chain_schedule.space(problem(direction, 4096), HOPPER)
+        assert many["row_blocks"] == (0, 528)
+        assert many["chunk_tokens"] == (0, 1024)
+        assert chain_schedule.space(problem(direction, 16384, streams=8), HOPPER)["chunk_tokens"] == (0, 512)
+
+
+def test_one_token_gets_more_threads_for_its_row_than_one_of_many():
+    one, many = (chain_schedule.default(problem("forward", tokens), HOPPER) for tokens in (1, 4096))
+    assert (one.row_threads, one.lane_tokens) == (160, 1)
+    assert (many.row_threads, many.lane_tokens) == (64, 8)
+
+
+@pytest.mark.parametrize("streams", range(1, 17))
+def test_the_threads_of_a_block_add_up_every_sum_of_its_tokens(streams):
+    for tokens in (1, 3, 8):
+        at_hand = problem("forward", tokens, streams)
+        schedule = replace(chain_schedule.default(at_hand, HOPPER), lane_tokens=tokens)
+        turns, elements = split_sums(at_hand, schedule)
+        assert elements <= chain_schedule.SUM_ELEMENTS
+        wanted = tokens * (at_hand.outputs + 1)
+        assert wanted <= turns * elements * lanes(at_hand) < wanted + (turns + 1) * lanes(at_hand)
+
+
+def test_a_backwards_default_splits_fill_the_turns_of_a_hopper_gpu():
+    """80 tiles of columns: three splits are 240 thread blocks, of 264 that run at a time; four would take two turns."""
+    schedule = chain_schedule.default(problem("backward", 4096), HOPPER)
+    assert (schedule.block_width, schedule.resident, schedule.splits) == (128, 2, 3)
+    assert chain_schedule.default(problem("backward", 64), HOPPER).splits == 1
+
+
+@pytest.mark.parametrize("streams", (1, 2, 4, 8, 12, 16))
+@pytest.mark.parametrize("arch", ("sm_80", "sm_86", "sm_90a", "sm_100a"))
+def test_defaults_are_valid_and_in_their_own_space(arch, streams):
+    target = Target("cuda", arch)
+    for direction, op, tokens, width in product(
+        ("forward", "backward"), ("pre", "step"), (1, 64, 4096), (8, 1280, 7168)
+    ):
+        at_hand = replace(problem(direction, tokens, streams, width), op=op)
+        schedule = chain_schedule.default(at_hand, target)
+        assert chain_schedule.why_invalid(at_hand, schedule, target) is None
+        space = chain_schedule.space(at_hand, target)
+        assert all(getattr(schedule, name) in values for name, values in space.items())
+
+
+@pytest.mark.parametrize("op", ("project", "pre", "step"))
+def test_kernels_may_overlap_on_hopper_and_newer(op):
+    spec, at_hand = kernel_spec(op, "backward"), replace(problem("backward", 4096), op=op)
+    for arch in ("sm_80", "sm_89", "sm_90", "sm_90a", "sm_100a", "sm_121a"):
+        target = Target("cuda", arch)
+        overlapping = replace(spec.default(at_hand, target), overlap=1)
+        assert spec.space(at_hand, target)["overlap"] == ((0,) if arch in ("sm_80", "sm_89") else (0, 1))
+        assert (spec.why_invalid(at_hand, overlapping, target) is None) == (arch not in ("sm_80", "sm_89"))
+    why = spec.why_invalid(at_hand, replace(overlapping, overlap=2), HOPPER)
+    assert why == "overlap must be 0, or 1 on sm_90 and newer, got 2 on cuda:sm_90a: choose 0"
+
+
+def test_a_step_merges_inside_of_tiles_where_that_saves_more_than_it_costs():
+    for direction in ("forward", "backward"):
+        for streams in (1, 2, 3, 4, 8, 12, 16):
+            step = replace(problem(direction, 4096, streams), op="step")
+            assert chain_schedule.default(step, HOPPER).merged == int(streams <= 4)
+            assert chain_schedule.space(step, HOPPER)["merged"] == ((0, 1) if streams <= 8 else (0,))
+            assert chain_schedule.space(replace(step, op="pre"), HOPPER)["merged"] == (0,)
+
+
+@pytest.mark.parametrize(
+    ("op", "streams", "change", "why"),
+    [
+        ("pre", 4, {}, "merged must be 0 for pre, which does not merge, got 1: choose 0"),
+        ("step", 9, {}, "merged must be 0 where n · (n + 1) weights are more than 72, got 1 for n = 9: choose 0"),
+        ("step", 3, {"block_width": 64}, "block_width must be a multiple of 24 where merged is 1, got 64: choose 48"),
+        ("step", 4, {"stages": 4}, "stages must be in 1..3 for bfloat16, got 4: choose 1"),
+        ("step", 4, {"merged": 2}, "merged must be 0 or 1, got 2: choose 0"),
+        (
+            "step",
+            4,
+            {"halved": 1},
+            "halved must be 0 in the backward, where a thread block stages phi once, got 1: choose 0",
+        ),
+    ],
+)
+def test_rules_of_a_step_that_merges_inside_of_tiles(op, streams, change, why):
+    at_hand = replace(problem("backward", 4096, streams), op=op)
+    schedule = replace(chain_schedule.default(at_hand, HOPPER), **({"merged": 1} | change))
+    assert kernel_spec(op, "backward").why_invalid(at_hand, schedule, HOPPER) == why
+
+
+def test_phi_is_cut_once_where_there_is_much_of_it():
+    for op in ("project", "pre", "step"):
+        for streams, tokens, halved in ((4, 4096, 0), (8, 4096, 1), (8, 64, 0), (16, 4096, 1)):
+            at_hand = replace(problem("forward", tokens, streams), op=op)
+            assert kernel_spec(op, "forward").default(at_hand, HOPPER).halved == halved
+
+
+def test_one_kernel_has_nothing_to_overlap_with():
+    spec, at_hand = kernel_spec("project", "forward"), replace(problem("forward", 4096), op="project")
+    one = replace(spec.default(at_hand, HOPPER), splits=1, overlap=1)
+    assert spec.why_invalid(at_hand, one, HOPPER).startswith(
+        "overlap must be 0 where one split makes one kernel, got 1"
+    )
+    assert spec.why_invalid(at_hand, replace(one, splits=2), HOPPER) is None

@@ -1,0 +1,1 @@
+"""The kernel cache: records and binaries in a folder, found by key."""

@@ -1,0 +1,1 @@
+"""Kernel families, one folder each, and what their specifications are made of."""

@@ -1,0 +1,112 @@
+"""The tile schedule of the kernels aggregate and merge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tiles.kernels.limits import REGISTERS, divisors, why_bad_threads, why_not_divisor, why_too_much_scratch
+from tiles.kernels.spec import DTYPE_BYTES, Problem
+from tiles.target import Target
+
+STAGED_BYTES = 32 * 1024
+"""What merge's backward keeps of a token's gradients at a time: most of an L1 cache."""
+
+THREADS = (32, 64, 96, 128, 160, 192, 256, 320)
+"""CUDA threads a block to choose from: those that are no power of two suit widths such as 2560 = 320 × 8."""
+
+FEW_TOKENS, BACKWARD_THREADS = 64, (256, 128)
+"""Most threads of a backward's default, which may take 255 registers each: at up to so few tokens, and at more."""
+
+VECTOR_BYTES = 16
+"""The longest vector that a CUDA thread loads or stores."""
+
+MOST_WEIGHTS = 72
+"""Weights of one token (n² of res and n of post) that a CUDA thread can hold beside its columns."""
+
+GROUP = 4
+"""Input streams that merge's backward works on at a time where there are more weights."""
+
+
+@dataclass(frozen=True)
+class ApplySchedule:
+    """How one token's row is walked.
+
+    block_width: columns in one lane loop, a divisor of the width; all streams of a block are handled together.
+    threads: CUDA threads a block; 0 on a CPU.
+    """
+
+    block_width: int
+    threads: int
+
+
+def default(problem: Problem, target: Target) -> ApplySchedule:
+    """On a CPU the whole row, or what of it stays near where it is staged; on CUDA as many threads as the row keeps
+    busy with the longest vectors that the registers take. A backward needs most of them: there, few threads make room
+    for other blocks, whose loads are under way while one adds up."""
+    if target.kind == "cpu":
+        staged = problem.op == "merge" and problem.direction == "backward"
+        most = max(8, STAGED_BYTES // (4 * problem.streams)) if staged else problem.width
+        return ApplySchedule(problem.width if problem.width <= most else divisors(problem.width, 8, most)[-1], 0)
+    most = BACKWARD_THREADS[problem.tokens > FEW_TOKENS] if problem.direction == "backward" else THREADS[-1]
+    for lanes in (lanes for lanes in (8, 4, 2, 1) if lanes * DTYPE_BYTES[problem.dtype] <= VECTOR_BYTES):
+        for threads in (count for count in reversed(THREADS) if count <= most and problem.width % (lanes * count) == 0):
+            schedule = ApplySchedule(lanes * threads, threads)
+            if _why_not_cuda(problem, schedule) is None:
+                return schedule
+    return ApplySchedule(divisors(problem.width, 8, 128)[0], 32)
+
+
+def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
+    """Column blocks that divide the width, and thread counts on CUDA."""
+    blocks = {*divisors(problem.width, 32, 2048), default(problem, target).block_width}
+    if target.kind == "cpu":
+        return {"block_width": tuple(sorted({*blocks, problem.width})), "threads": (0,)}
+    vectors = {lanes * threads for lanes in (4, 8) for threads in THREADS if problem.width % (lanes * threads) == 0}
+    return {"block_width": tuple(sorted(blocks | vectors)), "threads": THREADS}
+
+
+def why_invalid(problem: Problem, schedule: ApplySchedule, target: Target) -> str | None:
+    """None, or the rule that the schedule breaks."""
+    why = why_bad_threads(schedule.threads, target) or why_not_divisor(
+        "block_width", schedule.block_width, problem.width
+    )
+    why = why or why_too_much_scratch(scratch(problem, schedule, target), target)
+    if why or target.kind == "cpu" or schedule == default(problem, target):
+        return why
+    return _why_not_cuda(problem, schedule)
+
+
+def _why_not_cuda(problem: Problem, schedule: ApplySchedule) -> str | None:
+    """What a thread block asks of a schedule: even shares, values in registers."""
+    if schedule.block_width % schedule.threads:
+        return f"threads must divide block_width {schedule.block_width}, got {schedule.threads}: choose 32"
+    held = _registers(problem, schedule)
+    if held > REGISTERS:
+        return f"a thread's values must fit {REGISTERS} registers, got {held}: choose a smaller block_width"
+    return None
+
+
+def scratch(problem: Problem, schedule: ApplySchedule, target: Target) -> int:
+    """Bytes of scratch."""
+    staged = target.kind == "cpu" and problem.op == "merge" and problem.direction == "backward"
+    return 4 * problem.streams * schedule.block_width if staged else 0
+
+
+def in_groups(problem: Problem, schedule: ApplySchedule) -> bool:
+    """Whether merge takes its streams in groups (`grouped.Grouped`): a CUDA thread could not hold all n² weights."""
+    return schedule.threads > 0 and problem.streams * (problem.streams + 1) > MOST_WEIGHTS
+
+
+def _registers(problem: Problem, schedule: ApplySchedule) -> int:
+    """Registers that a CUDA thread fills: sums over columns in the backwards, one each, and its columns of the rows of
+    streams and sublayers, as they are stored."""
+    n, backward = problem.streams, problem.direction == "backward"
+    if problem.op == "aggregate":
+        rows, sums = (2 * n + 1, n) if backward else (n + 1, 0)
+    elif in_groups(problem, schedule):
+        rows, sums = (n + 2 * GROUP, n * GROUP) if backward else (n + 2, 0)
+    else:
+        rows, sums = (3 * n + 2, n * n + n) if backward else (2 * n + 1, 0)
+    lanes = schedule.block_width // schedule.threads
+    return sums + -(-rows * lanes * DTYPE_BYTES[problem.dtype] // 4)

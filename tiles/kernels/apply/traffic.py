@@ -1,0 +1,25 @@
+"""The least that aggregate and merge move and compute (DESIGN, the table of bytes)."""
+
+from __future__ import annotations
+
+from tiles.kernels.spec import DTYPE_BYTES, Problem, Traffic
+
+
+def aggregate(problem: Problem, tokens: int) -> Traffic:
+    """forward: reads (n)C, writes C; backward: reads (n+1)C, writes nC, in the streams' dtype; pre is float32."""
+    n, width, size = problem.streams, problem.width, DTYPE_BYTES[problem.dtype]
+    if problem.direction == "forward":
+        return Traffic(tokens * (n * width * size + 4 * n), tokens * width * size, 2 * tokens * n * width)
+    read = tokens * ((n + 1) * width * size + 4 * n)
+    return Traffic(read, tokens * (n * width * size + 4 * n), 3 * tokens * n * width)
+
+
+def merge(problem: Problem, tokens: int) -> Traffic:
+    """forward: reads (n+1)C, writes nC; backward: reads (2n+1)C, writes (n+1)C; res and post are float32."""
+    n, width, size = problem.streams, problem.width, DTYPE_BYTES[problem.dtype]
+    weights = 4 * (n * n + n)
+    if problem.direction == "forward":
+        read, written = (n + 1) * width * size + weights, n * width * size
+        return Traffic(tokens * read, tokens * written, 2 * tokens * n * (n + 1) * width)
+    read, written = (2 * n + 1) * width * size + weights, (n + 1) * width * size + weights
+    return Traffic(tokens * read, tokens * written, 4 * tokens * n * (n + 1) * width)

@@ -1,0 +1,117 @@
+"""What step's tiles are held to where it merges inside of them: a tile has the same columns of all streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from tiles.kernels.apply.schedule import MOST_WEIGHTS, VECTOR_BYTES
+from tiles.kernels.project import matmul_schedule
+from tiles.kernels.project.matmul_schedule import (
+    ASYNC_BYTES,
+    TiledSchedule,
+    aligned,
+    padded_outputs,
+    padded_products,
+    settled_row,
+)
+from tiles.kernels.spec import DTYPE_BYTES, Problem
+from tiles.lang.storage import ROW_PADDING
+from tiles.target import Target
+
+STAGES = {"forward": 4, "backward": 3}
+"""Most tiles on their way at a time."""
+
+MANY_STREAMS = 4
+"""Streams whose values and weights take most registers of a thread."""
+
+USUAL_WIDTH = 128
+"""Columns of a usual tile, at least 16 of each stream: whole sectors of memory."""
+
+
+def columns_of(problem: Problem, tiles: TiledSchedule) -> int:
+    """Columns of each stream in a tile."""
+    return tiles.block_width // problem.streams
+
+
+def groups(problem: Problem, tiles: TiledSchedule) -> int:
+    """Tiles of columns that cover the width."""
+    return -(-problem.width // columns_of(problem, tiles))
+
+
+def vector(problem: Problem, tiles: TiledSchedule) -> int:
+    """Columns of a token that a thread has to itself: what moves as one, fewer where threads would be idle. Of few
+    streams it is half of that, which leaves registers for two thread blocks; of many, weights are read less often."""
+    most = VECTOR_BYTES // DTYPE_BYTES[problem.dtype] if problem.streams >= MANY_STREAMS else 4
+    return matmul_schedule.power_of_two(min(most, tiles.block_tokens * columns_of(problem, tiles) // tiles.threads))
+
+
+def weights_row(problem: Problem) -> int:
+    """Floats from one token's weights to the next one's: post, res and, in the backward, pre."""
+    n = problem.streams
+    count = n * n + n + (n if problem.direction == "backward" else 0)
+    return -(-count // 4) * 4
+
+
+def usual(problem: Problem, target: Target) -> TiledSchedule | None:
+    """The first of some usual shapes that fits, large tiles first; None where there is none."""
+    fitting = (tiles for tiles in _usual(problem) if why_invalid(problem, tiles, target) is None)
+    return next(fitting, None)
+
+
+def _usual(problem: Problem) -> Iterator[TiledSchedule]:
+    """Two thread blocks a multiprocessor, where the forward's values of few streams leave registers for two; else one,
+    with more tiles on their way."""
+    forward, tokens, n = problem.direction == "forward", max(1, problem.tokens), problem.streams
+    rows = [block for block in ((64, 32, 16) if forward else (32, 16)) if block < 2 * tokens or block == 16]
+    widths = [n * columns for columns in (128, 64, 32, 16) if n * columns <= USUAL_WIDTH]
+    ways = [(2, 2)] if n < MANY_STREAMS or not forward else []
+    halved = matmul_schedule.halved(problem) if forward else 0
+    for width, block, (stages, resident) in product(widths, rows, [*ways, (3, 1), (2, 1), (1, 1)]):
+        for threads in (256, 128, 64, 32):
+            tiles = TiledSchedule(block, width, stages, 1, resident, threads, halved=halved)
+            yield replace(tiles, splits=_splits(problem, tiles))
+
+
+def _splits(problem: Problem, tiles: TiledSchedule) -> int:
+    blocks = -(-max(1, problem.tokens) // tiles.block_tokens)
+    if problem.direction == "forward":
+        return matmul_schedule.forward_splits(blocks, groups(problem, tiles))
+    return matmul_schedule.backward_splits(problem, groups(problem, tiles), tiles.resident, blocks)
+
+
+def why_invalid(problem: Problem, tiles: TiledSchedule, target: Target) -> str | None:
+    """None, or the rule that the tiles break."""
+    n, columns = problem.streams, columns_of(problem, tiles)
+    if problem.op != "step":
+        return f"merged must be 0 for {problem.op}, which does not merge, got 1: choose 0"
+    if n * (n + 1) > MOST_WEIGHTS:
+        return f"merged must be 0 where n · (n + 1) weights are more than {MOST_WEIGHTS}, got 1 for n = {n}: choose 0"
+    if tiles.block_width % n or columns % 8:
+        return f"block_width must be a multiple of {8 * n} where merged is 1, got {tiles.block_width}: choose {16 * n}"
+    elements = tiles.block_tokens * columns
+    if elements % (tiles.threads * max(1, vector(problem, tiles))) or elements * DTYPE_BYTES[problem.dtype] < (
+        ASYNC_BYTES * tiles.threads
+    ):
+        return f"threads must share {elements} elements of a stream in vectors, got {tiles.threads}: choose fewer"
+    most, needed = STAGES[problem.direction], scratch(problem, tiles)
+    return matmul_schedule.why_bad_tiles(problem, tiles, target, groups(problem, tiles), most, needed)
+
+
+def scratch(problem: Problem, tiles: TiledSchedule) -> int:
+    """Bytes of shared memory: the tiles of the loop, or the settled sums after it where they need more."""
+    n, size, rows, across = problem.streams, DTYPE_BYTES[problem.dtype], tiles.block_tokens, tiles.block_width
+    sums, inner, columns = padded_outputs(problem, tiles), padded_products(problem), columns_of(problem, tiles)
+    parts = [] if problem.dtype == "bfloat16" else [2 * rows * across] * 2
+    once = [*parts, rows * across * size, 4 * rows * weights_row(problem)]
+    staged = [rows * columns * size] * (n + 1)
+    if problem.direction == "forward":
+        phi = [2 * sums * across] if tiles.halved else [4 * problem.outputs * columns] * n
+        once, staged = [*once, *([] if tiles.halved else [2 * sums * across])], staged + phi
+        settled = 4 * rows * settled_row(sums)
+    else:
+        once += [2 * rows * inner, 2 * rows * sums, 2 * inner * across]
+        once += [4 * max(rows, sums) * (across + ROW_PADDING), 4 * rows * (n * n + n)]
+        staged, settled = staged * 2, 0
+    return max(aligned([*once, *(tiles.stages * each for each in staged)]), settled)

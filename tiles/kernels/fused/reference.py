@@ -1,0 +1,104 @@
+"""pre and step in plain torch: the references of the ops that they join, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tiles.kernels.apply import reference as apply
+from tiles.kernels.coefficients import reference as coefficients
+from tiles.kernels.fused import signature
+from tiles.kernels.project import reference as project
+from tiles.kernels.reference_inputs import draw, fresh
+from tiles.kernels.spec import Argument, Problem
+
+Values = Mapping[str, Any]
+
+
+def pre_forward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
+    """x [T, n, C], phi [N, nC], alpha [3], bias [N] -> u [T, C], post [T, n], res [T, n, n], z [T, N], s [T]."""
+    projected = project.forward(problem, values)
+    gates = coefficients.forward(problem, {**values, **projected})
+    u = apply.aggregate_forward(problem, {"x": values["x"], "pre": gates["pre"]})["u"]
+    return {"u": u, "post": gates["post"], "res": gates["res"], **projected}
+
+
+def pre_backward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
+    """dx added to the dx that is given [T, n, C], dphi [N, nC], dalpha [3], dbias [N]."""
+    x, du = values["x"], values["du"]
+    gate = coefficients.forward(problem, values)["pre"]
+    aggregated = apply.aggregate_backward(problem, {"x": x, "pre": gate, "du": du})
+    logits = coefficients.backward(problem, {**values, "dpre": aggregated["dpre"]})
+    # In the parameters' precision, so that dx is rounded once.
+    wide = {"x": x.to(values["phi"].dtype), "phi": values["phi"], "dz": logits["dz"], "ds": logits["ds"]}
+    projected = project.backward(problem, wide)
+    dx = values["dx"] + torch.einsum("ti,tc->tic", gate, du.to(gate.dtype)) + projected["dx"]
+    return {
+        "dx": dx.to(x.dtype),
+        "dphi": projected["dphi"],
+        "dalpha": logits["dalpha"],
+        "dbias": logits["dbias"],
+    }
+
+
+def step_forward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
+    """x, f, post, res and the next block's phi, alpha, bias -> x_next, and `pre` of it."""
+    x_next = apply.merge_forward(problem, values)["out"]
+    after = pre_forward(problem, {**values, "x": x_next})
+    after["post_next"], after["res_next"] = after.pop("post"), after.pop("res")
+    return {"x_next": x_next, **after}
+
+
+def step_backward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
+    """dx, df, dpost, dres and the gradients of the next block's parameters."""
+    x_next = apply.merge_forward(problem, values)["out"]
+    after = {"x": x_next, "dx": values["dx_next"], "dpost": values["dpost_next"], "dres": values["dres_next"]}
+    gradients = pre_backward(problem, {**values, **after})
+    merged = apply.merge_backward(problem, {**values, "g": gradients.pop("dx")})
+    return {**merged, **gradients}
+
+
+def pre_inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
+    """Streams of unit variance, biases that make res asymmetric, and alpha of the order that training reaches."""
+    random, n, width, dtype = fresh(seed), problem.streams, problem.width, problem.dtype
+    values: dict[str, Any] = {
+        "x": draw(random, dtype, tokens, n, width),
+        "phi": draw(random, "float32", problem.outputs, problem.fan_in) / problem.fan_in**0.5,
+        "alpha": 0.5 * draw(random, "float32", 3),
+        "bias": draw(random, "float32", problem.outputs),
+        "eps": 1e-6,
+    }
+    if problem.direction == "backward":
+        values |= project.forward(problem, values)
+        values |= {
+            "du": draw(random, dtype, tokens, width),
+            "dpost": draw(random, "float32", tokens, n),
+            "dres": draw(random, "float32", tokens, n, n),
+            "dx": draw(random, dtype, tokens, n, width),
+        }
+    return _in_order(values, signature.pre(problem))
+
+
+def step_inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
+    """The inputs of merge, and those of pre for its result."""
+    merged = apply.merge_inputs(replace(problem, direction="forward"), tokens, seed)
+    values = pre_inputs(replace(problem, direction="forward"), tokens, seed + 1) | merged
+    if problem.direction == "backward":
+        random, n, width, dtype = fresh(seed + 2), problem.streams, problem.width, problem.dtype
+        x_next = apply.merge_forward(problem, merged)["out"]
+        values |= project.forward(problem, {"x": x_next, "phi": values["phi"]})
+        values |= {
+            "dx_next": draw(random, dtype, tokens, n, width),
+            "du": draw(random, dtype, tokens, width),
+            "dpost_next": draw(random, "float32", tokens, n),
+            "dres_next": draw(random, "float32", tokens, n, n),
+        }
+    return _in_order(values, signature.step(problem))
+
+
+def _in_order(values: dict[str, Any], arguments: Sequence[Argument]) -> dict[str, Any]:
+    """The values that are arguments, in call order."""
+    return {argument.name: values[argument.name] for argument in arguments if argument.name in values}

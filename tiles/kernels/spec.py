@@ -1,0 +1,226 @@
+"""What a kernel family is: plain data, standard library only.
+
+A family is a folder of `tiles` whose `__init__` holds `FAMILY`, a `KernelFamily`. It bundles the kernels (one per op
+and direction) that share maths. Everything else in the project (compiler, tuner, cache, runtime, command line)
+works on these records and knows no kernel by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, get_type_hints
+
+from tiles.errors import BadInput
+from tiles.target import Target
+
+Direction = Literal["forward", "backward"]
+Role = Literal["input", "output", "updated", "partial", "scalar"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MAX_STREAMS = 16
+WIDTH_MULTIPLE = 8
+MAX_ROUNDS = 100
+PAPER_ROUNDS = 20
+TOKENS = "tokens"
+"""Leading dimension of an argument that has one row per token."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One kernel's work. `tokens` is a representative count: programs take any count at run time."""
+
+    op: str
+    direction: Direction
+    streams: int
+    width: int
+    dtype: str = "float32"
+    tokens: int = 4096
+    rounds: int = PAPER_ROUNDS
+
+    def __post_init__(self) -> None:
+        for why in (
+            why_bad_streams(self.streams),
+            why_bad_width(self.width),
+            why_bad_dtype(self.dtype),
+            None if self.tokens >= 0 else f"tokens must not be negative, got {self.tokens}: pass 0 or more",
+            why_bad_rounds(self.rounds),
+        ):
+            if why:
+                raise BadInput(why)
+
+    @property
+    def fan_in(self) -> int:
+        """K = nC, the length of one token's flattened stream state."""
+        return self.streams * self.width
+
+    @property
+    def outputs(self) -> int:
+        """N = n² + 2n, the number of coefficient logits of one token."""
+        return self.streams * self.streams + 2 * self.streams
+
+    def describe(self) -> str:
+        """One line for people, e.g. `merge forward n=4 C=1280 bfloat16 T=2048`."""
+        return f"{self.op} {self.direction} n={self.streams} C={self.width} {self.dtype} T={self.tokens}"
+
+
+def why_bad_streams(streams: int) -> str | None:
+    """The rule for the number of streams n, or None where it holds."""
+    if 1 <= streams <= MAX_STREAMS:
+        return None
+    return f"streams must be in 1..{MAX_STREAMS}, got {streams}: choose a stream count in that range"
+
+
+def why_bad_width(width: int) -> str | None:
+    """The rule for the width C, or None where it holds."""
+    if width >= WIDTH_MULTIPLE and width % WIDTH_MULTIPLE == 0:
+        return None
+    return (
+        f"width must be a positive multiple of {WIDTH_MULTIPLE}, got {width}: "
+        f"pad to {max(WIDTH_MULTIPLE, -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)}"
+    )
+
+
+def why_bad_rounds(rounds: int) -> str | None:
+    """The rule for the number of Sinkhorn rounds, or None where it holds. Kernels keep every round's sums on chip."""
+    if 1 <= rounds <= MAX_ROUNDS:
+        return None
+    return f"Sinkhorn rounds must be in 1..{MAX_ROUNDS}, got {rounds}: the paper uses {PAPER_ROUNDS}"
+
+
+def why_bad_dtype(dtype: str) -> str | None:
+    """The rule for the streams' dtype, or None where it holds."""
+    if dtype in DTYPES:
+        return None
+    return f"dtype must be one of {', '.join(DTYPES)}, got {dtype}: cast the streams to one of them"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One kernel argument: a tensor (`shape` may lead with TOKENS) or a float32 scalar (`shape` is empty).
+
+    An `updated` tensor is an input that the kernel adds to in place. A `partial` is an output that each slice of tokens
+    writes on its own: the kernel sees [slices, *shape], the caller gets the sum over slices, in slice order, so results
+    repeat bit for bit at a fixed slice count.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    role: Role
+
+    def sized(self, tokens: int) -> tuple[int, ...]:
+        """The concrete shape for a token count."""
+        return tuple(tokens if isinstance(size, str) else size for size in self.shape)
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes of the tensor (4 for a scalar)."""
+        total = DTYPE_BYTES[self.dtype]
+        for size in self.sized(tokens):
+            total *= size
+        return total
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a kernel has to move and compute: bytes read, bytes written, floating-point operations."""
+
+    read: int
+    written: int
+    flops: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes moved in all."""
+        return self.read + self.written
+
+
+Results = tuple[Any, ...]
+Run = Callable[[str, Direction, tuple[Any, ...]], Results]
+"""Runs one kernel: (op, direction, what its caller gives in call order) -> its results."""
+
+
+@dataclass(frozen=True)
+class Separate:
+    """How a fused kernel's work is done by other kernels: `call(run, *given)` -> its results; `parts` are those run."""
+
+    call: Callable[..., Results]
+    parts: tuple[tuple[str, Direction], ...]
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One tunable kernel: an op in one direction.
+
+    Fields:
+        op, direction: what it computes; (op, direction) is unique over all families.
+        schedules: frozen dataclasses of tunables, every field plain data: one for each variant of the program, and no
+            two with the same names of fields.
+        default: (problem, target) -> schedule that always works.
+        space: (problem, target) -> {field: values in natural order}; names equal the schedule's fields.
+        why_invalid: (problem, schedule, target) -> None, or the sentence that says which rule is broken.
+        scratch: (problem, schedule, target) -> bytes of working memory that one slice of tokens (on CUDA a thread
+            block, in shared memory) needs besides registers: a kernel allocates no more.
+        arguments: problem -> arguments in call order: inputs, scalars, then results (updated, outputs, partials).
+        builder: "module:function" of the TileLang program; imported by `tiles.compiler.compile` alone.
+        reference: (problem, {name: value}) -> {name: tensor} for all results (partials summed), in the inputs'
+            precision; float64 inputs give the float64 reference.
+        inputs: (problem, tokens, seed) -> {name: value} on CPU, drawn afresh for each seed.
+        traffic: (problem, tokens) -> Traffic at the least that the op must move.
+        tolerance: (problem, argument name) -> (rtol, atol) against the float64 reference, with its reason in code.
+        canonical: problem -> the problem that decides the generated code (fields that do not matter are fixed).
+        separate: the same work by other kernels, which the tuner compares with; None where there is no such choice.
+    """
+
+    op: str
+    direction: Direction
+    schedules: tuple[type, ...]
+    default: Callable[[Problem, Target], Any]
+    space: Callable[[Problem, Target], Mapping[str, tuple[Any, ...]]]
+    why_invalid: Callable[[Problem, Any, Target], str | None]
+    scratch: Callable[[Problem, Any, Target], int]
+    arguments: Callable[[Problem], tuple[Argument, ...]]
+    builder: str
+    reference: Callable[[Problem, Mapping[str, Any]], dict[str, Any]]
+    inputs: Callable[[Problem, int, int], dict[str, Any]]
+    traffic: Callable[[Problem, int], Traffic]
+    tolerance: Callable[[Problem, str], tuple[float, float]]
+    canonical: Callable[[Problem], Problem]
+    separate: Separate | None = None
+
+    @property
+    def name(self) -> str:
+        """`op.direction`, e.g. `merge.backward`."""
+        return f"{self.op}.{self.direction}"
+
+    def schedule_from(self, values: Mapping[str, Any]) -> Any:
+        """The schedule with these field values; raises `BadInput` when names or types do not fit."""
+        for kind in self.schedules:
+            fields = _field_types(kind)
+            if set(values) == set(fields):
+                break
+        else:
+            known = " or ".join(str(sorted(_field_types(kind))) for kind in self.schedules)
+            raise BadInput(
+                f"a schedule of {self.name} has the fields {known}, got {sorted(values)}: re-tune this kernel"
+            )
+        for name, value in values.items():
+            if type(value) is not fields[name]:
+                raise BadInput(
+                    f"{self.name}: {name} must be of type {fields[name].__name__}, got {value!r}: re-tune this kernel"
+                )
+        return kind(**values)
+
+
+_field_types = cache(get_type_hints)
+
+
+@dataclass(frozen=True)
+class KernelFamily:
+    """A folder of kernels that share maths; `parts` names the families whose programs it is made of."""
+
+    name: str
+    kernels: tuple[KernelSpec, ...]
+    parts: tuple[str, ...] = ()

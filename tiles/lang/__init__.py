@@ -1,0 +1,1 @@
+"""The language of the programs: TileLang with one vocabulary for CPU and CUDA."""

@@ -1,0 +1,1 @@
+"""Packs: a kernel cache as one signed file."""

@@ -1,0 +1,154 @@
+"""One-file export of a kernel cache, `*.mhcpack`: written whole, opened with every check."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+
+from tiles.cache.cache import KernelCache, binary_name, write_atomically
+from tiles.cache.record import Record
+from tiles.errors import BadInput
+from tiles.pack.signing import sign, why_untrusted
+from tiles.pack.zip_format import Archive, Kernel, packed
+
+
+def write_pack(
+    cache: KernelCache, out: Path, records: Iterable[Record] | None = None, *, signed: bool = True
+) -> list[Record]:
+    """Export `records`, by default all of the cache, to `out`; returns what was written. See `write_kernels`.
+
+    Raises `BadInput` when there is nothing to export, or a folder to sign for that others may write to.
+    """
+    chosen = list(cache.records() if records is None else records)
+    if not chosen:
+        raise BadInput(f"a pack must hold at least one kernel, got none in {cache.folder}: tune some first")
+    return write_kernels(out, kernels_of(cache, chosen, vouch=signed), signed=signed)
+
+
+def kernels_of(shelf: KernelCache | Pack, records: Iterable[Record], *, vouch: bool) -> Iterator[Kernel]:
+    """Records of a cache or pack with their binaries and sources; raises `CacheCorrupt` for one that fails its check.
+
+    To `vouch` for the code, as a signature does, it has to be trusted: raises `BadInput` where it is not.
+    """
+    if vouch and shelf.why_untrusted:
+        where = shelf.folder if isinstance(shelf, KernelCache) else shelf.path
+        raise BadInput(
+            f"a signature vouches for code, got that of {where} ({shelf.why_untrusted}): trust it or leave it unsigned"
+        )
+    for record in records:
+        binary = shelf.binary(record) if isinstance(shelf, Pack) else shelf.binary_path(record).read_bytes()
+        yield record, binary, shelf.source(record)
+
+
+def write_kernels(out: Path, kernels: Iterable[Kernel], *, signed: bool = True) -> list[Record]:
+    """Write kernels (record, binary, source) as a pack, signed with the user's key; returns the records.
+
+    The file appears whole or not at all, and equal kernels give equal bytes. A signature vouches for the code: sign
+    only what may run. Raises `BadInput` where the pack cannot be signed or written, and for what a reader would refuse.
+    """
+    ordered = sorted(kernels, key=lambda kernel: kernel[0].key.digest)
+    content = packed(_created_by(), ordered, sign if signed else None)
+    try:
+        write_atomically(Path(out), content)
+    except OSError as error:
+        raise BadInput(f"the pack must be writable, got {out} ({error.strerror}): choose another path") from error
+    return [record for record, *_ in ordered]
+
+
+class Pack:
+    """A pack, open for reading; it can be used where a `KernelCache` is read.
+
+    Opening checks everything in it and raises `BadInput` for a file that is missing, damaged, no pack, or of another
+    format. Binaries are extracted when asked for, to a private folder that goes when the pack is closed, is no longer
+    referred to, or the process ends. A `lazy` pack checks binaries and sources only as each is asked for, and the
+    signature when `why_untrusted` is.
+    """
+
+    def __init__(self, path: Path, *, lazy: bool = False) -> None:
+        self.path = Path(path)
+        self.complaints: list[str] = []
+        self._folder: Path | None = None
+        self._held = ExitStack()
+        weakref.finalize(self, self._held.close)
+        try:
+            file = self._held.enter_context(self.path.open("rb"))
+        except OSError as error:
+            raise BadInput(f"a pack must be a readable file, got {path} ({error.strerror}): check the path") from error
+        try:
+            self._archive = Archive(file, lazy=lazy)
+        except BadInput as error:
+            self.close()
+            raise BadInput(f"{self.path.name}: {error}") from error
+        if not lazy:
+            self.why_untrusted  # noqa: B018  (raises)
+
+    @property
+    def created_by(self) -> str:
+        """The package and version that wrote the pack, for people to read."""
+        return self._archive.created_by
+
+    @property
+    def signed_by(self) -> str | None:
+        """The public key that the pack says it is signed with; see `why_untrusted` for what that is worth."""
+        return self._archive.signature.key if self._archive.signature else None
+
+    @cached_property
+    def why_untrusted(self) -> str | None:
+        """Why the pack's code may not run unasked, or None where the user's own or a listed key signed it.
+
+        Raises `BadInput` for a signature that is not of this pack: it is damaged or forged, and nothing in it counts.
+        """
+        try:
+            return why_untrusted(self._archive.signature, self._archive.manifest)
+        except BadInput as error:
+            self.close()
+            raise BadInput(f"{self.path.name}: {error}") from error
+
+    def records(self) -> list[Record]:
+        """All records, ordered by digest."""
+        return self._archive.records()
+
+    def binary(self, record: Record) -> bytes:
+        """The binary's bytes; raises `CacheCorrupt` if the file has changed."""
+        return self._archive.binary(record)
+
+    def source(self, record: Record) -> str:
+        """The generated source, for people to read; raises `CacheCorrupt` if the file has changed."""
+        return self._archive.source(record)
+
+    def binary_path(self, record: Record) -> Path:
+        """The binary as a file to load while the pack is open; raises `CacheCorrupt` if the pack has changed."""
+        content = self.binary(record)
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="mhcpack-"))  # mode 0700
+            self._held.callback(shutil.rmtree, self._folder, ignore_errors=True)
+        path = self._folder / binary_name(record)
+        if not path.exists():
+            write_atomically(path, content)
+        return path
+
+    def close(self) -> None:
+        """Close the file and remove extracted binaries; code that was loaded stays loaded."""
+        self._held.close()
+
+    def __enter__(self) -> Pack:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _created_by() -> str:
+    try:
+        return f"mhc-tune {version('mhc-tune')}"
+    except PackageNotFoundError:
+        return "mhc-tune"

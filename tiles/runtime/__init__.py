@@ -1,0 +1,1 @@
+"""The runtime: a compiled kernel called on torch tensors."""

@@ -1,0 +1,219 @@
+"""Loads a compiled kernel and calls it on torch tensors: no tilelang, no compiler.
+
+On a CUDA device it needs the NVIDIA driver and nothing else: calls go to torch's current stream and wait for nothing,
+so they can be captured in a CUDA graph once a first call has loaded the code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tiles.compiler.cpu_launcher import ENTRY
+from tiles.compiler.cuda_launcher import NO_DRIVER, OLD_DRIVER, TOO_MANY_TOKENS, WORKSPACE
+from tiles.kernels.reference_inputs import DTYPES
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Argument, KernelSpec, Problem
+from tiles.runtime.cpu_memory_pool import POOL
+
+Value = torch.Tensor | float
+
+ONE_THREAD_BYTES = 64 * 1024
+"""A slice of tokens smaller than this does not pay for waking another thread (about 5 µs at 10 GB/s)."""
+
+
+class LoadError(RuntimeError):
+    """A binary does not load here; the text says why."""
+
+
+class LoadedKernel:
+    """A kernel ready to run on this machine, on a device of its kind.
+
+    Calling it takes the inputs, scalars and updated tensors of `spec.arguments(problem)` in that order (contiguous
+    tensors on one device, any token count) and returns a tuple of all results in that order; partials come summed over
+    slices.
+    """
+
+    def __init__(self, path: Path, problem: Problem) -> None:
+        self.problem = problem
+        library = _library(path)
+        self.kind: Literal["cpu", "cuda"] = "cuda" if hasattr(library, WORKSPACE) else "cpu"
+        self.spec: KernelSpec = kernel_spec(problem.op, problem.direction)
+        self.arguments = self.spec.arguments(problem)
+        self._launch = _entry(library, self.kind)
+        self._workspace = _workspace(library) if self.kind == "cuda" else None
+        self._run = self._on_cpu if self.kind == "cpu" else self._on_cuda
+        self._given = [argument for argument in self.arguments if is_given(argument)]
+        self._tensors = [argument for argument in self.arguments if argument.role != "scalar"]
+        self._scalars = [argument for argument in self.arguments if argument.role == "scalar"]
+        self._pointers: Any = ctypes.c_void_p * len(self._tensors)
+        self._floats: Any = ctypes.c_float * len(self._scalars)
+        self._token_bytes = max(1, sum(arg.nbytes(2) - arg.nbytes(1) for arg in self._tensors))
+        self._expected = lru_cache(maxsize=64)(self._shapes)
+
+    @property
+    def device(self) -> torch.device:
+        """A device that it runs on: the CPU, or the current one of CUDA's."""
+        return CPU if self.kind == "cpu" else torch.device("cuda", torch.cuda.current_device())
+
+    def __call__(self, *inputs: Value) -> tuple[torch.Tensor, ...]:
+        """Run on as many slices of tokens as are worth it."""
+        tokens = self._tokens(inputs)
+        return self.run(inputs, tokens, self.slices(tokens))
+
+    def slices(self, tokens: int) -> int:
+        """How many slices a call on `tokens` tokens is split into: on a CPU one for each of torch's threads, fewer when
+        there is little to do; on CUDA one, since the launcher splits the tokens itself."""
+        if self.kind == "cuda":
+            return 1
+        worth = tokens * self._token_bytes // ONE_THREAD_BYTES
+        return max(1, min(torch.get_num_threads(), tokens, worth))
+
+    def workspace(self, tokens: int) -> int:
+        """Bytes of device memory that a call needs besides its arguments; a CPU kernel has its stack."""
+        return int(self._workspace(tokens)) if self._workspace else 0
+
+    def run(self, inputs: Sequence[Value], tokens: int, slices: int) -> tuple[torch.Tensor, ...]:
+        """Run on exactly `slices` slices."""
+        values = {argument.name: value for argument, value in zip(self._given, inputs, strict=True)}
+        results: dict[str, torch.Tensor] = {}
+        for argument in self._tensors:
+            if argument.role == "updated":
+                results[argument.name] = values[argument.name]  # type: ignore[assignment]
+            elif argument.role != "input":
+                results[argument.name] = empty_result(argument, tokens, slices, inputs[0].device)  # type: ignore[union-attr]
+        self.launch(values, results, tokens, slices)
+        return tuple(
+            summed(results[argument.name]) if argument.role == "partial" else results[argument.name]
+            for argument in self._tensors
+            if argument.role != "input"
+        )
+
+    def launch(self, inputs: dict[str, Value], results: dict[str, torch.Tensor], tokens: int, slices: int) -> None:
+        """Write `results` (partials shaped [slices, ...]) from `inputs`; the caller owns every tensor."""
+        tensors: dict[str, Any] = inputs | results
+        pointers = self._pointers(*[tensors[argument.name].data_ptr() for argument in self._tensors])
+        scalars = self._floats(*[tensors[argument.name] for argument in self._scalars])
+        status = self._run(pointers, scalars, tokens, slices, next(iter(results.values())).device)
+        if status != 0:
+            raise RuntimeError(f"{self.spec.name} failed: {_why(self.kind, status)}")
+
+    def _on_cpu(self, pointers: Any, scalars: Any, tokens: int, slices: int, device: torch.device) -> int:
+        return int(self._launch(pointers, scalars, tokens, slices))
+
+    def _on_cuda(self, pointers: Any, scalars: Any, tokens: int, slices: int, device: torch.device) -> int:
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            size = self.workspace(tokens)
+            # Freed at once: torch gives the memory to later work of this stream alone, which runs after the kernel.
+            space = torch.empty(size, dtype=torch.uint8, device=device).data_ptr() if size else None
+            return int(self._launch(pointers, scalars, tokens, stream, space))
+
+    def _tokens(self, inputs: Sequence[Value]) -> int:
+        """The token count, after checking every input against its argument: a wrong pointer would corrupt memory."""
+        first = inputs[0]
+        tokens: int = first.shape[0] if isinstance(first, torch.Tensor) and first.dim() else 0
+        for argument, (shape, dtype), value in zip(self._given, self._expected(tokens), inputs, strict=True):
+            if argument.role == "scalar":
+                continue
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"{self.spec.name}: {argument.name} must be a tensor, got {value!r}")
+            misplaced = value.device.type != self.kind or value.device != first.device  # type: ignore[union-attr]
+            if value.shape != shape or value.dtype != dtype or misplaced or not value.is_contiguous():
+                raise ValueError(
+                    f"{self.spec.name}: {argument.name} must be a contiguous {argument.dtype} {self.kind} tensor of "
+                    f"shape {shape}, on one device with the others, got {value.dtype} {tuple(value.shape)} on "
+                    f"{value.device}"
+                )
+        return tokens
+
+    def _shapes(self, tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """What every given argument must look like."""
+        return [(argument.sized(tokens), DTYPES[argument.dtype]) for argument in self._given]
+
+
+def is_given(argument: Argument) -> bool:
+    """Whether the caller passes this argument."""
+    return argument.role in ("input", "scalar", "updated")
+
+
+def is_result(argument: Argument) -> bool:
+    """Whether the kernel writes this argument."""
+    return argument.role in ("updated", "output", "partial")
+
+
+CPU = torch.device("cpu")
+
+
+def empty_result(argument: Argument, tokens: int, slices: int, device: torch.device = CPU) -> torch.Tensor:
+    """Uninitialised memory for a result; a partial gets one row per slice."""
+    shape = argument.sized(tokens)
+    shape = (slices, *shape) if argument.role == "partial" else shape
+    if device.type == "cpu":
+        return POOL.empty(shape, DTYPES[argument.dtype])
+    return torch.empty(shape, dtype=DTYPES[argument.dtype], device=device)
+
+
+def summed(partials: torch.Tensor) -> torch.Tensor:
+    """The sum over slices, in an order that depends on their number alone, so that it repeats bit for bit."""
+    total = partials[0]
+    for part in partials[1:]:
+        total = total.add_(part)
+    return total
+
+
+def run_reference(problem: Problem, *inputs: Value) -> tuple[torch.Tensor, ...]:
+    """The torch reference with a kernel's calling convention; any device."""
+    spec = kernel_spec(problem.op, problem.direction)
+    arguments = spec.arguments(problem)
+    given = [argument.name for argument in arguments if is_given(argument)]
+    results = spec.reference(problem, dict(zip(given, inputs, strict=True)))
+    return tuple(results[argument.name] for argument in arguments if is_result(argument))
+
+
+def _library(path: Path) -> ctypes.CDLL:
+    """A kernel's shared library. A CPU kernel needs OpenMP's symbols, which torch brought into the process."""
+    try:
+        library = ctypes.CDLL(str(path.absolute()))  # a bare name would be looked for in the system's folders
+        getattr(library, ENTRY)
+    except (OSError, AttributeError) as error:
+        raise LoadError(f"{path.name} does not load: {error}") from error
+    return library
+
+
+def _entry(library: ctypes.CDLL, kind: str) -> Any:  # ctypes has no public name for a foreign function's type
+    launch = getattr(library, ENTRY)
+    more = (ctypes.c_int32,) if kind == "cpu" else (ctypes.c_void_p, ctypes.c_void_p)  # slices; stream and workspace
+    pointers, floats = ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_float)
+    launch.argtypes = (pointers, floats, ctypes.c_int64, *more)
+    launch.restype = ctypes.c_int32
+    return launch
+
+
+def _workspace(library: ctypes.CDLL) -> Any:
+    size = getattr(library, WORKSPACE)
+    size.argtypes, size.restype = (ctypes.c_int64,), ctypes.c_int64
+    return size
+
+
+_LAUNCHER_SAYS = {
+    NO_DRIVER: "libcuda.so.1 was not found: install the NVIDIA driver",
+    OLD_DRIVER: "the NVIDIA driver is older than CUDA 12: update it",
+    TOO_MANY_TOKENS: "a kernel counts in 32 bits, and there are too many tokens for that: split the call",
+}
+
+
+def _why(kind: str, status: int) -> str:
+    """What a launcher's status means."""
+    if kind == "cuda" and status in _LAUNCHER_SAYS:
+        return _LAUNCHER_SAYS[status]
+    if kind == "cuda":
+        text = ctypes.c_char_p()
+        ctypes.CDLL("libcuda.so.1").cuGetErrorString(status, ctypes.byref(text))
+        return f"CUDA error {status}, {(text.value or b'unknown').decode()}"
+    return f"the kernel returned {status}: rebuild the kernel cache with `mhc-tune tune`"
