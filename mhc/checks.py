@@ -12,7 +12,7 @@ STREAM_DTYPES = frozenset(DTYPES.values())
 
 
 def stream_shape(x: torch.Tensor) -> tuple[int, int]:
-    """n and C of x [..., n, C]; raises `BadInput` where a rule of DESIGN's problem does not hold."""
+    """n and C of x [..., n, C]; raises `BadInput` where they break a rule (docs/design.md, "The maths")."""
     if x.dim() < 2:
         raise BadInput(f"x must be [..., streams, width], got {tuple(x.shape)}: give it a dimension of streams")
     if x.dtype not in STREAM_DTYPES:

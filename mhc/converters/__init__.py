@@ -5,7 +5,7 @@ other tensors are handed on as they are. `P.hc_attn.phi`, `.alpha` and `.bias` t
 attribute `hc_attn` of the module `P`, and `hc_head.*` a `StreamHead`.
 
 The others store comb = resᵀ: their post sums comb[j, i] · x_j over j. So the res block of phi and bias is transposed on
-the way (DESIGN, the maths); with it, the map is the same but for their small constants, see each file.
+the way (docs/design.md, "The maths"); with it, the map is the same but for their small constants, see each file.
 """
 
 from mhc.converters.deepseek import from_deepseek, to_deepseek

@@ -1,4 +1,4 @@
-"""aggregate and merge as TileLang programs (DESIGN, the maths).
+"""aggregate and merge as TileLang programs (docs/design.md, "The maths").
 
 `Apply` makes the macros for one token, which the fused passes share. Stream indices are unrolled when the program is
 built, so that every coefficient is a value of its own and x is read once for all outputs. Streams are flattened,

@@ -1,4 +1,4 @@
-"""aggregate and merge in plain torch (DESIGN, the maths), and their closed-form backwards."""
+"""aggregate and merge in plain torch (docs/design.md, "The maths"), and their closed-form backwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The least that aggregate and merge move and compute (DESIGN, the table of bytes)."""
+"""The least that aggregate and merge move and compute (docs/design.md, "Bytes a token")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""coefficients and Sinkhorn as TileLang programs (DESIGN, the maths): loads and stores around their macros."""
+"""coefficients and Sinkhorn as TileLang programs (docs/design.md, "The maths"): macros between loads and stores."""
 
 from typing import Any
 

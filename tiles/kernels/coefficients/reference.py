@@ -1,4 +1,4 @@
-"""coefficients and Sinkhorn in plain torch (DESIGN, the maths), and their closed-form backwards.
+"""coefficients and Sinkhorn in plain torch (docs/design.md, "The maths"), and their closed-form backwards.
 
 Sinkhorn runs in the log domain here, so that logits of any finite size are exact to rounding: the kernels are held
 against this.
@@ -62,7 +62,7 @@ def forward(problem: Problem, values: Mapping[str, Any]) -> dict[str, torch.Tens
 
 
 def backward(problem: Problem, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Gradients of z, s, alpha and bias from those of pre, post and res (DESIGN, the maths: coefficients)."""
+    """Gradients of z, s, alpha and bias from those of pre, post and res (docs/design.md, "The maths")."""
     n, z = problem.streams, values["z"]
     h, r, gate = _logits(problem, values)
     h_pre, h_post, h_res = _groups(problem, h)

@@ -1,4 +1,4 @@
-"""Sinkhorn's rounds as TileLang macros (DESIGN, the maths).
+"""Sinkhorn's rounds as TileLang macros (docs/design.md, "The maths").
 
 A lane is a token: every lane loop does one step of the maths for a block of tokens at once, on matrices stored
 [n, n, tokens]. Lanes past the last token repeat it, so that every lane computes the same thing; sums leave them out.

@@ -1,4 +1,4 @@
-"""The least that pre and step move and compute (DESIGN, the table of bytes): each tensor once."""
+"""The least that pre and step move and compute (docs/design.md, "Bytes a token"): each tensor once."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""project as TileLang programs (DESIGN, the maths): a tall, thin matmul and the squared norm, with x read once. Here
-are those for a CPU, in register blocks; `matmul_programs` has those for tensor cores.
+"""project as TileLang programs (docs/design.md, "The maths"): a tall, thin matmul and the squared norm, with x read
+once. Here are those for a CPU, in register blocks; `matmul_programs` has those for tensor cores.
 
 `projection` and `gradients` make the macros that the fused passes share. Streams are flattened, x̄ [T, K]: stream i of
 a token begins at column i·C. Tokens past the end are clamped to the last one and never stored.

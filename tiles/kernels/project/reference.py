@@ -1,4 +1,4 @@
-"""project in plain torch: z = x̄·phiᵀ and s = Σ x̄² (DESIGN, the maths), and its closed-form backward."""
+"""project in plain torch: z = x̄·phiᵀ and s = Σ x̄² (docs/design.md, "The maths"), and its closed-form backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The least that project moves and computes (DESIGN, the table of bytes)."""
+"""The least that project moves and computes (docs/design.md, "Bytes a token")."""
 
 from __future__ import annotations
 
