@@ -8,7 +8,7 @@ import typer
 
 from cli.ui.options import JsonOption
 from cli.ui.output import say, show_json
-from tiles.pack.signing import forget_key, keys_folder, listed_keys, own_key, trust_key
+from tiles.pack.signing import forget_key, keys_folder, own_key, trust_key, trusted_keys
 
 
 def keys(
@@ -28,7 +28,7 @@ def keys(
     if forget:
         forget_key(forget)
         say(f"took {forget} off the list")
-    own, listed = own_key(make=not (trust or forget)), listed_keys()
+    own, listed = own_key(create=not (trust or forget)), trusted_keys()
     if json:
         show_json({"folder": str(keys_folder()), "own": own, "listed": listed})
         return

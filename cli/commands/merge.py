@@ -13,8 +13,8 @@ from cli.ui.options import JsonOption
 from cli.ui.output import say, show_json
 from tiles.cache.record import Key, Record
 from tiles.errors import BadInput
-from tiles.pack.pack import kernels_of, write_kernels
-from tiles.pack.zip_format import Kernel
+from tiles.pack.pack import read_kernels, write_kernels
+from tiles.pack.zip_format import PackedKernel
 
 
 def merge(
@@ -32,16 +32,16 @@ def merge(
     """
     if out.exists() and not any(out.resolve() == path.resolve() for path in paths):
         raise BadInput(f"a merge replaces no file that it has not read, got {out}: name a new file, or name it twice")
-    taken: dict[Key, tuple[Path, Kernel]] = {}
+    taken: dict[Key, tuple[Path, PackedKernel]] = {}
     twice = []
     for path in paths:
         shelf = open_shelf(path)
-        for kernel in kernels_of(shelf, shelf.records(), vouch=not (unsigned or trust_binaries)):
-            key = kernel[0].key
+        for kernel in read_kernels(shelf, shelf.records(), to_sign=not (unsigned or trust_binaries)):
+            key = kernel.record.key
             first, held = taken.setdefault(key, (path, kernel))
             if held is kernel:
                 continue
-            if tuned_ms(kernel[0]) < tuned_ms(held[0]):
+            if tuned_ms(kernel.record) < tuned_ms(held.record):
                 taken[key] = path, kernel
             left, kept = (first, path) if taken[key][0] is path else (path, first)
             twice.append({"problem": key.problem.describe(), "kept": str(kept), "left": str(left)})

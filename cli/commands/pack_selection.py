@@ -12,7 +12,7 @@ from tiles.cache.record import Key, Record, check_schedule
 from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_specs
 from tiles.kernels.spec import DTYPES
-from tiles.pack.zip_format import Kernel
+from tiles.pack.zip_format import PackedKernel
 from tiles.target import X86_LEVELS, detect_device
 
 HERE = "current"
@@ -65,7 +65,7 @@ class Selection:
         )
 
 
-def for_levels(records: Sequence[Record], levels: Sequence[str]) -> tuple[list[Kernel], list[str]]:
+def for_levels(records: Sequence[Record], levels: Sequence[str]) -> tuple[list[PackedKernel], list[str]]:
     """The CPU records' schedules compiled for other psABI levels, so that one pack serves a fleet; and what failed.
 
     What was measured stays with the device that it was measured on: `measured_on` of the provenance names it.
@@ -92,12 +92,12 @@ def for_levels(records: Sequence[Record], levels: Sequence[str]) -> tuple[list[K
                 continue
             if key not in held:
                 wanted.setdefault(key, made)
-    kernels: list[Kernel] = []
+    kernels: list[PackedKernel] = []
     for record, built in zip(wanted.values(), recompile(list(wanted.values())), strict=True):
         if isinstance(built, Exception):
             failed.append(f"{record.key.device.arch}: {built}")
         else:
-            kernels.append((_with_binary(record, built.binary), built.binary, built.source))
+            kernels.append(PackedKernel(_with_binary(record, built.binary), built.binary, built.source))
     return kernels, failed
 
 

@@ -16,7 +16,7 @@ from tiles.cache.cache import KernelCache
 from tiles.cache.record import Record, record_dict
 from tiles.errors import BadInput
 from tiles.pack.import_pack import import_pack
-from tiles.pack.pack import Pack, kernels_of, write_kernels
+from tiles.pack.pack import Pack, read_kernels, write_kernels
 from tiles.pack.signing import own_key
 
 PATH_HELP = "A kernel cache folder or a .mhcpack file."
@@ -52,13 +52,13 @@ def export(
     source = existing_cache(cache)
     chosen = Selection(target or (), device, op or (), streams or (), width or (), dtype or ()).of(source.records())
     warn(source.complaints)
-    kernels = list(kernels_of(source, chosen, vouch=not unsigned))
+    kernels = list(read_kernels(source, chosen, to_sign=not unsigned))
     with stdout_kept_free():
         compiled, failed = for_levels(chosen, isa or ())
     written = write_kernels(out, [*kernels, *compiled], signed=not unsigned)
     for failure in failed:
         say(f"FAILED: {failure}")
-    signer = None if unsigned else own_key(make=False)
+    signer = None if unsigned else own_key(create=False)
     size = out.stat().st_size
     made = f", {len(compiled)} of them compiled for other levels" if compiled else ""
     by = f"signed by {signer}" if signer else "not signed"

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 import torch
 
 from cli.gpu.plan import DTYPE
-from tiles.cache.compiled_here import build, built_earlier
+from tiles.cache.compiled_here import compile_and_store, find_compiled
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Direction, Problem
 from tiles.target import Device
@@ -28,7 +28,7 @@ def defaults(device: Device, shape: Sequence[int], ops: Sequence[str]) -> None:
     wanted = dict.fromkeys((op, way) for named in ops for op in KERNELS.get(named, (named,)) for way in DIRECTIONS)
     problems = [Problem(op, direction, streams, width, DTYPE, tokens) for op, direction in wanted]
     missing = [
-        problem for problem in problems if built_earlier(problem, _default(problem, device), device, "defaults") is None
+        problem for problem in problems if find_compiled(problem, _default(problem, device), device, "defaults") is None
     ]
     if len(missing) < 2 or device.kind == "cpu":
         return
@@ -38,7 +38,7 @@ def defaults(device: Device, shape: Sequence[int], ops: Sequence[str]) -> None:
 
 
 def _compile(problem: Problem, device: Device) -> None:
-    build(problem, _default(problem, device), device, "defaults", torch.__version__)
+    compile_and_store(problem, _default(problem, device), device, "defaults", torch.__version__)
 
 
 def _default(problem: Problem, device: Device) -> dict[str, object]:

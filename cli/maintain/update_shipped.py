@@ -18,7 +18,7 @@ import typer
 
 from cli.ui.output import say
 from tiles.cache import shipped
-from tiles.cache.record import Key, Record, check_schedule, from_json, record_from
+from tiles.cache.record import Key, Record, check_schedule, from_json, record_from_dict
 from tiles.errors import BadInput
 
 KEPT = ("default_kept", "default_ms", "ratio", "separate_ratio", "separate_wins", "threads", "tuned_ms")
@@ -57,7 +57,7 @@ def _measured(file: Path) -> list[Measured]:
     try:
         values = from_json(file.read_bytes())
         records = [
-            record_from({name: entry[name] for name in entry if name != "digest"}) for entry in values["records"]
+            record_from_dict({name: entry[name] for name in entry if name != "digest"}) for entry in values["records"]
         ]
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mhc.dispatch.kernel_report import Runs
-from tiles.cache.compiled_here import Shelf
+from tiles.cache.compiled_here import Subfolder
 from tiles.cache.lookup import Candidate
 from tiles.cache.record import Record
-from tiles.cache.shipped import Shipped
+from tiles.cache.shipped import ShippedRecord
 from tiles.kernels.spec import Problem
 
 ASKED_FOR = "the torch reference was asked for"
@@ -37,31 +37,31 @@ class Option:
     code: Record | None = None
     because: str | None = None
     compiled_for: Problem | None = None
-    folder: Shelf = "recompiled"
+    folder: Subfolder = "recompiled"
     sibling: bool = False
 
 
 def tuned_option(found: Candidate[Record]) -> Option:
     """A stored record: its own code, its schedule compiled here, or the separate kernels where they were faster."""
-    record, sibling = found.offer, found.how == "sibling device"
+    record, sibling = found.record, found.match == "sibling device"
     if record.measurement.get("separate_wins", False):
-        why = f"{found.how}: faster than the fused kernel {found.why}"
-        return Option("separate", why, found.refused, sibling=sibling)
+        why = f"{found.match}: faster than the fused kernel {found.why}"
+        return Option("separate", why, found.why_refused, sibling=sibling)
     return Option(
-        "tuned" if found.rebuild is None else "recompiled",
-        f"{found.how}: {found.why}",
-        found.refused,
+        "tuned" if found.why_recompile is None else "recompiled",
+        f"{found.match}: {found.why}",
+        found.why_refused,
         record.schedule,
-        code=record if found.rebuild is None else None,
-        because=found.rebuild,
+        code=record if found.why_recompile is None else None,
+        because=found.why_recompile,
         compiled_for=record.key.problem,
         sibling=sibling,
     )
 
 
-def shipped_option(found: Candidate[Shipped]) -> Option:
+def shipped_option(found: Candidate[ShippedRecord]) -> Option:
     """A schedule that came with this package."""
-    why = f"shipped schedule, {found.how}: {found.why.replace('tuned', 'measured', 1)}"
-    if found.offer.measurement.get("separate_wins", False):
-        return Option("separate", why, found.refused)
-    return Option("shipped", why, found.refused, found.offer.schedule, compiled_for=found.offer.key.problem)
+    why = f"shipped schedule, {found.match}: {found.why.replace('tuned', 'measured', 1)}"
+    if found.record.measurement.get("separate_wins", False):
+        return Option("separate", why, found.why_refused)
+    return Option("shipped", why, found.why_refused, found.record.schedule, compiled_for=found.record.key.problem)

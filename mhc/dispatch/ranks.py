@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from mhc.dispatch.resolve import Resolver
 from tiles.cache.cache import CacheCorrupt
-from tiles.cache.record import Record, from_json, record_dict, record_from, to_json
+from tiles.cache.record import Record, from_json, record_dict, record_from_dict, to_json
 from tiles.compiler import compile as compiler
 from tiles.errors import BadInput
 from tiles.target import Device, detect_device, why_cannot_run
@@ -80,7 +80,7 @@ def _adopted(mine: Resolver, sent: bytes) -> Resolver:
     """This rank's resolver with rank 0's records in place of its own."""
     offer = from_json(sent)
     here, there = detect_device("cpu"), Device(**offer["device"])
-    records = [record_from(values) for values in offer["records"]]
+    records = [record_from_dict(values) for values in offer["records"]]
     agreed = replace(mine, records=records, agreed=True, compiles=offer["compiles"], without_code=offer["without_code"])
     if here != there:
         agreed.say(

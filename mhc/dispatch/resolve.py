@@ -21,7 +21,7 @@ import torch
 from mhc.dispatch.candidates import ASKED_FOR, Option, shipped_option, tuned_option
 from mhc.dispatch.kernel_report import Runs
 from tiles.cache.cache import CacheCorrupt, default_folder
-from tiles.cache.compiled_here import build, built_earlier
+from tiles.cache.compiled_here import compile_and_store, find_compiled
 from tiles.cache.lookup import candidates
 from tiles.cache.record import Record
 from tiles.cache.shipped import shipped_records
@@ -191,29 +191,29 @@ class Resolver:
     def _compiled(self, option: Option, problem: Problem, here: Device) -> tuple[Call, str]:
         assert option.schedule is not None
         try:
-            found = built_earlier(problem, option.schedule, here, option.folder)
+            found = find_compiled(problem, option.schedule, here, option.folder)
             if found is None:
                 if why := self.why_not_compiled(here):
                     raise Unavailable(f"{option.because}, and cannot be compiled: {why}" if option.because else why)
                 self._say_that_it_compiles(problem, option)
                 built_for = option.compiled_for or problem
-                found = build(built_for, option.schedule, here, option.folder, torch.__version__)
+                found = compile_and_store(built_for, option.schedule, here, option.folder, torch.__version__)
             call = LoadedKernel(found.path, problem)
         except Unavailable:
             raise
         except Exception as error:  # whatever a compiler does must not end a training run; the report tells
             raise Unavailable(_one_line(error)) from error
-        if found.not_kept:
-            self.say("not kept", f"compiled kernels serve this process alone: {found.not_kept}")
+        if found.why_not_stored:
+            self.say("not kept", f"compiled kernels serve this process alone: {found.why_not_stored}")
         because = f", as {option.because}" if option.because else ""
-        return call, f"; compiled {'earlier' if found.earlier else 'by this process'}{because}"
+        return call, f"; compiled {'earlier' if found.cached else 'by this process'}{because}"
 
     def _how_without_compiling(self, option: Option, problem: Problem, here: Device) -> str:
         if (
             option.code is None
             and option.schedule is not None
             and self.why_not_compiled(here) is None
-            and built_earlier(problem, option.schedule, here, option.folder) is None
+            and find_compiled(problem, option.schedule, here, option.folder) is None
         ):
             return "; compiled when it is first used" + (f", as {option.because}" if option.because else "")
         return self._call(option, problem, here, _never)[1]

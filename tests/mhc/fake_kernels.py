@@ -46,7 +46,7 @@ def fakes(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(mhc.dispatch.resolve, "LoadedKernel", FakeKernel)
     monkeypatch.setattr(tiles.compiler.compile, "why_no_compiler", lambda target: None)
     monkeypatch.setattr(tiles.compiler.compile, "compile_kernel", lambda *_: Artifact(HERE.target, "source", b"c"))
-    tiles.cache.compiled_here._private.cache_clear()
+    tiles.cache.compiled_here._process_cache.cache_clear()
     caplog.set_level(logging.INFO, logger="mhc")
 
 

@@ -27,7 +27,7 @@ from tiles.cache.record import (
     Record,
     from_json,
     record_dict,
-    record_from,
+    record_from_dict,
     to_json,
     token_bucket,
 )
@@ -108,7 +108,7 @@ class KernelCache:
         text = to_json(record_dict(given))
         if len(text) > MAX_RECORD_BYTES:
             raise BadInput(f"a record must stay below {MAX_RECORD_BYTES} bytes, got {len(text)}: shorten provenance")
-        record = record_from(from_json(text))  # what readers will see, refused now if they would refuse it
+        record = record_from_dict(from_json(text))  # what readers will see, refused now if they would refuse it
         files = {self.folder / binary_name(record): binary, self.folder / source_name(record): source.encode()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -147,14 +147,18 @@ class KernelCache:
         """Why the folder's code may not run unasked, or None: others than its owner may write to it."""
         return why_folder_untrusted(self.folder)
 
-    def binary_path(self, record: Record) -> Path:
-        """The binary's file, its SHA-256 checked now; raises `CacheCorrupt`."""
+    def binary(self, record: Record) -> bytes:
+        """The binary, checked against the record's size and SHA-256; raises `CacheCorrupt`."""
         path = self.folder / binary_name(record)
         try:
-            checked_binary(record, _read_bounded(path, record.size))
+            return checked_binary(record, _read_bounded(path, record.size))
         except OSError as error:
             raise CacheCorrupt(f"{path.name} cannot be read ({error.strerror}): tune this kernel again") from error
-        return path
+
+    def binary_path(self, record: Record) -> Path:
+        """The binary's file, checked now as `binary` does."""
+        self.binary(record)
+        return self.folder / binary_name(record)
 
     def source(self, record: Record) -> str:
         """The generated source, for people to read; raises `CacheCorrupt` when it is missing."""
@@ -195,7 +199,7 @@ class KernelCache:
         if known and known[0] == version:
             record = known[1]
         else:
-            record = record_from(from_json(_read_bounded(path, MAX_RECORD_BYTES)))
+            record = record_from_dict(from_json(_read_bounded(path, MAX_RECORD_BYTES)))
             if path.name != f"{record.key.digest}.json":
                 raise CacheCorrupt(f"its key belongs in {record.key.digest}.json: tune this kernel again")
             self._parsed[path.name] = version, record

@@ -1,4 +1,4 @@
-"""Schedules compiled on the machine that runs them, and kept, so that the next process finds them."""
+"""Kernels compiled on the machine that runs them, and stored for the next process."""
 
 from __future__ import annotations
 
@@ -19,39 +19,43 @@ from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
 from tiles.target import Device
 
-Shelf = Literal["defaults", "recompiled"]
-"""Folders inside the default cache folder, apart from tuned kernels, so that neither hides the other: the default
-schedules, and those of other versions, of packs whose code is not trusted, and of the wheel."""
+Subfolder = Literal["defaults", "recompiled"]
+"""Caches inside the default cache folder, apart from the tuned kernels so that neither hides the other: default
+schedules; schedules of other versions, of packs whose code is not trusted, and of the wheel."""
 
-SHELVES: tuple[Shelf, ...] = get_args(Shelf)
+SUBFOLDERS: tuple[Subfolder, ...] = get_args(Subfolder)
 
 
-class Built(NamedTuple):
-    """A compiled kernel's file, whether an earlier call compiled it, and why it could not be kept, if so."""
+class CompiledKernel(NamedTuple):
+    """A shared library compiled here: its file, whether it was `cached`, and why it could not be stored, if so."""
 
     path: Path
-    earlier: bool
-    not_kept: str | None = None
+    cached: bool
+    why_not_stored: str | None = None
 
 
-def built_earlier(problem: Problem, schedule: Mapping[str, Any], here: Device, shelf: Shelf) -> Built | None:
-    """The kernel of this schedule as this version compiled it before, for any token count; None where it has not."""
+def find_compiled(
+    problem: Problem, schedule: Mapping[str, Any], here: Device, subfolder: Subfolder
+) -> CompiledKernel | None:
+    """The kernel of this schedule as this version has compiled it, for any token count; None where it has not."""
     wanted = Key.of(problem, here)
-    private = [_private()] if _private.cache_info().currsize else []
-    for kernels in (_kept(default_folder() / shelf), *private):
+    own = [_process_cache()] if _process_cache.cache_info().currsize else []
+    for kernels in (_cache_at(default_folder() / subfolder), *own):
         if kernels.why_untrusted:
             continue
         for record in kernels.records():
             if replace(record.key, tokens=wanted.tokens) == wanted and record.schedule == schedule:
                 try:
-                    return Built(kernels.binary_path(record), earlier=True)
+                    return CompiledKernel(kernels.binary_path(record), cached=True)
                 except CacheCorrupt:
                     continue
     return None
 
 
-def build(problem: Problem, schedule: Mapping[str, Any], here: Device, shelf: Shelf, torch_version: str) -> Built:
-    """Compile a schedule for this machine and keep it; where the folder cannot be written, for this process alone.
+def compile_and_store(
+    problem: Problem, schedule: Mapping[str, Any], here: Device, subfolder: Subfolder, torch_version: str
+) -> CompiledKernel:
+    """Compile a schedule for this machine and store it; for this process alone where the folder cannot be written.
 
     Raises what `tiles.compiler.compile.compile_kernel` raises.
     """
@@ -59,27 +63,26 @@ def build(problem: Problem, schedule: Mapping[str, Any], here: Device, shelf: Sh
     artifact = compiler.compile_kernel(problem, made, here.target)
     provenance = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "torch": torch_version}
     entry: Any = (Key.of(problem, here), asdict(made), artifact.binary, artifact.source, {}, provenance)
-    kept = _kept(default_folder() / shelf)
-    if why := kept.why_untrusted:
-        not_kept = why
-    else:
+    kernels = _cache_at(default_folder() / subfolder)
+    why = kernels.why_untrusted
+    if why is None:
         try:
-            return Built(kept.binary_path(kept.put(*entry)), earlier=False)
+            return CompiledKernel(kernels.binary_path(kernels.put(*entry)), cached=False)
         except BadInput as error:
-            not_kept = str(error)
-    private = _private()
-    return Built(private.binary_path(private.put(*entry)), earlier=False, not_kept=not_kept)
+            why = str(error)
+    own = _process_cache()
+    return CompiledKernel(own.binary_path(own.put(*entry)), cached=False, why_not_stored=why)
 
 
 @cache
-def _kept(folder: Path) -> KernelCache:
-    """One object a folder, as it remembers what it has read."""
+def _cache_at(folder: Path) -> KernelCache:
+    """One object a folder, as it remembers what it has parsed."""
     return KernelCache(folder, lazy=True)
 
 
 @cache
-def _private() -> KernelCache:
-    """Where this process keeps what it can keep nowhere else; the folder goes when the process ends."""
+def _process_cache() -> KernelCache:
+    """A temporary cache for kernels that cannot be stored elsewhere; it is deleted when the process ends."""
     folder = tempfile.mkdtemp(prefix="mhc-tune-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return _kept(Path(folder))
+    return _cache_at(Path(folder))

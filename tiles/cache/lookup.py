@@ -1,4 +1,4 @@
-"""Which stored schedules serve a problem on a device, and in which order."""
+"""Look-up of stored schedules: those that serve a problem on a device, the best first."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
 from tiles.target import Device, why_cannot_run
 
-How = Literal["exact", "nearest bucket", "sibling device"]
+Match = Literal["exact", "nearest bucket", "sibling device"]
 
 
-class Offer(Protocol):
-    """A measured schedule: a `tiles.cache.record.Record`, or a shipped one that has no code."""
+class MeasuredRecord(Protocol):
+    """A measured schedule: a `tiles.cache.record.Record`, or a shipped one, which has no code."""
 
     @property
     def key(self) -> Key:
-        """What it was measured for."""
+        """The problem and device that it was measured for, and the version that compiled it."""
 
     @property
     def schedule(self) -> Mapping[str, Any]:
@@ -29,68 +29,68 @@ class Offer(Protocol):
 
     @property
     def measurement(self) -> Mapping[str, Any]:
-        """What the tuner measured."""
+        """The tuner's figures; times in ms."""
 
 
-Offered = TypeVar("Offered", bound=Offer)
+RecordT = TypeVar("RecordT", bound=MeasuredRecord)
 
 
 @dataclass(frozen=True)
-class Candidate(Generic[Offered]):
-    """An offer for a problem: how near it is, and one sentence for people that says so.
+class Candidate(Generic[RecordT]):
+    """A record that may serve a problem: how well its key matches, and one sentence that says so.
 
-    `rebuild` says why its own code may not be called, so that its schedule has to be compiled here; `refused` why it
-    does not serve at all. Both are None for code that is ready to run.
+    `why_recompile` says why the record's own code may not be called, so that its schedule has to be compiled here;
+    `why_refused` why it does not serve at all. Both are None for code that is ready to run.
     """
 
-    offer: Offered
-    how: How
+    record: RecordT
+    match: Match
     why: str
-    rebuild: str | None
-    refused: str | None
+    why_recompile: str | None
+    why_refused: str | None
 
 
 def candidates(
-    offers: Iterable[Offered], problem: Problem, device: Device, without_code: str | None = None
-) -> list[Candidate[Offered]]:
-    """All offers for a problem, the best first; those that are `refused` are among them.
+    records: Iterable[RecordT], problem: Problem, device: Device, why_no_code: str | None = None
+) -> list[Candidate[RecordT]]:
+    """All records for a problem, the best first; those with a `why_refused` are among them.
 
     First those of this device, exact before the nearest token bucket; then those of its siblings, which are devices of
-    the same kind whose code runs here. Programs take any token count, so another bucket's schedule is right, only
-    perhaps slower. Code that is ready goes before a schedule that has to be compiled. `without_code` says why no
-    offer's own code may be called.
+    the same kind whose code runs here. Programs take any token count, so another bucket's schedule is correct, only
+    perhaps slower. Code that is ready goes before a schedule that has to be compiled. `why_no_code` says why no
+    record's own code may be called.
     """
     wanted = Key.of(problem, device)
     found = [
-        _candidate(offer, problem, wanted, without_code)
-        for offer in offers
-        if _question(offer.key) == _question(wanted)
+        _candidate(record, problem, wanted, why_no_code)
+        for record in records
+        if _must_match(record.key) == _must_match(wanted)
     ]
     return sorted(found, key=lambda candidate: _rank(candidate, wanted))
 
 
-def _question(key: Key) -> tuple[Any, ...]:
-    """What an offer must have been measured for."""
+def _must_match(key: Key) -> tuple[Any, ...]:
+    """The fields of a key that have to be equal."""
     return (key.op, key.direction, key.streams, key.width, key.dtype, key.rounds, key.device.kind)
 
 
-def _candidate(offer: Offered, problem: Problem, wanted: Key, without_code: str | None) -> Candidate[Offered]:
-    rebuild = _why_not_current(offer.key) or without_code
-    refused = why_cannot_run(offer.key.device.arch, wanted.device)
-    if refused is None and rebuild is not None:
-        refused = _why_invalid(offer.schedule, problem, wanted.device)
-    how, why = _explained(offer.key, wanted)
-    return Candidate(offer, how, why, rebuild, refused)
+def _candidate(record: RecordT, problem: Problem, wanted: Key, why_no_code: str | None) -> Candidate[RecordT]:
+    why_recompile = _why_not_current(record.key) or why_no_code
+    why_refused = why_cannot_run(record.key.device.arch, wanted.device)
+    if why_refused is None and why_recompile is not None:
+        why_refused = _why_invalid(record.schedule, problem, wanted.device)
+    match, why = _match(record.key, wanted)
+    return Candidate(record, match, why, why_recompile, why_refused)
 
 
 def _rank(candidate: Candidate[Any], wanted: Key) -> tuple[Any, ...]:
-    """Sorts nearer offers first: this device, ready code, its architecture, its name, then buckets by |log2|, the
-    larger on a tie."""
-    key = candidate.offer.key
+    """Sort key, nearest first: this device, ready code, its architecture, its name, then buckets by |log2|, the larger
+    on a tie."""
+    key = candidate.record.key
     device, here = key.device, wanted.device
     steps = abs(key.tokens.bit_length() - wanted.tokens.bit_length())
     nearness = (device.arch != here.arch, device.name != here.name, steps, -key.tokens, key.digest)
-    return (device != here, candidate.rebuild is not None, *nearness)
+    return (device != here, candidate.why_recompile is not None, *nearness)
 
 
 def _why_not_current(key: Key) -> str | None:
@@ -114,7 +114,7 @@ def _why_invalid(values: Mapping[str, Any], problem: Problem, device: Device) ->
         return str(error)
 
 
-def _explained(found: Key, wanted: Key) -> tuple[How, str]:
+def _match(found: Key, wanted: Key) -> tuple[Match, str]:
     if (found.device, found.tokens) == (wanted.device, wanted.tokens):
         return "exact", f"tuned for {found.tokens} tokens on this device, {found.device.name}"
     if found.device == wanted.device:

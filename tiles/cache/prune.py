@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiles.cache.cache import TEMPORARY_SUFFIX, CacheCorrupt, binary_name, checked_binary, source_name
-from tiles.cache.compiled_here import SHELVES
-from tiles.cache.record import FORMAT, MAX_RECORD_BYTES, Record, from_json, record_from
+from tiles.cache.compiled_here import SUBFOLDERS
+from tiles.cache.record import FORMAT, MAX_RECORD_BYTES, Record, from_json, record_from_dict
 from tiles.errors import BadInput
 
 GRACE_SECONDS = 3600.0
@@ -52,7 +52,7 @@ def prune(
     if not folder.is_dir():
         raise BadInput(f"a cache to prune must be a folder, found none at {folder}: check --cache")
     removed = []
-    for place in (folder, *(folder / name for name in SHELVES)):
+    for place in (folder, *(folder / name for name in SUBFOLDERS)):
         for file, why in _superfluous(place, stale=stale, before=time.time() - grace_seconds):
             if dry_run or _remove(file):
                 removed.append(Pruned(file.path, file.size, why))
@@ -126,7 +126,7 @@ def _sound(path: Path) -> Record | None:
     key = values.get("key") if isinstance(values, dict) else None
     if isinstance(key, dict) and isinstance(key.get("format"), int) and key["format"] != FORMAT:
         return None
-    record = record_from(values)
+    record = record_from_dict(values)
     if path.name != f"{record.key.digest}.json":
         raise CacheCorrupt(f"its key belongs in {record.key.digest}.json")
     binary = path.with_name(binary_name(record))

@@ -137,7 +137,7 @@ def from_json(text: bytes) -> Any:
 
 
 def record_dict(record: Record) -> dict[str, Any]:
-    """Plain data for JSON; `record_from` is the way back."""
+    """Plain data for JSON; `record_from_dict` is the way back."""
     return {
         "key": _key_dict(record.key),
         "schedule": dict(record.schedule),
@@ -148,10 +148,10 @@ def record_dict(record: Record) -> dict[str, Any]:
     }
 
 
-def record_from(values: object) -> Record:
+def record_from_dict(values: object) -> Record:
     """The record in parsed JSON, every field's type and range checked; `BadInput` names the first that is wrong."""
     check_format(values.get("key") if isinstance(values, dict) else None)
-    fields = typed(values, _RECORD_FIELDS, "a record")
+    fields = check_fields(values, _RECORD_FIELDS, "a record")
     for name in ("schedule", "measurement", "provenance"):
         check_scalars(fields[name], name, (int, float, bool) if name == "measurement" else (str, int, float, bool))
     for name, value in fields["schedule"].items():
@@ -170,7 +170,7 @@ def check_format(values: object) -> None:
         raise BadInput(f"format must be {FORMAT}, got {shown(found)}: tune or export it again with this version")
 
 
-def typed(values: object, fields: Mapping[str, type], what: str) -> dict[str, Any]:
+def check_fields(values: object, fields: Mapping[str, type], what: str) -> dict[str, Any]:
     """`values` as a dict with exactly these fields of exactly these types (bool is no int), else `BadInput`."""
     if not isinstance(values, dict) or set(values) != set(fields):
         raise BadInput(f"{what} must have the fields {', '.join(fields)}, got {shown(values)}: tune or export it again")
@@ -213,8 +213,8 @@ def _key_dict(key: Key) -> dict[str, Any]:
 
 
 def _key_from(values: object) -> Key:
-    fields = typed(values, _KEY_FIELDS, "a key")
-    device = typed(fields["device"], _DEVICE_FIELDS, "a device")
+    fields = check_fields(values, _KEY_FIELDS, "a key")
+    device = check_fields(fields["device"], _DEVICE_FIELDS, "a device")
     _check_text(fields["op"], _NAME, "op")
     _check_text(fields["dtype"], _NAME, "dtype")
     _check_text(fields["toolchain"], _VERSION, "toolchain")

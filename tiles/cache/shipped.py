@@ -22,7 +22,7 @@ FILE = Path(__file__).with_name("shipped.json")
 
 
 @dataclass(frozen=True)
-class Shipped:
+class ShippedRecord:
     """A measured schedule under the key that it would have if it were tuned today.
 
     `measurement` is as in a record (times in ms); `provenance` says when, from which file and at which commit.
@@ -35,14 +35,14 @@ class Shipped:
 
 
 @cache
-def shipped_records() -> tuple[Shipped, ...]:
+def shipped_records() -> tuple[ShippedRecord, ...]:
     """All shipped schedules; each is valid for its problem and device."""
     values = json.loads(FILE.read_text(encoding="utf-8"))
     assert values["format"] == FORMAT
     return tuple(_shipped(entry, values["sources"][entry["source"]]) for entry in values["schedules"])
 
 
-def _shipped(entry: dict[str, Any], source: dict[str, Any]) -> Shipped:
+def _shipped(entry: dict[str, Any], source: dict[str, Any]) -> ShippedRecord:
     key = Key.of(Problem(**{name: entry[name] for name in PROBLEM}), Device(**source["device"]))
     provenance = {"date": entry["date"], "file": source["file"], "commit": source["commit"]}
-    return Shipped(key, entry["schedule"], entry["measurement"], provenance)
+    return ShippedRecord(key, entry["schedule"], entry["measurement"], provenance)

@@ -16,7 +16,7 @@ from tiles.cache.cache import KernelCache, binary_name, write_atomically
 from tiles.cache.record import Record
 from tiles.errors import BadInput
 from tiles.pack.signing import sign, why_untrusted
-from tiles.pack.zip_format import Archive, Kernel, packed
+from tiles.pack.zip_format import PackedKernel, ZipReader, write_zip
 
 
 def write_pack(
@@ -29,37 +29,36 @@ def write_pack(
     chosen = list(cache.records() if records is None else records)
     if not chosen:
         raise BadInput(f"a pack must hold at least one kernel, got none in {cache.folder}: tune some first")
-    return write_kernels(out, kernels_of(cache, chosen, vouch=signed), signed=signed)
+    return write_kernels(out, read_kernels(cache, chosen, to_sign=signed), signed=signed)
 
 
-def kernels_of(shelf: KernelCache | Pack, records: Iterable[Record], *, vouch: bool) -> Iterator[Kernel]:
+def read_kernels(source: KernelCache | Pack, records: Iterable[Record], *, to_sign: bool) -> Iterator[PackedKernel]:
     """Records of a cache or pack with their binaries and sources; raises `CacheCorrupt` for one that fails its check.
 
-    To `vouch` for the code, as a signature does, it has to be trusted: raises `BadInput` where it is not.
+    A signature vouches for code: code `to_sign` has to be trusted, else this raises `BadInput`.
     """
-    if vouch and shelf.why_untrusted:
-        where = shelf.folder if isinstance(shelf, KernelCache) else shelf.path
+    if to_sign and source.why_untrusted:
+        where = source.folder if isinstance(source, KernelCache) else source.path
         raise BadInput(
-            f"a signature vouches for code, got that of {where} ({shelf.why_untrusted}): trust it or leave it unsigned"
+            f"a signature vouches for code, got that of {where} ({source.why_untrusted}): trust it or leave it unsigned"
         )
     for record in records:
-        binary = shelf.binary(record) if isinstance(shelf, Pack) else shelf.binary_path(record).read_bytes()
-        yield record, binary, shelf.source(record)
+        yield PackedKernel(record, source.binary(record), source.source(record))
 
 
-def write_kernels(out: Path, kernels: Iterable[Kernel], *, signed: bool = True) -> list[Record]:
+def write_kernels(out: Path, kernels: Iterable[PackedKernel], *, signed: bool = True) -> list[Record]:
     """Write kernels (record, binary, source) as a pack, signed with the user's key; returns the records.
 
     The file appears whole or not at all, and equal kernels give equal bytes. A signature vouches for the code: sign
     only what may run. Raises `BadInput` where the pack cannot be signed or written, and for what a reader would refuse.
     """
-    ordered = sorted(kernels, key=lambda kernel: kernel[0].key.digest)
-    content = packed(_created_by(), ordered, sign if signed else None)
+    ordered = sorted(kernels, key=lambda kernel: kernel.record.key.digest)
+    content = write_zip(_created_by(), ordered, sign if signed else None)
     try:
         write_atomically(Path(out), content)
     except OSError as error:
         raise BadInput(f"the pack must be writable, got {out} ({error.strerror}): choose another path") from error
-    return [record for record, *_ in ordered]
+    return [kernel.record for kernel in ordered]
 
 
 class Pack:
@@ -82,7 +81,7 @@ class Pack:
         except OSError as error:
             raise BadInput(f"a pack must be a readable file, got {path} ({error.strerror}): check the path") from error
         try:
-            self._archive = Archive(file, lazy=lazy)
+            self._zip = ZipReader(file, lazy=lazy)
         except BadInput as error:
             self.close()
             raise BadInput(f"{self.path.name}: {error}") from error
@@ -92,12 +91,12 @@ class Pack:
     @property
     def created_by(self) -> str:
         """The package and version that wrote the pack, for people to read."""
-        return self._archive.created_by
+        return self._zip.created_by
 
     @property
     def signed_by(self) -> str | None:
         """The public key that the pack says it is signed with; see `why_untrusted` for what that is worth."""
-        return self._archive.signature.key if self._archive.signature else None
+        return self._zip.signature.key if self._zip.signature else None
 
     @cached_property
     def why_untrusted(self) -> str | None:
@@ -106,22 +105,22 @@ class Pack:
         Raises `BadInput` for a signature that is not of this pack: it is damaged or forged, and nothing in it counts.
         """
         try:
-            return why_untrusted(self._archive.signature, self._archive.manifest)
+            return why_untrusted(self._zip.signature, self._zip.manifest)
         except BadInput as error:
             self.close()
             raise BadInput(f"{self.path.name}: {error}") from error
 
     def records(self) -> list[Record]:
         """All records, ordered by digest."""
-        return self._archive.records()
+        return self._zip.records()
 
     def binary(self, record: Record) -> bytes:
         """The binary's bytes; raises `CacheCorrupt` if the file has changed."""
-        return self._archive.binary(record)
+        return self._zip.binary(record)
 
     def source(self, record: Record) -> str:
         """The generated source, for people to read; raises `CacheCorrupt` if the file has changed."""
-        return self._archive.source(record)
+        return self._zip.source(record)
 
     def binary_path(self, record: Record) -> Path:
         """The binary as a file to load while the pack is open; raises `CacheCorrupt` if the pack has changed."""

@@ -65,15 +65,15 @@ def check_key(text: str) -> str:
     return text
 
 
-def own_key(*, make: bool) -> str | None:
+def own_key(*, create: bool) -> str | None:
     """This user's public key; None where there is none and none is to be made. Raises `BadInput` with the remedy."""
-    private = _private_key(make=make)
+    private = _private_key(create=create)
     return None if private is None else _public_text(private)
 
 
 def sign(message: bytes) -> Signature:
     """Sign with this user's key, which is made if there is none. Raises `BadInput` with the remedy."""
-    private = _private_key(make=True)
+    private = _private_key(create=True)
     assert private
     return Signature(_public_text(private), private.sign(_CONTEXT + message))
 
@@ -97,14 +97,14 @@ def why_untrusted(signature: Signature | None, message: bytes) -> str | None:
     except (InvalidSignature, ValueError):
         raise BadInput("its content must match its signature and does not: get the pack again from its maker") from None
     try:
-        if signature.key in listed_keys() or signature.key == own_key(make=False):
+        if signature.key in trusted_keys() or signature.key == own_key(create=False):
             return None
     except BadInput as error:
         return str(error)
     return f"it is signed by {signature.key}, which you have not listed (see mhc-tune keys)"
 
 
-def listed_keys() -> dict[str, str]:
+def trusted_keys() -> dict[str, str]:
     """The keys of others that the user trusts, each with its note. Raises `BadInput` for a list that is not sound."""
     path = keys_folder() / LISTED
     try:
@@ -126,19 +126,19 @@ def trust_key(line: str) -> str:
     check_key(key)
     if not note.isprintable():
         raise BadInput(f"a note must be printable and of one line, got {shown(note)}: leave out what is not")
-    if key not in listed_keys():
+    if key not in trusted_keys():
         _write(LISTED, [*_lines(), f"{key} {note.strip()}".strip()])
     return key
 
 
 def forget_key(key: str) -> None:
     """Take a key off the list; raises `BadInput` if it is not there."""
-    if check_key(key) not in listed_keys():
+    if check_key(key) not in trusted_keys():
         raise BadInput(f"a key to forget must be listed, got {key}: see mhc-tune keys")
     _write(LISTED, [line for line in _lines() if line.split()[:1] != [key]])
 
 
-def _private_key(*, make: bool) -> Ed25519PrivateKey | None:
+def _private_key(*, create: bool) -> Ed25519PrivateKey | None:
     try:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     except ImportError as error:
@@ -146,7 +146,7 @@ def _private_key(*, make: bool) -> Ed25519PrivateKey | None:
     path = keys_folder() / PRIVATE
     try:
         if not path.exists():
-            if not make:
+            if not create:
                 return None
             _write(PRIVATE, [_SECRET + Ed25519PrivateKey.generate().private_bytes_raw().hex()], replace=False)
         exposed = path.stat().st_mode & 0o077

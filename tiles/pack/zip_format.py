@@ -21,21 +21,21 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from tiles.cache.cache import CacheCorrupt, binary_name, checked_binary, source_name
 from tiles.cache.record import (
     MAX_RECORD_BYTES,
     Key,
     Record,
+    check_fields,
     check_scalars,
     check_schedule,
     from_json,
     record_dict,
-    record_from,
+    record_from_dict,
     shown,
     to_json,
-    typed,
 )
 from tiles.errors import BadInput
 from tiles.pack.signing import Signature
@@ -96,11 +96,15 @@ class _Entry:
     source_size: int
 
 
-Kernel = tuple[Record, bytes, str]
-"""A record, its binary and its source."""
+class PackedKernel(NamedTuple):
+    """A kernel as a pack holds it: its record, its compiled code, and the source that the code was generated as."""
+
+    record: Record
+    binary: bytes
+    source: str
 
 
-def packed(created_by: str, kernels: Iterable[Kernel], sign: Callable[[bytes], Signature] | None) -> bytes:
+def write_zip(created_by: str, kernels: Iterable[PackedKernel], sign: Callable[[bytes], Signature] | None) -> bytes:
     """A pack of kernels; equal ones in equal order, signed by the same key or by none, give equal bytes.
 
     Raises `BadInput` for what a reader would refuse.
@@ -120,11 +124,11 @@ def packed(created_by: str, kernels: Iterable[Kernel], sign: Callable[[bytes], S
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in ({MANIFEST: manifest} | files).items():
             archive.writestr(_member(name), content)
-    Archive(file)
+    ZipReader(file)
     return file.getvalue()
 
 
-class Archive:
+class ZipReader:
     """A pack's contents, all checked. Raises `BadInput` for a file that is damaged, no pack, or of another format.
 
     `manifest` is the bytes that the records were read from: a signature has to be of these, whatever the file holds by
@@ -190,7 +194,7 @@ class Archive:
         if type(found) is not int or found not in READABLE:
             readable = " or ".join(map(str, READABLE))
             raise BadInput(f"a pack's format must be {readable}, got {shown(found)}: export it again with this version")
-        fields = typed(values, _MANIFEST_FIELDS, "a manifest")
+        fields = check_fields(values, _MANIFEST_FIELDS, "a manifest")
         check_scalars({"created_by": fields["created_by"]}, "a manifest", (str,))
         return fields["created_by"], [_entry_from(entry) for entry in fields["records"]]
 
@@ -199,7 +203,7 @@ class Archive:
         if SIGNATURE not in self._infos:
             return None
         content = from_json(self._content(SIGNATURE, self._infos[SIGNATURE].file_size, MAX_SIGNATURE))
-        fields = typed(content, _SIGNATURE_FIELDS, "a signature")
+        fields = check_fields(content, _SIGNATURE_FIELDS, "a signature")
         if not _HEX.fullmatch(fields["value"]):
             raise BadInput(f"a signature must be hexadecimal digits, got {shown(fields['value'])}: export it again")
         return Signature(fields["key"], bytes.fromhex(fields["value"]))
@@ -219,8 +223,8 @@ class Archive:
 
 def _entry_from(values: object) -> _Entry:
     """One entry of the manifest. Keys and schedules of other versions follow rules unknown here: import checks them."""
-    fields = typed(values, _ENTRY_FIELDS, "an entry of the manifest")
-    record = record_from(fields["record"])
+    fields = check_fields(values, _ENTRY_FIELDS, "an entry of the manifest")
+    record = record_from_dict(fields["record"])
     if record.key.current:
         if record.key != Key.of(record.key.problem, record.key.device):
             raise BadInput(f"{record.key.problem.describe()}: its key must be canonical and is not: export it again")

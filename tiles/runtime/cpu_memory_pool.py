@@ -16,14 +16,14 @@ from collections import defaultdict
 
 import torch
 
-LEAST_BYTES = 2**20
+MIN_POOLED_BYTES = 2**20
 """Smaller results come from torch: the C library keeps those itself."""
 
-PAGE = 2**21
+HUGE_PAGE_BYTES = 2**21
 """Blocks are whole huge pages (2 MiB), which take one page fault where the system grants them."""
 
 
-class Pool:
+class MemoryPool:
     """Hands out tensors; their memory comes back when the last tensor that shares it is gone. Thread-safe."""
 
     def __init__(self) -> None:
@@ -38,20 +38,20 @@ class Pool:
         for size in shape:
             count *= size
         needed = count * dtype.itemsize
-        if needed < LEAST_BYTES:
+        if needed < MIN_POOLED_BYTES:
             return torch.empty(shape, dtype=dtype)
-        block = self._take(-(-needed // PAGE) * PAGE)
+        block = self._acquire(-(-needed // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES)
         # The tensor's storage keeps `lease` alive, and with `lease` ends the use of the block.
         lease = (ctypes.c_char * needed).from_buffer(block)
-        weakref.finalize(lease, self._give_back, block).atexit = False
+        weakref.finalize(lease, self._release, block).atexit = False
         return torch.frombuffer(lease, dtype=dtype).view(shape)
 
-    def held(self) -> dict[str, int]:
+    def stats(self) -> dict[str, int]:
         """Bytes idle, in use, and the most that was ever in use at once."""
         with self._lock:
             return dict(self._bytes)
 
-    def _take(self, size: int) -> mmap.mmap:
+    def _acquire(self, size: int) -> mmap.mmap:
         with self._lock:
             self._bytes["used"] += size
             self._bytes["peak"] = max(self._bytes["peak"], self._bytes["used"])
@@ -65,7 +65,7 @@ class Pool:
             block.madvise(mmap.MADV_HUGEPAGE)
         return block
 
-    def _give_back(self, block: mmap.mmap) -> None:
+    def _release(self, block: mmap.mmap) -> None:
         with self._lock:
             self._bytes["used"] -= len(block)
             self._bytes["idle"] += len(block)
@@ -79,5 +79,5 @@ class Pool:
                 self._bytes["idle"] -= size
 
 
-POOL = Pool()
+MEMORY_POOL = MemoryPool()
 """The process's pool."""

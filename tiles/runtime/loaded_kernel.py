@@ -19,7 +19,7 @@ from tiles.compiler.cuda_launcher import NO_DRIVER, OLD_DRIVER, TOO_MANY_TOKENS,
 from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Argument, KernelSpec, Problem
-from tiles.runtime.cpu_memory_pool import POOL
+from tiles.runtime.cpu_memory_pool import MEMORY_POOL
 
 Value = torch.Tensor | float
 
@@ -155,7 +155,7 @@ def empty_result(argument: Argument, tokens: int, slices: int, device: torch.dev
     shape = argument.sized(tokens)
     shape = (slices, *shape) if argument.role == "partial" else shape
     if device.type == "cpu":
-        return POOL.empty(shape, DTYPES[argument.dtype])
+        return MEMORY_POOL.empty(shape, DTYPES[argument.dtype])
     return torch.empty(shape, dtype=DTYPES[argument.dtype], device=device)
 
 

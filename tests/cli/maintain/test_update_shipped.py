@@ -10,7 +10,7 @@ import pytest
 from cli.maintain.update_shipped import ship
 from tiles.cache import shipped
 from tiles.cache.record import Key, Record, record_dict
-from tiles.cache.shipped import Shipped, shipped_records
+from tiles.cache.shipped import ShippedRecord, shipped_records
 from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
@@ -37,7 +37,7 @@ def measured(tokens: int, tuned_ms: float, date: str, **changes: Any) -> dict[st
     return record_dict(Record(key, schedule, "0" * 64, 1, measurement, {"date": f"{date}T10:00:00+00:00", "host": "a"}))
 
 
-def shipped_from(out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Shipped, ...]:
+def shipped_from(out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ShippedRecord, ...]:
     monkeypatch.setattr(shipped, "FILE", out)
     return shipped_records.__wrapped__()
 

@@ -11,7 +11,7 @@ import mhc.dispatch.resolve
 import tiles.compiler.compile
 from mhc import functional
 from tiles.cache.cache import KernelCache, Key
-from tiles.cache.shipped import Shipped
+from tiles.cache.shipped import ShippedRecord
 from tiles.compiler.compile import Artifact
 from tiles.errors import BadInput
 from tiles.pack.pack import write_pack
@@ -171,7 +171,7 @@ def test_a_folder_that_everybody_may_write_to_is_data(tmp_path):
 
 def ship(monkeypatch, *, tokens=4, device=HERE, measurement=None, schedule=SCHEDULE):
     key = Key.of(replace(PROBLEM, tokens=tokens), device)
-    shipped = Shipped(key, schedule, measurement or {}, {})
+    shipped = ShippedRecord(key, schedule, measurement or {}, {})
     monkeypatch.setattr(mhc.dispatch.resolve, "shipped_records", lambda: (shipped,))
 
 
@@ -233,7 +233,7 @@ def test_a_read_only_folder_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("where", "error"),
-    [("candidates", RuntimeError("odd")), ("built_earlier", PermissionError(13, "denied"))],
+    [("candidates", RuntimeError("odd")), ("find_compiled", PermissionError(13, "denied"))],
     ids=["look-up", "folder"],
 )
 def test_nothing_that_goes_wrong_ends_a_training_run(monkeypatch, caplog, tmp_path, where, error):

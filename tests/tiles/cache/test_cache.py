@@ -16,7 +16,7 @@ from tiles.cache.cache import (
     source_name,
     token_bucket,
 )
-from tiles.cache.record import record_dict, record_from
+from tiles.cache.record import record_dict, record_from_dict
 from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_spec, kernel_specs
 from tiles.kernels.spec import Problem
@@ -242,7 +242,7 @@ def test_a_record_is_checked_field_by_field(cache, names, value, rule):
         inner = inner[name]
     inner[names[-1]] = value
     with pytest.raises(BadInput) as caught:
-        record_from(values)
+        record_from_dict(values)
     assert str(caught.value).startswith(rule)
     assert "\n" not in str(caught.value)
 
@@ -290,5 +290,5 @@ def test_what_has_not_changed_is_not_parsed_again(cache, monkeypatch):
     record = put(cache)
     reader = KernelCache(cache.folder)
     assert reader.records() == [record]
-    monkeypatch.setattr("tiles.cache.cache.record_from", lambda values: pytest.fail("parsed again"))
+    monkeypatch.setattr("tiles.cache.cache.record_from_dict", lambda values: pytest.fail("parsed again"))
     assert (reader.records(), reader.get(KEY)) == ([record], record)

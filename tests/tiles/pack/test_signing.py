@@ -34,9 +34,9 @@ def theirs(tmp_path, monkeypatch):
 
 
 def test_the_own_signature_is_trusted():
-    assert trust.own_key(make=False) is None
+    assert trust.own_key(create=False) is None
     signature = trust.sign(MESSAGE)
-    assert signature.key == trust.own_key(make=False)
+    assert signature.key == trust.own_key(create=False)
     assert trust.sign(MESSAGE) == signature
     assert trust.why_untrusted(signature, MESSAGE) is None
 
@@ -48,10 +48,10 @@ def test_a_missing_signature_is_no_trust():
 def test_a_strangers_key_is_named_and_trusted_once_listed(theirs):
     assert theirs.key in trust.why_untrusted(theirs, MESSAGE)
     trust.trust_key(f"{theirs.key} Alice's laptop")
-    assert trust.listed_keys() == {theirs.key: "Alice's laptop"}
+    assert trust.trusted_keys() == {theirs.key: "Alice's laptop"}
     assert trust.why_untrusted(theirs, MESSAGE) is None
     trust.forget_key(theirs.key)
-    assert trust.listed_keys() == {}
+    assert trust.trusted_keys() == {}
     assert "not listed" in trust.why_untrusted(theirs, MESSAGE)
 
 
@@ -73,9 +73,9 @@ def test_a_signature_of_something_else_is_refused_whoever_made_it(theirs):
 
 def test_what_is_signed_is_said_to_be_a_packs_manifest():
     """A bare Ed25519 signature of the same bytes, made for another purpose, is not one of a pack."""
-    private = trust._private_key(make=True)
+    private = trust._private_key(create=True)
     with pytest.raises(BadInput, match="must match its signature"):
-        trust.why_untrusted(Signature(trust.own_key(make=False), private.sign(MESSAGE)), MESSAGE)
+        trust.why_untrusted(Signature(trust.own_key(create=False), private.sign(MESSAGE)), MESSAGE)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_odd_keys_are_refused(key):
 def test_a_note_cannot_smuggle_in_a_line():
     with pytest.raises(BadInput, match="printable"):
         trust.trust_key(f"{STRANGER} a note\n{STRANGER.replace('0', '1')}")
-    assert trust.listed_keys() == {}
+    assert trust.trusted_keys() == {}
 
 
 def test_the_private_key_is_its_owners_alone(keys):
@@ -124,7 +124,7 @@ def test_the_list_is_a_plain_file_to_edit(keys):
     keys.mkdir(mode=0o700)
     (keys / "trusted-keys.txt").write_text(f"# colleagues\n\n  {STRANGER}\tthe build machine\n")
     (keys / "trusted-keys.txt").chmod(0o644)
-    assert trust.listed_keys() == {STRANGER: "the build machine"}
+    assert trust.trusted_keys() == {STRANGER: "the build machine"}
     other = trust.trust_key(STRANGER.replace("0", "1"))
     trust.trust_key(other)
     trust.forget_key(STRANGER)
@@ -166,7 +166,7 @@ def test_keys_that_cannot_be_read_are_said_and_stop_no_pack(keys, theirs):
 
 def test_a_folder_that_cannot_be_written_is_said(keys):
     keys.write_text("a file")
-    assert trust.listed_keys() == {}
+    assert trust.trusted_keys() == {}
     with pytest.raises(BadInput, match=r"the keys folder must be writable, got .*set MHC_TUNE_KEYS"):
         trust.sign(MESSAGE)
 
@@ -174,12 +174,12 @@ def test_a_folder_that_cannot_be_written_is_said(keys):
 def test_processes_that_make_a_key_at_once_agree_on_one(keys):
     with ProcessPoolExecutor(8, mp_context=multiprocessing.get_context("spawn")) as pool:
         made = set(pool.map(_own_key, range(32)))
-    assert made == {trust.own_key(make=False)}
+    assert made == {trust.own_key(create=False)}
     assert [path.name for path in keys.iterdir()] == ["signing-key.txt"]
 
 
 def _own_key(_):
-    return trust.own_key(make=True)
+    return trust.own_key(create=True)
 
 
 def test_the_signature_is_plain_ed25519_of_a_prefix_and_the_message():

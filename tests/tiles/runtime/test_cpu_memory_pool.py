@@ -9,14 +9,14 @@ import threading
 import pytest
 import torch
 
-from tiles.runtime.cpu_memory_pool import LEAST_BYTES, PAGE, Pool
+from tiles.runtime.cpu_memory_pool import HUGE_PAGE_BYTES, MIN_POOLED_BYTES, MemoryPool
 
-LARGE = (3, LEAST_BYTES)
+LARGE = (3, MIN_POOLED_BYTES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_tensor_has_its_shape_and_dtype_and_takes_part_in_autograd(dtype):
-    made = Pool().empty(LARGE, dtype)
+    made = MemoryPool().empty(LARGE, dtype)
     assert made.shape == LARGE
     assert made.dtype == dtype
     assert made.is_contiguous()
@@ -26,15 +26,15 @@ def test_a_tensor_has_its_shape_and_dtype_and_takes_part_in_autograd(dtype):
 
 
 def test_small_and_empty_tensors_come_from_torch():
-    pool = Pool()
+    pool = MemoryPool()
     assert pool.empty((0, 4), torch.float32).shape == (0, 4)
     assert pool.empty((), torch.float32).shape == ()
     pool.empty((7,), torch.float32)
-    assert pool.held() == {"idle": 0, "used": 0, "peak": 0}
+    assert pool.stats() == {"idle": 0, "used": 0, "peak": 0}
 
 
 def test_memory_is_reused_once_the_last_tensor_that_shares_it_is_gone():
-    pool = Pool()
+    pool = MemoryPool()
     first = pool.empty(LARGE, torch.float32)
     address = first.data_ptr()
     view = first[1:].flatten()[5:]
@@ -47,7 +47,7 @@ def test_memory_is_reused_once_the_last_tensor_that_shares_it_is_gone():
 
 
 def test_a_graph_keeps_what_its_backward_needs():
-    pool = Pool()
+    pool = MemoryPool()
     held = pool.empty(LARGE, torch.float32).fill_(3)
     weight = torch.ones(LARGE, requires_grad=True)
     product = held * weight
@@ -58,23 +58,23 @@ def test_a_graph_keeps_what_its_backward_needs():
 
 
 def test_it_holds_no_more_than_was_in_use_at_once():
-    pool = Pool()
+    pool = MemoryPool()
     two = [pool.empty(LARGE, torch.float32) for _ in range(2)]
-    most = pool.held()["peak"]
+    most = pool.stats()["peak"]
     del two
     for pages in range(1, 12):
-        pool.empty((pages * PAGE,), torch.float16)
-        held = pool.held()
+        pool.empty((pages * HUGE_PAGE_BYTES,), torch.float16)
+        held = pool.stats()
         assert held["idle"] + held["used"] <= max(most, held["peak"])
-    assert pool.held()["used"] == 0
+    assert pool.stats()["used"] == 0
 
 
 def test_threads_never_share_memory():
-    pool, wrong = Pool(), []
+    pool, wrong = MemoryPool(), []
 
     def work(value: int) -> None:
         for _ in range(30):
-            mine = pool.empty((LEAST_BYTES,), torch.float32).fill_(value)
+            mine = pool.empty((MIN_POOLED_BYTES,), torch.float32).fill_(value)
             if not (mine == value).all():
                 wrong.append(value)
 
@@ -84,12 +84,12 @@ def test_threads_never_share_memory():
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert pool.held()["used"] == 0
+    assert pool.stats()["used"] == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # the child only writes and leaves
 def test_a_forked_process_does_not_write_into_ours():
-    made = Pool().empty(LARGE, torch.float32).zero_()
+    made = MemoryPool().empty(LARGE, torch.float32).zero_()
     child = os.fork()
     if child == 0:
         memoryview(made.numpy()).cast("B")[:4] = b"\1\1\1\1"
@@ -99,7 +99,7 @@ def test_a_forked_process_does_not_write_into_ours():
 
 
 def test_saving_and_copying_work_like_any_tensors(tmp_path):
-    made = Pool().empty(LARGE, torch.float32).fill_(2)
+    made = MemoryPool().empty(LARGE, torch.float32).fill_(2)
     torch.save(made, tmp_path / "made.pt")
     assert torch.equal(torch.load(tmp_path / "made.pt"), made)
     assert torch.equal(made.clone(), made)
