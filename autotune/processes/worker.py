@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from autotune.processes.confine import SHARE, confine, for_want_of_memory, kills_for_memory, memory_bytes
+from tiles.errors import one_line
 
 REASON_LENGTH = 400
 """Characters of a failure's reason that are kept."""
@@ -130,14 +131,7 @@ class Worker:
         """End the process and all that it started."""
         if self._process is None or self._connection is None or self._output is None:
             return
-        # Before wait(), also where the process has ended: what it started may not have, and until then its id cannot
-        # have passed to somebody else.
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it was started this moment and does not lead its group yet
-            self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_SECONDS)
+        kill_group(self._process)
         self._connection.close()
         self._output.close()
         self._process = self._connection = self._output = None
@@ -181,7 +175,7 @@ class Worker:
         self.kill()
         code = -signal.SIGKILL if process.returncode is None else process.returncode
         how = SIGNALS.get(-code, f"exit code {code}")
-        reason = one_line(" - ".join([f"{name} ended its process: {how}", *printed]))
+        reason = _reason(" - ".join([f"{name} ended its process: {how}", *printed]))
         if code == -signal.SIGKILL and kills_for_memory() > self._kills_before:
             return TaskFailed(f"out of memory: the system ended the process of {name}")
         if for_want_of_memory(reason):
@@ -234,9 +228,9 @@ def _answer(task: bytes, connection: Connection[Any, Any]) -> bytes:
         _end_cuda_work()
         return pickle.dumps((True, value, True))
     except Exception as error:  # whatever a task raises is its answer
-        reason = ": ".join(filter(None, [type(error).__name__, str(error)]))
+        reason = one_line(error)
         reason = f"out of memory: {reason}" if for_want_of_memory(reason) else reason
-        return pickle.dumps((False, one_line(reason), not getattr(error, "poisons", False) and not _cuda_is_broken()))
+        return pickle.dumps((False, _reason(reason), not getattr(error, "poisons", False) and not _cuda_is_broken()))
 
 
 def _end_cuda_work() -> None:
@@ -254,7 +248,19 @@ def _cuda_is_broken() -> bool:
     return False
 
 
-def one_line(text: str) -> str:
-    """The text without line breaks, cut to `REASON_LENGTH`."""
-    joined = " ".join(text.split())
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process that was started with `start_new_session`, and all that it started; wait `END_SECONDS` for it."""
+    # Before wait(), also where the process has ended: what it started may not have, and until then its id cannot have
+    # passed to somebody else.
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it was started this moment and does not lead its group yet, or nothing of it is left
+        process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_SECONDS)
+
+
+def _reason(error: BaseException | str) -> str:
+    """An error in one line, cut to `REASON_LENGTH`."""
+    joined = one_line(error)
     return joined if len(joined) <= REASON_LENGTH else joined[: REASON_LENGTH - 1] + "…"

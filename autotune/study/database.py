@@ -21,7 +21,7 @@ from sqlalchemy.exc import (
 )
 
 from autotune.study.redact import without_password
-from tiles.errors import BadInput
+from tiles.errors import BadInput, first_line
 
 PATIENCE = 60.0
 """Seconds for which a database that does not answer is tried again: a server's restart takes less."""
@@ -55,7 +55,7 @@ def open_database(url: str) -> RDBStorage:
     except Exception as error:  # the driver's own exception types
         raise BadInput(
             f"storage must be an SQLAlchemy URL of a database that answers, got {without_password(url)} "
-            f"({_first_line(error)}): leave it out to use a journal file"
+            f"({without_password(first_line(error))}): leave it out to use a journal file"
         ) from error
 
 
@@ -91,10 +91,6 @@ def _missing_driver(url: str, module: str) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return without_password((str(error).strip().splitlines() or [type(error).__name__])[0])
-
-
 def _patient(method: Method) -> Method:
     """Each method of a storage is one transaction: one that was lost with its connection is run again."""
 
@@ -114,7 +110,7 @@ def _patient(method: Method) -> Method:
                 deadline = deadline or time.monotonic() + PATIENCE
                 if time.monotonic() > deadline:
                     raise BadInput(
-                        f"the database must answer, got {_first_line(error.__cause__)} from "
+                        f"the database must answer, got {without_password(first_line(error.__cause__))} from "
                         f"{without_password(self.url)} for {PATIENCE:g} s: what was finished is kept there; "
                         "run the same command again when it does"
                     ) from error

@@ -39,9 +39,9 @@ from cli.ui.options import (
     known_choices,
     measured_device,
 )
-from cli.ui.output import first_line, say, show, show_json, stdout_kept_free
+from cli.ui.output import say, show, show_json, stdout_kept_free
 from cli.ui.render import bench_table, device_text, load_table
-from tiles.errors import BadInput
+from tiles.errors import BadInput, first_line
 from tiles.kernels.spec import Problem
 from tiles.target import Device
 

@@ -13,7 +13,7 @@ from cli.bench.implementation import Contender, is_right
 from cli.bench.time_limit import TooSlow, patience
 from cli.bench.torch_composites import PARTS, combinations, composed, pre
 from cli.bench.torch_ops import COMPILED, Form, forms
-from cli.ui.output import first_line
+from tiles.errors import first_line
 
 IMPLS = ("eager", "compile")
 

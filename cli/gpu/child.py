@@ -23,8 +23,8 @@ from cli.bench.fastest_torch import Choice
 from cli.gpu import block, build, numerics
 from cli.gpu.plan import DTYPE
 from cli.ui.options import measured_device
-from cli.ui.output import first_line
 from tiles.cache.cache import write_atomically
+from tiles.errors import first_line
 from tiles.target import Device
 
 BROKEN = 3

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from autotune.processes.worker import kill_group
+
 ROOT = Path(__file__).parents[2]
 """The checkout: where tests lie, and what `python -m cli.main` is found in."""
 
@@ -33,16 +35,9 @@ def run(
                 process.wait(timeout=GRACE)
             return None
         finally:
-            _end_all(process)
+            kill_group(process)
 
 
 def python(*arguments: str) -> list[str]:
     """A command that runs this Python."""
     return [sys.executable, *arguments]
-
-
-def _end_all(process: subprocess.Popen[bytes]) -> None:
-    """End the process and whatever it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

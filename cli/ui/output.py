@@ -23,11 +23,6 @@ def say(text: str) -> None:
     typer.echo("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text), err=True)
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def show(renderable: RenderableType, *, on_stderr: bool = False) -> None:
     """Print a table, on stdout unless that is kept for JSON."""
     console = Console(stderr=on_stderr, markup=False, emoji=False)  # names come from packs: they are text, no markup

@@ -11,7 +11,7 @@ from mhc.dispatch.resolve import Resolver
 from tiles.cache.cache import CacheCorrupt
 from tiles.cache.record import Record, from_json, record_dict, record_from_dict, to_json
 from tiles.compiler import compile as compiler
-from tiles.errors import BadInput
+from tiles.errors import BadInput, one_line
 from tiles.target import Device, detect_device, why_cannot_run
 
 
@@ -36,13 +36,13 @@ def agree(mine: Resolver | BadInput) -> Resolver:
         if dist.get_rank() == 0:
             sent[0] = to_json(_offer(mine))
     except Exception as error:
-        complaint = _one_line(error)
+        complaint = _complaint(error)
     dist.broadcast_object_list(sent, src=0)
     try:
         if sent[0] is not None and isinstance(mine, Resolver):
             agreed = _adopted(mine, sent[0])
     except Exception as error:
-        complaint = _one_line(error)
+        complaint = _complaint(error)
     complaints: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(complaints, complaint)
     for rank, text in enumerate(complaints):
@@ -91,6 +91,5 @@ def _adopted(mine: Resolver, sent: bytes) -> Resolver:
     return agreed
 
 
-def _one_line(error: Exception) -> str:
-    text = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())
+def _complaint(error: Exception) -> str:
+    return one_line(str(error) if isinstance(error, BadInput) else error)

@@ -26,6 +26,7 @@ from tiles.cache.lookup import candidates
 from tiles.cache.record import Record
 from tiles.cache.shipped import shipped_records
 from tiles.compiler import compile as compiler
+from tiles.errors import first_line
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import PAPER_ROUNDS, Problem, Run
 from tiles.runtime.loaded_kernel import LoadedKernel, LoadError, run_reference
@@ -101,7 +102,7 @@ class Resolver:
         try:
             return self._resolved(problem, device, run)
         except Exception as error:  # whatever is wrong with a disk or a library must not end a training run
-            why = _one_line(error)
+            why = _reason(error)
             self.say(why, f"{problem.describe()} runs the slow torch reference: {why}")
             return reference(problem, device, why)
 
@@ -184,8 +185,8 @@ class Resolver:
                 return LoadedKernel(self.tuned.binary_path(option.code), problem), ""
             except (CacheCorrupt, LoadError, OSError) as error:
                 if not self.agreed:
-                    raise Unavailable(_one_line(error)) from error
-                option = replace(option, because=_one_line(error))  # every rank runs this schedule, compiled or not
+                    raise Unavailable(_reason(error)) from error
+                option = replace(option, because=_reason(error))  # every rank runs this schedule, compiled or not
         return self._compiled(option, problem, here)
 
     def _compiled(self, option: Option, problem: Problem, here: Device) -> tuple[Call, str]:
@@ -202,7 +203,7 @@ class Resolver:
         except Unavailable:
             raise
         except Exception as error:  # whatever a compiler does must not end a training run; the report tells
-            raise Unavailable(_one_line(error)) from error
+            raise Unavailable(_reason(error)) from error
         if found.why_not_stored:
             self.say("not kept", f"compiled kernels serve this process alone: {found.why_not_stored}")
         because = f", as {option.because}" if option.because else ""
@@ -301,6 +302,6 @@ def _why(option: Option, how: str, passed: Sequence[str]) -> str:
     return option.why + how + skipped
 
 
-def _one_line(error: Exception) -> str:
-    text = (str(error) or type(error).__name__).splitlines()[0]
+def _reason(error: Exception) -> str:
+    text = first_line(error)
     return text if isinstance(error, CacheCorrupt | LoadError) else f"{type(error).__name__}: {text}"
