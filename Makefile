@@ -1,8 +1,11 @@
 # Two commands do all the set-up on a machine with Python, a C++ compiler and a package registry:
 #   make tune   tunes the kernels for this machine, compares them with torch and exports them to build/
-#   make test   lint, types and tests
+#   make test   lint, types, and every behaviour once; `make test-all` adds full matrices and long runs
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install -c constraints.txt -e
+# Processes share the test files, one process a core.
+PYTEST = $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 CACHE := build/cache
 PACK := build/kernels.mhcpack
 # The single ops and a layer; compiling a stack of layers with torch takes minutes (`mhc-tune bench --op stack`).
@@ -14,7 +17,7 @@ PROBLEM := --target auto --streams 4 --width 1280 --tokens 2048 --dtype bfloat16
 GPU_SECONDS ?= 1500
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: tune test gpu clean
+.PHONY: tune check test test-slow test-all gpu clean
 .DELETE_ON_ERROR:
 
 tune: .venv/installed
@@ -24,22 +27,29 @@ tune: .venv/installed
 	$(BIN)/mhc-tune bench $(PROBLEM) $(COMPARED) --cache $(CACHE) --json > build/bench.json
 	@echo "kernels: $(PACK)   measurements: build/bench.json   cache: $(CACHE)"
 
-test: .venv/installed-for-tests
+check: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+
+test: check
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/installed-for-tests
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 gpu:
 	PYTHONPATH=. $(GPU_PYTHON) -m cli.main gpu --seconds $(GPU_SECONDS)
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e '.[peers]'
+	$(INSTALL) '.[peers]'
 	touch $@
 
 .venv/installed-for-tests: .venv/installed
-	$(BIN)/python -m pip install -e '.[test,plot,postgres]'
+	$(INSTALL) '.[test,plot,postgres]'
 	touch $@
 
 clean:
