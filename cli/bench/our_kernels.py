@@ -17,7 +17,7 @@ from cli.bench.implementation import Contender, is_right
 from cli.bench.torch_composites import BLOCKS, COMPOSED
 from cli.bench.torch_ops import Form
 from mhc import HyperConnection, HyperConnectionStack, functional
-from mhc.dispatch.candidates import Option
+from mhc.dispatch.candidates import KernelCandidate
 from mhc.dispatch.kernel_report import Runs
 from mhc.dispatch.kernels import Kernels
 from mhc.dispatch.resolve import Resolver
@@ -118,13 +118,16 @@ class _Overriding(Resolver):
         super().__init__(None, compiles=True)
         self._wanted, self._values = wanted, values
 
-    def options(self, problem: Problem, device: torch.device) -> Iterator[Option]:
+    def candidates(self, problem: Problem, device: torch.device) -> Iterator[KernelCandidate]:
         """The given schedule first for its kernel."""
         if (problem.op, problem.direction) == (self._wanted.op, self._wanted.direction):
-            yield Option(
-                "recompiled", f"the schedule {self._wanted.label}", schedule=self._values, because="it was asked for"
+            yield KernelCandidate(
+                "recompiled",
+                f"the schedule {self._wanted.label}",
+                schedule=self._values,
+                why_recompile="it was asked for",
             )
-        yield from super().options(problem, device)
+        yield from super().candidates(problem, device)
 
 
 def form(case: Case, *, joined: bool = True) -> Form:

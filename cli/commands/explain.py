@@ -14,7 +14,7 @@ from cli.ui.options import CacheOption, JsonOption, existing_cache, known_choice
 from cli.ui.output import say, show_json
 from cli.ui.render import device_text, schedule_text
 from mhc.dispatch.kernels import Kernels
-from mhc.dispatch.resolve import Explained, Resolver
+from mhc.dispatch.resolve import Explanation, Resolver
 from tiles.cache.cache import token_bucket
 from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_specs
@@ -59,7 +59,7 @@ def explain(
         show_json(
             {
                 "problem": problem.describe(),
-                "runs": chosen.option.runs,
+                "runs": chosen.candidate.runs,
                 "candidates": [_described(one) for one in found],
             }
         )
@@ -67,10 +67,10 @@ def explain(
     typer.echo(f"{problem.describe()} on {device_text(detect_device('cpu'))}")
     for place, one in enumerate(found, start=1):
         arrow = "->" if one.runs else "  "
-        typer.echo(f"{arrow} {place}. {one.option.runs:<11}{one.option.why}")
+        typer.echo(f"{arrow} {place}. {one.candidate.runs:<11}{one.candidate.why}")
         for line in (one.verdict, _schedule(one)):
             typer.echo(f"{'':17}{line}")
-    if chosen.option.runs in ("default", "reference") or chosen.option.sibling:
+    if chosen.candidate.runs in ("default", "reference") or chosen.candidate.sibling:
         say(resolver.remedy(problem))
 
 
@@ -80,11 +80,11 @@ def _resolver(path: Path | None, trust_binaries: bool) -> Resolver:
     return Kernels.from_default_folder().resolver
 
 
-def _schedule(one: Explained) -> str:
-    return schedule_text(one.option.schedule) if one.option.schedule is not None else "no schedule"
+def _schedule(one: Explanation) -> str:
+    return schedule_text(one.candidate.schedule) if one.candidate.schedule is not None else "no schedule"
 
 
-def _described(one: Explained) -> dict[str, Any]:
-    option = one.option
+def _described(one: Explanation) -> dict[str, Any]:
+    option = one.candidate
     schedule = None if option.schedule is None else dict(option.schedule)
     return {"kind": option.runs, "why": option.why, "runs": one.runs, "verdict": one.verdict, "schedule": schedule}

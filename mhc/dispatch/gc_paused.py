@@ -1,4 +1,4 @@
-"""Python's garbage collector, paused while many small objects are made that all stay."""
+"""Python's garbage collector, paused while many small objects that all stay alive are created."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def paused() -> Iterator[None]:
-    """Collect no garbage meanwhile. With torch in the process a full collection takes 0.1 s, ten times as long as it
-    takes to load kernels, and would find nothing."""
+def gc_paused() -> Iterator[None]:
+    """Disable collection inside the block, then restore what was. With torch imported a full collection takes 0.1 s,
+    ten times as long as loading kernels, and would free nothing."""
     if not gc.isenabled():
         yield
         return

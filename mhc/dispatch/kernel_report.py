@@ -1,4 +1,4 @@
-"""What runs for every op, and why."""
+"""The kernel report: what runs for every op, and why."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ Runs = Literal["tuned", "recompiled", "shipped", "default", "separate", "referen
 class Row:
     """One op that has run.
 
-    `runs` is a tuned kernel; a stored schedule compiled here, as its own code may not be called; one shipped with
-    this package; the default schedule; a fused pass made of separate kernels, which have rows of their own; or the
-    torch reference. `tokens` is the token bucket (the next power of two); `why` is one sentence.
+    `runs` is `tuned` (a tuned kernel), `recompiled` (a stored schedule compiled here, as its own binary may not be
+    loaded), `shipped` (a schedule of this package), `default` (the default schedule), `separate` (a fused op run as
+    separate kernels, which have rows of their own) or `reference` (torch). `tokens` is the token bucket, the next power
+    of two; `why` is one sentence.
     """
 
     op: str
@@ -33,7 +34,7 @@ class Row:
 
 
 class KernelReport(tuple[Row, ...]):
-    """Rows in the order in which the ops first ran; prints as a table."""
+    """Rows in the order in which the ops first ran; `print` shows a table."""
 
     __slots__ = ()
 

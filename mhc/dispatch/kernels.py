@@ -1,4 +1,4 @@
-"""The kernels that the ops run: found once for a problem and device (`mhc.dispatch.resolve`), then a dictionary hit."""
+"""The kernels that the ops run, resolved once a problem and device (`mhc.dispatch.resolve`), then a dictionary hit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from mhc.dispatch import gc_paused as collector
-from mhc.dispatch import ranks as fleet
+from mhc.dispatch import ranks
+from mhc.dispatch.gc_paused import gc_paused
 from mhc.dispatch.kernel_report import KernelReport, Row
 from mhc.dispatch.resolve import Resolved, Resolver
 from tiles.cache.cache import KernelCache, default_folder, token_bucket
@@ -27,8 +27,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class Kernels:
     """The kernels that the ops of `mhc.functional` run; safe to use from several threads.
 
-    Use a constructor: `from_path` (a cache folder or a pack), `defaults`, `reference`. Without `fused`, the passes pre
-    and step are made of the separate kernels, also where the tuner found the fused one to be faster.
+    Constructors: `from_path` (a cache folder or a pack), `defaults`, `reference`. With `fused=False`, pre and step run
+    as separate kernels, also where the tuner found the fused ones to be faster.
     """
 
     def __init__(self, resolver: Resolver) -> None:
@@ -40,9 +40,9 @@ class Kernels:
     def from_path(cls, path: str | Path, *, fused: bool = True, trust_binaries: bool = False) -> Kernels:
         """Kernels of a cache folder or `.mhcpack`; raises `BadInput` where it is missing, damaged or empty.
 
-        Code that is not trusted (see `mhc-tune keys`) is not run without `trust_binaries`: its schedules are compiled.
+        Binaries that are not trusted (see `mhc-tune keys`) need `trust_binaries`; else their schedules are compiled.
         """
-        return cls(_opened(Path(path), fused, trust_binaries))
+        return cls(_open(Path(path), fused, trust_binaries))
 
     @classmethod
     def from_default_folder(cls) -> Kernels:
@@ -63,13 +63,13 @@ class Kernels:
     def run(
         self, op: str, direction: Direction, streams: int, width: int, rounds: int, inputs: Sequence[Any]
     ) -> tuple[torch.Tensor, ...]:
-        """Run one kernel on contiguous inputs, in the order of its arguments; the first decides dtype and device."""
+        """Run one kernel on contiguous inputs, in the order of its arguments; the first gives dtype and device."""
         return self.look_up(op, direction, streams, width, rounds, inputs[0]).call(*inputs)
 
     def look_up(
         self, op: str, direction: Direction, streams: int, width: int, rounds: int, first: torch.Tensor
     ) -> Resolved:
-        """The kernel for inputs that begin with `first`: a dictionary hit once it has been resolved."""
+        """The kernel for inputs that begin with `first`; a dictionary hit once it is resolved."""
         key = (op, direction, streams, width, rounds, first.dtype, first.device, token_bucket(first.shape[0]))
         return self._resolved.get(key) or self._resolve(key)
 
@@ -89,42 +89,42 @@ class Kernels:
 
         with self._lock:
             if key not in self._resolved:
-                self._say_where_ranks_may_differ()
+                self._warn_ranks_may_differ()
                 self._resolved[key] = self.resolver.resolve(problem, device, run)
             return self._resolved[key]
 
-    def _say_where_ranks_may_differ(self) -> None:
-        found = self.resolver
-        if fleet.in_fleet() and not found.agreed and found.tuned is not None and found.tuned_records():
+    def _warn_ranks_may_differ(self) -> None:
+        mine = self.resolver
+        if ranks.is_distributed() and not mine.from_rank0 and mine.source is not None and mine.stored_records():
             text = "every rank chooses kernels by itself: call mhc.load_kernels after init_process_group, on all ranks"
-            found.say("fleet", text)
+            mine.warn_once("ranks", text)
 
 
-@collector.paused()
-def _opened(path: Path, fused: bool, trust_binaries: bool) -> Resolver:
-    """How kernels are found in a cache folder or pack. Raises `BadInput`."""
-    path = path.absolute()  # what runs first after a change of directory is found too
-    shelf = KernelCache(path, lazy=True) if path.is_dir() else Pack(path, lazy=True)
-    without_code = None if trust_binaries else _why_without_code(shelf)
-    resolver = Resolver(shelf, compiles=True, fused=fused, without_code=without_code, path=path)
-    if not resolver.tuned_records():
+@gc_paused()
+def _open(path: Path, fused: bool, trust_binaries: bool) -> Resolver:
+    """A resolver of a cache folder's or pack's kernels; raises `BadInput`."""
+    path = path.absolute()  # binaries are loaded later, perhaps from another working directory
+    source = KernelCache(path, lazy=True) if path.is_dir() else Pack(path, lazy=True)
+    without_code = None if trust_binaries else _why_without_code(source)
+    resolver = Resolver(source, compiles=True, fused=fused, without_code=without_code, path=path)
+    if not resolver.stored_records():
         raise BadInput(f"kernels must come from a folder or pack that holds some, got {path}: run `mhc-tune tune`")
     return resolver
 
 
-def _why_without_code(shelf: KernelCache | Pack) -> str | None:
-    why = shelf.why_untrusted
+def _why_without_code(source: KernelCache | Pack) -> str | None:
+    why = source.why_untrusted
     return why and f"{why} (load_kernels with trust_binaries=True runs its code as it is)"
 
 
 class _Process:
-    """What the whole process shares."""
+    """State of the whole process."""
 
     active: Kernels | None = None
 
 
 def active() -> Kernels:
-    """The process's kernels: those last loaded, else those of the default cache folder."""
+    """The process's kernels: those loaded last, else those of the default cache folder."""
     if _Process.active is None:
         _Process.active = Kernels.from_default_folder()
     return _Process.active
@@ -132,7 +132,7 @@ def active() -> Kernels:
 
 @contextmanager
 def using(kernels: Kernels) -> Iterator[Kernels]:
-    """Make `kernels` active in the whole process while the block runs (a backward may run on autograd's threads)."""
+    """Make `kernels` active in the whole process inside the block (a backward may run on autograd's threads)."""
     before, _Process.active = _Process.active, kernels
     try:
         yield kernels
@@ -143,29 +143,32 @@ def using(kernels: Kernels) -> Iterator[Kernels]:
 def load_kernels(path: str | Path, trust_binaries: bool = False) -> Kernels:
     """Run the tuned kernels of a cache folder or `.mhcpack` from now on, in the whole process.
 
-    Code that is not trusted (a pack that neither you nor a key of `mhc-tune keys` has signed, a folder that others may
-    write to) runs only with `trust_binaries`; else its schedules are compiled here, where a compiler is.
+    Args:
+        path: a cache folder or a `.mhcpack` file.
+        trust_binaries: load binaries that are not trusted too: those of a pack that is signed neither by you nor by a
+            key of `mhc-tune keys`, or of a folder that others may write to. Without it, their schedules are compiled
+            here, where there is a compiler.
 
-    With torch.distributed initialised this is a collective call on the default group: all ranks make it, each with a
-    path that it can read, and all run what rank 0's path holds. A rank whose path lacks rank 0's code compiles rank 0's
-    schedule. So equal devices with equal compilers and thread counts give equal bits. Called before
-    `init_process_group`, or never, every rank chooses by itself, which is said once.
+    With torch.distributed initialised this is a collective on the default group: all ranks call it, each with a path
+    that it can read, and all run the kernels of rank 0's path. A rank whose path lacks a binary of rank 0 compiles rank
+    0's schedule. So equal devices with equal compilers and thread counts give equal bits. If it is called before
+    `init_process_group`, or never, every rank chooses by itself, which is logged once.
 
     Raises `BadInput` (a `ValueError`) with one line where the file is missing, damaged or of another format version;
-    in a fleet on all ranks.
+    with several ranks, on all of them.
     """
-    if not fleet.in_fleet():
+    if not ranks.is_distributed():
         _Process.active = Kernels.from_path(path, trust_binaries=trust_binaries)
         return _Process.active
     found: Resolver | BadInput
     try:
-        found = _opened(Path(path), fused=True, trust_binaries=trust_binaries)
-    except Exception as error:  # the other ranks wait for this one, whatever it finds
+        found = _open(Path(path), fused=True, trust_binaries=trust_binaries)
+    except Exception as error:  # the other ranks wait for this one
         found = error if isinstance(error, BadInput) else BadInput(f"{path}: {type(error).__name__}: {error}")
-    _Process.active = Kernels(fleet.agree(found))
+    _Process.active = Kernels(ranks.adopt_rank0_records(found))
     return _Process.active
 
 
 def kernel_report() -> KernelReport:
-    """What runs for every op that has run so far, and why; `print` shows a table."""
+    """A row for every op that has run so far: which kernel runs it, and why. `print` shows a table."""
     return active().report()

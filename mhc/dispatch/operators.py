@@ -1,8 +1,8 @@
-"""Every op of the kernel families as torch custom ops, `torch.ops.mhc.<op>` and `torch.ops.mhc.<op>_backward`.
+"""Torch custom ops of every kernel, `torch.ops.mhc.<op>` and `torch.ops.mhc.<op>_backward`.
 
-All are made from the kernels' arguments. A backward takes the forward's tensors, those of its results that it wants
-back, the gradients of the others, and its scalars; it gives the gradients of the forward's tensors. What a kernel adds
-to starts at zero here. The ints that follow the arguments are streams, width and Sinkhorn rounds. Tensors have one
+All are made from the kernels' arguments. A backward takes the forward's tensors, the results that it saved, the
+gradients of its other results, and its scalars; it returns the gradients of the forward's tensors. Arguments that a
+kernel adds to start at zero here. The ints after the arguments are streams, width and Sinkhorn rounds. Tensors have one
 leading dimension, tokens.
 """
 
@@ -25,17 +25,17 @@ PROBLEM = ("streams", "width", "rounds")
 
 
 def _arguments(op: str, direction: Direction) -> tuple[list[Argument], list[Argument]]:
-    """What a kernel takes and what it gives; names and roles are the same for every problem."""
+    """A kernel's inputs and its results; names and roles are the same for every problem."""
     arguments = kernel_spec(op, direction).arguments(Problem(op, direction, streams=1, width=8))
     given = [argument for argument in arguments if argument.role in ("input", "scalar")]
     return given, [argument for argument in arguments if is_result(argument)]
 
 
 def _schema(given: list[Argument], results: list[Argument]) -> str:
-    takes = [f"{'float' if argument.role == 'scalar' else 'Tensor'} {argument.name}" for argument in given]
-    takes += [f"int {name}" for name in PROBLEM]
-    gives = ", ".join("Tensor" for _ in results)
-    return f"({', '.join(takes)}) -> {f'({gives})' if len(results) > 1 else gives}"
+    inputs = [f"{'float' if argument.role == 'scalar' else 'Tensor'} {argument.name}" for argument in given]
+    inputs += [f"int {name}" for name in PROBLEM]
+    outputs = ", ".join("Tensor" for _ in results)
+    return f"({', '.join(inputs)}) -> {f'({outputs})' if len(results) > 1 else outputs}"
 
 
 def _zeros(argument: Argument, like: torch.Tensor) -> torch.Tensor:
@@ -46,30 +46,30 @@ def _zeros(argument: Argument, like: torch.Tensor) -> torch.Tensor:
     return like.new_zeros(argument.sized(tokens), dtype=DTYPES[argument.dtype])
 
 
-def _specified(op: str, direction: Direction, values: tuple[Any, ...]) -> tuple[Argument, ...]:
-    """A kernel's arguments for the shape of the values that it is called with."""
+def _arguments_for(op: str, direction: Direction, values: tuple[Any, ...]) -> tuple[Argument, ...]:
+    """A kernel's arguments at the shapes of the values that it is called with."""
     first, (streams, width, rounds) = values[0], values[-len(PROBLEM) :]
     problem = Problem(op, direction, streams, width, DTYPE_NAMES[first.dtype], rounds=rounds)
     return kernel_spec(op, direction).arguments(problem)
 
 
 def _runner(op: str, direction: Direction) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Runs one kernel on tensors, scalars and the ints of `PROBLEM`."""
+    """A function that runs one kernel on tensors, scalars and the ints of `PROBLEM`."""
     updates = any(argument.role == "updated" for argument in _arguments(op, direction)[1])
 
     def run(*values: Any) -> tuple[torch.Tensor, ...]:
         *inputs, streams, width, rounds = values
         inputs = [value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs]
         if updates:
-            specified = _specified(op, direction, values)
-            inputs += [_zeros(argument, inputs[0]) for argument in specified if argument.role == "updated"]
+            arguments = _arguments_for(op, direction, values)
+            inputs += [_zeros(argument, inputs[0]) for argument in arguments if argument.role == "updated"]
         return active().run(op, direction, streams, width, rounds, inputs)
 
     return run
 
 
-def _make(name: str, op: str, direction: Direction) -> Any:
-    """The custom op (torch's CustomOpDef) that runs one kernel, with its fake."""
+def _custom_op(name: str, op: str, direction: Direction) -> Any:
+    """The custom op (torch's CustomOpDef) of one kernel, with its fake implementation."""
     given, results = _arguments(op, direction)
     single, run_kernel = len(results) == 1, _runner(op, direction)
 
@@ -83,7 +83,7 @@ def _make(name: str, op: str, direction: Direction) -> Any:
             values[0].new_empty(
                 [tokens if size == TOKENS else size for size in argument.shape], dtype=DTYPES[argument.dtype]
             )
-            for argument in _specified(op, direction, values)
+            for argument in _arguments_for(op, direction, values)
             if is_result(argument)
         )
         return outputs[0] if single else outputs
@@ -94,33 +94,33 @@ def _make(name: str, op: str, direction: Direction) -> Any:
 
 
 class _Differentiation(NamedTuple):
-    """How an op's backward is called: the first so many of the forward's inputs are tensors, and the places of its
-    results that are kept for the backward, and of those whose gradients it takes."""
+    """How an op's backward is called: the number of the forward's inputs that are tensors (they come first), and the
+    positions of its results that are saved for the backward and of those whose gradients it takes."""
 
     tensors: int
-    kept: tuple[int, ...]
+    saved: tuple[int, ...]
     differentiated: tuple[int, ...]
 
 
 def _differentiation(op: str) -> _Differentiation:
-    (given, results), (wanted, _) = _arguments(op, "forward"), _arguments(op, "backward")
-    names = {argument.name for argument in wanted}
-    kept = tuple(place for place, argument in enumerate(results) if argument.name in names)
-    differentiated = tuple(place for place in range(len(results)) if place not in kept)
-    return _Differentiation(sum(argument.role == "input" for argument in given), kept, differentiated)
+    (given, results), (taken, _) = _arguments(op, "forward"), _arguments(op, "backward")
+    names = {argument.name for argument in taken}
+    saved = tuple(index for index, argument in enumerate(results) if argument.name in names)
+    differentiated = tuple(index for index in range(len(results)) if index not in saved)
+    return _Differentiation(sum(argument.role == "input" for argument in given), saved, differentiated)
 
 
-def _make_differentiable(op: str) -> Any:
-    """An op's forward as a custom op, whose gradient is its backward kernel."""
-    forward, backward = _make(op, op, "forward"), _make(f"{op}_backward", op, "backward")
-    tensors, kept, differentiated = _differentiation(op)
+def _differentiable_op(op: str) -> Any:
+    """An op's forward as a custom op whose gradient is its backward kernel."""
+    forward, backward = _custom_op(op, op, "forward"), _custom_op(f"{op}_backward", op, "backward")
+    tensors, saved, differentiated = _differentiation(op)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:tensors], *(output[place] for place in kept))
+        ctx.save_for_backward(*inputs[:tensors], *(output[index] for index in saved))
         ctx.settings = inputs[tensors:]
 
     def gradients(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        results = backward(*ctx.saved_tensors, *(grads[place] for place in differentiated), *ctx.settings)
+        results = backward(*ctx.saved_tensors, *(grads[index] for index in differentiated), *ctx.settings)
         results = results if isinstance(results, tuple) else (results,)
         return (*results, *(None for _ in ctx.settings))
 
@@ -128,52 +128,52 @@ def _make_differentiable(op: str) -> Any:
     return forward
 
 
-def _make_direct(op: str) -> type[torch.autograd.Function]:
-    """The same for plain tensors, without torch's dispatcher: it costs more than the kernel where there is little to
-    do, and much more after something has filled the processor's caches."""
+def _autograd_function(op: str) -> type[torch.autograd.Function]:
+    """The same for plain tensors, without torch's dispatcher, which costs more than a small kernel does, and much more
+    when its code is no longer in the processor's caches."""
     forward_kernel, backward_kernel = _runner(op, "forward"), _runner(op, "backward")
-    tensors, kept, differentiated = _differentiation(op)
+    tensors, saved, differentiated = _differentiation(op)
 
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *values: Any) -> Any:
             outputs = forward_kernel(*values)
-            ctx.save_for_backward(*values[:tensors], *(outputs[place] for place in kept))
-            ctx.mark_non_differentiable(*(outputs[place] for place in kept))
+            ctx.save_for_backward(*values[:tensors], *(outputs[index] for index in saved))
+            ctx.mark_non_differentiable(*(outputs[index] for index in saved))
             ctx.settings = values[tensors:]
             return outputs if len(outputs) > 1 else outputs[0]
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            taken = (grads[place] for place in differentiated)
+            taken = (grads[index] for index in differentiated)
             return (*backward_kernel(*ctx.saved_tensors, *taken, *ctx.settings), *(None for _ in ctx.settings))
 
     return Direct
 
 
-OPERATORS = {op: _make_differentiable(op) for op in sorted({op for op, _ in kernel_specs()})}
+OPERATORS = {op: _differentiable_op(op) for op in sorted({op for op, _ in kernel_specs()})}
 """The differentiable custom ops by name."""
 
-_DIRECT = {op: _make_direct(op) for op in OPERATORS}
+_DIRECT = {op: _autograd_function(op) for op in OPERATORS}
 
 
 def call(op: str, *values: Any) -> Any:
-    """Run an op, differentiably: as a custom op where something looks on (a compiler, a tracing or dispatch mode, a
-    function transform, tensor subclasses), else directly."""
-    if watched(values):
+    """Run an op, differentiably: as a custom op where `needs_dispatcher`, else directly."""
+    if needs_dispatcher(values):
         return OPERATORS[op](*values)
     return _DIRECT[op].apply(*values)
 
 
-def watched(values: Iterable[Any]) -> bool:
-    """Whether what is done with these values must go through torch's dispatcher."""
+def needs_dispatcher(values: Iterable[Any]) -> bool:
+    """Whether ops on these values must go through torch's dispatcher: under a compiler, a tracing or dispatch mode, a
+    function transform, or with tensor subclasses."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(isinstance(value, torch.Tensor) and type(value) not in PLAIN for value in values)
+        or any(isinstance(value, torch.Tensor) and type(value) not in PLAIN_TYPES for value in values)
     )
 
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)

@@ -1,9 +1,8 @@
-"""How a problem gets its kernel: all that could run it in order, and the first that does.
+"""Kernel resolution: all candidates for a problem in order, and the first one that runs.
 
-The order is tuned (`tiles.cache.lookup` has its rules), shipped with this package, default schedule, torch reference.
-What is
-not a tuned kernel of this device is said once in the log `mhc`, never raised: a log line cannot stop a training run,
-not even where warnings are errors.
+The order is tuned (by the rules of `tiles.cache.lookup`), shipped with this package, default schedule, torch reference.
+Anything but a tuned kernel of this device is logged once to the logger `mhc`, never raised: a log line cannot stop a
+training run, not even where warnings are errors.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from typing import Any, Protocol
 
 import torch
 
-from mhc.dispatch.candidates import ASKED_FOR, Option, shipped_option, tuned_option
+from mhc.dispatch.candidates import REFERENCE_REQUESTED, KernelCandidate, shipped_candidate, tuned_candidate
 from mhc.dispatch.kernel_report import Runs
 from tiles.cache.cache import CacheCorrupt, default_folder
 from tiles.cache.compiled_here import compile_and_store, find_compiled
-from tiles.cache.lookup import candidates
+from tiles.cache.lookup import candidates as stored_candidates
 from tiles.cache.record import Record
 from tiles.cache.shipped import shipped_records
 from tiles.compiler import compile as compiler
@@ -37,21 +36,21 @@ log = logging.getLogger("mhc")
 Call = Callable[..., tuple[torch.Tensor, ...]]
 
 
-class Shelf(Protocol):
-    """Where records come from: a `KernelCache` or a `Pack`."""
+class RecordSource(Protocol):
+    """A source of kernel records: a `KernelCache` or a `Pack`."""
 
     complaints: list[str]
 
     def records(self) -> list[Record]:
-        """All sound records."""
+        """All valid records."""
 
     def binary_path(self, record: Record) -> Path:
-        """The binary's file; raises `CacheCorrupt` when it is not what the record says."""
+        """The binary's file; raises `CacheCorrupt` where its SHA-256 is not the record's."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A problem's kernel, and how it came to be chosen; `schedule` is None where no kernel of ours runs."""
+    """The callable that runs a problem, and why it was chosen; `schedule` is None for what is no single kernel."""
 
     call: Call
     problem: Problem
@@ -62,200 +61,201 @@ class Resolved:
 
 
 @dataclass(frozen=True)
-class Explained:
-    """An option with its fate: whether it `runs`, and one sentence why or why not."""
+class Explanation:
+    """A candidate, whether it `runs`, and one sentence on why or why not."""
 
-    option: Option
+    candidate: KernelCandidate
     runs: bool
     verdict: str
 
 
 class Unavailable(Exception):
-    """An option does not serve after all; the text says why."""
+    """A candidate cannot run after all; the text says why."""
 
 
 @dataclass
 class Resolver:
-    """Finds the kernels of one source of tuned kernels, or of none.
+    """Resolves problems to kernels, from one source of tuned kernels or from none.
 
     Fields:
-        tuned: the shelf; None for default schedules alone.
-        compiles: whether schedules may be compiled here. With neither, everything runs the torch reference.
-        fused: without it the passes pre and step are made of the separate kernels, also where fused ones are faster.
-        without_code: why the shelf's own code may not be called, or None.
-        path: what the shelf was opened from, for messages; None for the default cache folder.
-        records: what the shelf holds, read once; in a fleet rank 0's.
-        agreed: whether rank 0 has chosen `records`.
+        source: the tuned kernels; None for default schedules alone.
+        compiles: whether schedules may be compiled here. Without it and without a source, the torch reference runs.
+        fused: if False, pre and step run as separate kernels, also where the fused ones are faster.
+        without_code: why the source's binaries may not be loaded, or None.
+        path: the folder or pack that was opened, for messages; None for the default cache folder.
+        records: the source's records, read once; with torch.distributed those of rank 0.
+        from_rank0: whether `records` are those of rank 0.
     """
 
-    tuned: Shelf | None
+    source: RecordSource | None
     compiles: bool
     fused: bool = True
     without_code: str | None = None
     path: Path | None = None
     records: list[Record] | None = None
-    agreed: bool = False
-    _said: set[str] = field(default_factory=set, init=False)
+    from_rank0: bool = False
+    _warned: set[str] = field(default_factory=set, init=False)
 
     def resolve(self, problem: Problem, device: torch.device, run: Run) -> Resolved:
-        """The first option that serves; never raises."""
+        """The first candidate that runs; never raises."""
         try:
             return self._resolved(problem, device, run)
-        except Exception as error:  # whatever is wrong with a disk or a library must not end a training run
+        except Exception as error:  # no fault of a disk or a library may end a training run
             why = _reason(error)
-            self.say(why, f"{problem.describe()} runs the slow torch reference: {why}")
+            self.warn_once(why, f"{problem.describe()} runs the slow torch reference: {why}")
             return reference(problem, device, why)
 
     def _resolved(self, problem: Problem, device: torch.device, run: Run) -> Resolved:
         passed: list[str] = []
-        skipped: list[str] = []  # of what passed, stored kernels
-        for option in self.options(problem, device):
+        skipped: list[str] = []  # the stored kernels among them
+        for candidate in self.candidates(problem, device):
             try:
-                if option.refused:
-                    raise Unavailable(option.refused)
-                call, how = self._call(option, problem, _fingerprint(device), run)
+                if candidate.why_refused:
+                    raise Unavailable(candidate.why_refused)
+                call, how = self._call(candidate, problem, _fingerprint(device), run)
             except Unavailable as error:
                 passed.append(str(error))
-                if option.runs in ("tuned", "recompiled"):
+                if candidate.runs in ("tuned", "recompiled"):
                     skipped.append(str(error))
                 continue
-            why = _why(option, how, passed)
-            self._say_what_is_skipped_or_slow(problem, option, skipped, why)
-            return Resolved(call, problem, str(device), option.runs, why, option.schedule)
-        raise AssertionError("the reference always serves")
+            why = _why(candidate, how, passed)
+            self._warn_skipped_or_slow(problem, candidate, skipped, why)
+            return Resolved(call, problem, str(device), candidate.runs, why, candidate.schedule)
+        raise AssertionError("the reference always runs")
 
-    def explain(self, problem: Problem, device: torch.device) -> list[Explained]:
-        """Every option in order, and which one runs. Nothing is compiled for that."""
-        found: list[Explained] = []
-        for option in self.options(problem, device):
+    def explain(self, problem: Problem, device: torch.device) -> list[Explanation]:
+        """Every candidate in order, and which one runs. Compiles nothing."""
+        found: list[Explanation] = []
+        for candidate in self.candidates(problem, device):
             if any(earlier.runs for earlier in found):
-                found.append(Explained(option, False, "not needed, as a nearer one runs"))
+                found.append(Explanation(candidate, False, "not needed, as a nearer one runs"))
                 continue
             try:
-                if option.refused:
-                    raise Unavailable(option.refused)
-                how = self._how_without_compiling(option, problem, _fingerprint(device))
+                if candidate.why_refused:
+                    raise Unavailable(candidate.why_refused)
+                how = self._reason_without_compiling(candidate, problem, _fingerprint(device))
             except Unavailable as error:
-                found.append(Explained(option, False, str(error)))
+                found.append(Explanation(candidate, False, str(error)))
             else:
-                found.append(Explained(option, True, f"runs{how}"))
+                found.append(Explanation(candidate, True, f"runs{how}"))
         return found
 
-    def options(self, problem: Problem, device: torch.device) -> Iterator[Option]:
-        """All that could run a problem, the best first; the last one is the torch reference."""
-        if self.tuned is None and not self.compiles:
-            yield Option("reference", ASKED_FOR)
+    def candidates(self, problem: Problem, device: torch.device) -> Iterator[KernelCandidate]:
+        """All candidates for a problem, best first; the last one is the torch reference."""
+        if self.source is None and not self.compiles:
+            yield KernelCandidate("reference", REFERENCE_REQUESTED)
             return
         if device.type not in ("cpu", "cuda"):
-            yield Option("reference", f"this release has no kernels for {device.type} tensors")
+            yield KernelCandidate("reference", f"this release has no kernels for {device.type} tensors")
             return
         if not self.fused and kernel_spec(problem.op, problem.direction).separate:
-            yield Option("separate", "the separate kernels were asked for")
+            yield KernelCandidate("separate", "the separate kernels were asked for")
             return
         here = _fingerprint(device)
-        if self.tuned is not None:
-            for tuned in candidates(self.tuned_records(), problem, here, self.without_code):
-                yield tuned_option(tuned)
-            for shipped in candidates(shipped_records(), problem, here, "it comes without code"):
-                yield shipped_option(shipped)
+        if self.source is not None:
+            for tuned in stored_candidates(self.stored_records(), problem, here, self.without_code):
+                yield tuned_candidate(tuned)
+            for shipped in stored_candidates(shipped_records(), problem, here, "it comes without code"):
+                yield shipped_candidate(shipped)
         schedule = kernel_spec(problem.op, problem.direction).default(problem, here.target)
-        yield Option("default", "default schedule, not tuned", schedule=asdict(schedule), folder="defaults")
-        yield Option("reference", "no kernel serves")
+        yield KernelCandidate("default", "default schedule, not tuned", schedule=asdict(schedule), folder="defaults")
+        yield KernelCandidate("reference", "no kernel serves")
 
-    def tuned_records(self) -> list[Record]:
-        """What is tuned, read once: what runs does not depend on when an op runs first."""
+    def stored_records(self) -> list[Record]:
+        """The source's records, read once, so that what runs does not depend on when an op first runs."""
         if self.records is None:
-            assert self.tuned is not None
-            self.records = self.tuned.records()
-            for complaint in self.tuned.complaints:
-                self.say(complaint, complaint)
+            assert self.source is not None
+            self.records = self.source.records()
+            for complaint in self.source.complaints:
+                self.warn_once(complaint, complaint)
         return self.records
 
-    def _call(self, option: Option, problem: Problem, here: Device, run: Run) -> tuple[Call, str]:
-        """What runs an option, and what there is to add to its reason; raises `Unavailable`."""
-        if option.runs == "reference":
+    def _call(self, candidate: KernelCandidate, problem: Problem, here: Device, run: Run) -> tuple[Call, str]:
+        """A candidate's callable, and what to add to its reason; raises `Unavailable`."""
+        if candidate.runs == "reference":
             return partial(_run_reference, problem), ""
-        if option.runs == "separate":
+        if candidate.runs == "separate":
             separate = kernel_spec(problem.op, problem.direction).separate
             assert separate
             return partial(separate.call, run), ""
-        if option.code is not None:
-            assert self.tuned is not None
+        if candidate.code is not None:
+            assert self.source is not None
             try:
-                return LoadedKernel(self.tuned.binary_path(option.code), problem), ""
+                return LoadedKernel(self.source.binary_path(candidate.code), problem), ""
             except (CacheCorrupt, LoadError, OSError) as error:
-                if not self.agreed:
+                if not self.from_rank0:
                     raise Unavailable(_reason(error)) from error
-                option = replace(option, because=_reason(error))  # every rank runs this schedule, compiled or not
-        return self._compiled(option, problem, here)
+                candidate = replace(candidate, why_recompile=_reason(error))  # all ranks run this schedule
+        return self._compiled(candidate, problem, here)
 
-    def _compiled(self, option: Option, problem: Problem, here: Device) -> tuple[Call, str]:
-        assert option.schedule is not None
+    def _compiled(self, candidate: KernelCandidate, problem: Problem, here: Device) -> tuple[Call, str]:
+        assert candidate.schedule is not None
         try:
-            found = find_compiled(problem, option.schedule, here, option.folder)
+            found = find_compiled(problem, candidate.schedule, here, candidate.folder)
             if found is None:
                 if why := self.why_not_compiled(here):
-                    raise Unavailable(f"{option.because}, and cannot be compiled: {why}" if option.because else why)
-                self._say_that_it_compiles(problem, option)
-                built_for = option.compiled_for or problem
-                found = compile_and_store(built_for, option.schedule, here, option.folder, torch.__version__)
+                    stale = candidate.why_recompile
+                    raise Unavailable(f"{stale}, and cannot be compiled: {why}" if stale else why)
+                self._warn_compiling(problem, candidate)
+                built_for = candidate.compiled_for or problem
+                found = compile_and_store(built_for, candidate.schedule, here, candidate.folder, torch.__version__)
             call = LoadedKernel(found.path, problem)
         except Unavailable:
             raise
-        except Exception as error:  # whatever a compiler does must not end a training run; the report tells
+        except Exception as error:  # a compiler's failure must not end a training run; the report shows it
             raise Unavailable(_reason(error)) from error
         if found.why_not_stored:
-            self.say("not kept", f"compiled kernels serve this process alone: {found.why_not_stored}")
-        because = f", as {option.because}" if option.because else ""
-        return call, f"; compiled {'earlier' if found.cached else 'by this process'}{because}"
+            self.warn_once("not kept", f"compiled kernels serve this process alone: {found.why_not_stored}")
+        return call, f"; compiled {'earlier' if found.cached else 'by this process'}{candidate.as_recompiled}"
 
-    def _how_without_compiling(self, option: Option, problem: Problem, here: Device) -> str:
+    def _reason_without_compiling(self, candidate: KernelCandidate, problem: Problem, here: Device) -> str:
         if (
-            option.code is None
-            and option.schedule is not None
+            candidate.code is None
+            and candidate.schedule is not None
             and self.why_not_compiled(here) is None
-            and find_compiled(problem, option.schedule, here, option.folder) is None
+            and find_compiled(problem, candidate.schedule, here, candidate.folder) is None
         ):
-            return "; compiled when it is first used" + (f", as {option.because}" if option.because else "")
-        return self._call(option, problem, here, _never)[1]
+            return f"; compiled when it is first used{candidate.as_recompiled}"
+        return self._call(candidate, problem, here, _must_not_run)[1]
 
     def why_not_compiled(self, here: Device) -> str | None:
-        """Why no schedule can be compiled here, or None."""
+        """Why schedules cannot be compiled here, or None."""
         if not self.compiles:
             return "rank 0 has no compiler, so that no rank compiles"
         return compiler.why_no_compiler(here.target)
 
-    def _say_that_it_compiles(self, problem: Problem, option: Option) -> None:
-        """Compiling takes seconds: say why before it begins."""
-        if option.runs == "default":
-            self._say_untuned(problem, "compiling default schedules, some seconds each, once")
-        elif option.runs == "shipped":
+    def _warn_compiling(self, problem: Problem, candidate: KernelCandidate) -> None:
+        """Log why, before compiling for seconds."""
+        if candidate.runs == "default":
+            self._warn_untuned(problem, "compiling default schedules, some seconds each, once")
+        elif candidate.runs == "shipped":
             text = f"no tuned kernel for {problem.describe()}: compiling shipped schedules, some seconds each, once"
-            self.say("compile shipped", text)
+            self.warn_once("compile shipped", text)
         else:
-            text = f"compiling stored schedules, some seconds each, once: {problem.describe()}, as {option.because}"
-            self.say("compile stored", text)
+            text = f"compiling stored schedules, some seconds each, once: {problem.describe()}{candidate.as_recompiled}"
+            self.warn_once("compile stored", text)
 
-    def _say_what_is_skipped_or_slow(self, problem: Problem, option: Option, skipped: Sequence[str], why: str) -> None:
-        """Say once of each reason that a stored kernel does not serve, of each kind of fallback that it runs, and what
-        to do."""
-        if option.runs == "reference" and option.why != ASKED_FOR:
-            remedy = "" if self.without_code or option.why == why else f". {self.remedy(problem)}"
-            self.say(why, f"{problem.describe()} runs the slow torch reference: {why}{remedy}")
+    def _warn_skipped_or_slow(
+        self, problem: Problem, candidate: KernelCandidate, skipped: Sequence[str], why: str
+    ) -> None:
+        """Log once each reason why a stored kernel was skipped, and each kind of fallback with its remedy."""
+        if candidate.runs == "reference" and candidate.why != REFERENCE_REQUESTED:
+            remedy = "" if self.without_code or candidate.why == why else f". {self.remedy(problem)}"
+            self.warn_once(why, f"{problem.describe()} runs the slow torch reference: {why}{remedy}")
             return
         for reason in skipped:
-            self.say(reason, f"{problem.describe()}: a stored kernel is skipped: {reason}")
-        if option.sibling:
-            self.say("sibling", f"{problem.describe()} runs a kernel {option.why}. {self.remedy(problem)}")
-        if option.runs == "default" and self.tuned is not None:
-            self._say_untuned(problem, "it runs the default schedule")
+            self.warn_once(reason, f"{problem.describe()}: a stored kernel is skipped: {reason}")
+        if candidate.sibling:
+            self.warn_once("sibling", f"{problem.describe()} runs a kernel {candidate.why}. {self.remedy(problem)}")
+        if candidate.runs == "default" and self.source is not None:
+            self._warn_untuned(problem, "it runs the default schedule")
 
-    def _say_untuned(self, problem: Problem, what: str) -> None:
-        remedy = "" if self.tuned is None else f". {self.remedy(problem)}"
-        self.say("default", f"no tuned kernel for {problem.describe()}: {what}{remedy}")
+    def _warn_untuned(self, problem: Problem, what: str) -> None:
+        remedy = "" if self.source is None else f". {self.remedy(problem)}"
+        self.warn_once("default", f"no tuned kernel for {problem.describe()}: {what}{remedy}")
 
     def remedy(self, problem: Problem) -> str:
-        """The command that makes a tuned kernel for a problem."""
+        """The command that tunes a kernel for a problem."""
         if kernel_spec(problem.op, problem.direction).canonical(problem).rounds != PAPER_ROUNDS:
             return f"The tuner knows {PAPER_ROUNDS} Sinkhorn rounds only"
         command = (
@@ -267,39 +267,39 @@ class Resolver:
         export = ", and export it again" if self.path is not None and not self.path.is_dir() else ""
         return f"For a faster one: {command}{export}"
 
-    def say(self, topic: str, text: str) -> None:
-        """Log the first warning on a topic."""
-        if topic not in self._said:
-            self._said.add(topic)
+    def warn_once(self, topic: str, text: str) -> None:
+        """Log a warning, the first on its topic alone."""
+        if topic not in self._warned:
+            self._warned.add(topic)
             log.warning(text)
 
 
 def _fingerprint(device: torch.device) -> Device:
-    """What tensors on a torch device run on; for one that has no kernels, this machine's CPU."""
+    """The device that a torch device stands for; this machine's CPU for one that has no kernels."""
     return detect_device("cuda", device.index or 0) if device.type == "cuda" else detect_device("cpu")
 
 
-def _never(*_: Any) -> tuple[torch.Tensor, ...]:
+def _must_not_run(*_: Any) -> tuple[torch.Tensor, ...]:
     raise AssertionError("an explanation runs nothing")
 
 
 def reference(problem: Problem, device: torch.device, why: str) -> Resolved:
-    """The torch reference, and why it runs."""
+    """A problem resolved to the torch reference."""
     return Resolved(partial(_run_reference, problem), problem, str(device), "reference", why)
 
 
 def _run_reference(problem: Problem, *inputs: Any) -> tuple[torch.Tensor, ...]:
-    """The reference with what the compiled kernels have: full precision under autocast, contiguous results."""
+    """The reference with two guarantees of compiled kernels: full precision under autocast, contiguous results."""
     with torch.autocast(inputs[0].device.type, enabled=False):
         return tuple(result.contiguous() for result in run_reference(problem, *inputs))
 
 
-def _why(option: Option, how: str, passed: Sequence[str]) -> str:
-    """One sentence on what runs and, of what was passed over, the nearest; for the reference also the last."""
-    if option.runs == "reference" and passed:
+def _why(candidate: KernelCandidate, how: str, passed: Sequence[str]) -> str:
+    """One sentence: what runs, and why the nearest candidate does not; for the reference also why the last does not."""
+    if candidate.runs == "reference" and passed:
         return passed[0] if passed[-1] in passed[0] else f"{passed[0]}; {passed[-1]}"
     skipped = f"; a nearer one is skipped: {passed[0]}" if passed else ""
-    return option.why + how + skipped
+    return candidate.why + how + skipped
 
 
 def _reason(error: Exception) -> str:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from mhc import functional
 from mhc.dispatch.kernels import active
-from mhc.dispatch.operators import watched
+from mhc.dispatch.operators import needs_dispatcher
 
 
 class _PreAndStreams(torch.autograd.Function):
@@ -53,7 +53,7 @@ def pre_and_streams(
 
     A compiler plans the sum itself, so that it gets x as it is, as does everything else that looks on.
     """
-    if not torch.is_grad_enabled() or watched((x, phi, alpha, bias)):
+    if not torch.is_grad_enabled() or needs_dispatcher((x, phi, alpha, bias)):
         return (*functional.pre(x, phi, alpha, bias, rounds=rounds, eps=eps), x)
     functional.check_pre(x, phi, alpha, bias)
     u, post, res, past = _PreAndStreams.apply(x, phi, alpha, bias, rounds, eps)  # type: ignore[no-untyped-call]

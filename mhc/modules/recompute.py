@@ -20,7 +20,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.autograd.graph import saved_tensors_hooks
 
-from mhc.dispatch.operators import PLAIN
+from mhc.dispatch.operators import PLAIN_TYPES
 from mhc.modules.hyper_connection import HyperConnection
 from mhc.modules.recompute_segments import cut
 from mhc.modules.stack import HyperConnectionStack, begin, check_streams, finish, through, with_following
@@ -120,7 +120,12 @@ class _Known(NamedTuple):
     def part(self, saved: Any) -> _Part | None:
         """Where `saved` lies in it, if it does and has not been written to since."""
         mine = self.tensor
-        if type(saved) not in PLAIN or type(mine) not in PLAIN or saved.dtype != mine.dtype or not saved.numel():
+        if (
+            type(saved) not in PLAIN_TYPES
+            or type(mine) not in PLAIN_TYPES
+            or saved.dtype != mine.dtype
+            or not saved.numel()
+        ):
             return None
         if saved.untyped_storage().data_ptr() != mine.untyped_storage().data_ptr() or saved._version != self.version:
             return None

@@ -39,11 +39,15 @@ def one_thread():
 def compiled(cache_folder):
     """Compiled default schedules that never give way to the reference; shared, as compiling takes seconds a kernel."""
 
-    def options(problem, device):
-        return [option for option in Resolver.options(kernels.resolver, problem, device) if option.runs != "reference"]
+    def candidates(problem, device):
+        return [
+            candidate
+            for candidate in Resolver.candidates(kernels.resolver, problem, device)
+            if candidate.runs != "reference"
+        ]
 
     kernels = mhc.Kernels.defaults()
-    kernels.resolver.options = options
+    kernels.resolver.candidates = candidates
     return kernels
 
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mhc
 from mhc import functional
 from mhc.dispatch import operators
-from mhc.dispatch.operators import OPERATORS, call, watched
+from mhc.dispatch.operators import OPERATORS, call, needs_dispatcher
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
 
@@ -85,14 +85,14 @@ def test_subclasses_and_function_transforms_are_watched():
         pass
 
     def note(x):
-        seen.append(watched([x]))
+        seen.append(needs_dispatcher([x]))
         return x.sum()
 
     seen: list[bool] = []
     torch.func.grad(note)(torch.randn(2))
     assert seen == [True]
-    assert watched([torch.randn(2).as_subclass(Tagged)])
-    assert not watched([torch.randn(2), 1.0, 3])
+    assert needs_dispatcher([torch.randn(2).as_subclass(Tagged)])
+    assert not needs_dispatcher([torch.randn(2), 1.0, 3])
 
 
 @pytest.mark.parametrize("op", ["merge", "pre"])

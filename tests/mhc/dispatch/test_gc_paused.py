@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from mhc.dispatch import gc_paused as collector
+from mhc.dispatch.gc_paused import gc_paused
 
 
 @pytest.fixture
@@ -18,10 +18,10 @@ def _collecting_again():
 def test_the_collector_is_paused_and_then_as_before(enabled):
     if not enabled:
         gc.disable()
-    with collector.paused():
+    with gc_paused():
         assert not gc.isenabled()
     assert gc.isenabled() == enabled
-    with pytest.raises(ValueError, match="x"), collector.paused():
+    with pytest.raises(ValueError, match="x"), gc_paused():
         raise ValueError("x")
     assert gc.isenabled() == enabled
 
@@ -30,7 +30,7 @@ def test_many_objects_start_no_collection():
     seen = []
     gc.callbacks.append(lambda phase, info: seen.append(phase))
     try:
-        with collector.paused():
+        with gc_paused():
             kept = [[] for _ in range(100_000)]
             counted = len(seen)
         assert counted == 0

@@ -125,7 +125,7 @@ def test_the_look_up_is_walked_once(tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("looked up again")
 
-    monkeypatch.setattr(mhc.dispatch.resolve, "candidates", never)
+    monkeypatch.setattr(mhc.dispatch.resolve, "stored_candidates", never)
     assert answer(kernels) == 1
     answer(kernels, 64)
     assert "looked up again" in kernels.report()[-1].why, "another bucket is looked up by itself"

@@ -233,7 +233,7 @@ def test_a_read_only_folder_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("where", "error"),
-    [("candidates", RuntimeError("odd")), ("find_compiled", PermissionError(13, "denied"))],
+    [("stored_candidates", RuntimeError("odd")), ("find_compiled", PermissionError(13, "denied"))],
     ids=["look-up", "folder"],
 )
 def test_nothing_that_goes_wrong_ends_a_training_run(monkeypatch, caplog, tmp_path, where, error):
@@ -286,7 +286,7 @@ def test_an_explanation_names_every_option_and_compiles_nothing(tmp_path, compil
     put(tmp_path, 2, tokens=64)
     put(tmp_path, 3, toolchain="0.1.14")
     found = mhc.Kernels.from_path(tmp_path).resolver.explain(PROBLEM, torch.device("cpu"))
-    assert [(one.option.runs, one.runs) for one in found] == [
+    assert [(one.candidate.runs, one.runs) for one in found] == [
         ("tuned", False),
         ("tuned", True),
         ("recompiled", False),
@@ -307,4 +307,4 @@ def test_an_explanation_and_a_run_agree(tmp_path, compiled):
         chosen = next(one for one in kernels.resolver.explain(PROBLEM, torch.device("cpu")) if one.runs)
         assert expected in chosen.verdict
         answer(kernels)
-        assert only_row(kernels).runs == chosen.option.runs
+        assert only_row(kernels).runs == chosen.candidate.runs
