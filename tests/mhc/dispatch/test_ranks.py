@@ -60,9 +60,9 @@ errors = [refused("/nowhere/at/all" if rank == bad else folder) for bad in (0, 1
 def fail(resolver):
     raise RuntimeError("odd")
 
-offer, mhc.dispatch.ranks._offer = mhc.dispatch.ranks._offer, fail
+choice, mhc.dispatch.ranks._choice = mhc.dispatch.ranks._choice, fail
 errors.append(refused(folder))
-mhc.dispatch.ranks._offer = offer
+mhc.dispatch.ranks._choice = choice
 mhc.load_kernels(folder)
 report(before=before, agreed=agreed, errors=errors, after_errors=outcome())
 dist.destroy_process_group()
@@ -79,7 +79,7 @@ def put(folder: Path, block_width: int) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each rank reports."""
-    folder = tmp_path_factory.mktemp("fleet")
+    folder = tmp_path_factory.mktemp("ranks")
     put(folder / "rank 0", 64)
     put(folder / "rank 1", 256)
     meeting = f"file://{folder / 'meeting'}"
