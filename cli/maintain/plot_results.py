@@ -1,5 +1,5 @@
-"""Figures for results/: `python -m cli.maintain.plot_results scaling OUT.json OUT.png`, `gains CACHE`, `replay IN.json
-OUT.png`."""
+"""Figures for results/ and README: `python -m cli.maintain.plot_results scaling OUT.json OUT.png`, `gains CACHE`,
+`replay IN.json OUT.png`, `speedup FOLDER OUT.png`."""
 
 from __future__ import annotations
 
@@ -128,6 +128,48 @@ def gain_table(records: Iterable[Record]) -> list[str]:
 
 def _order(problem: Problem) -> tuple[Any, ...]:
     return problem.op, problem.direction == "backward", problem.dtype, problem.streams, problem.width, problem.tokens
+
+
+@app.command()
+def speedup(folder: Path, picture: Path) -> None:
+    """Draw how many times faster tuned kernels are than torch, from bench.json and stack-*.json in `folder`."""
+    files = (folder / "bench.json", *sorted(folder.glob("stack-*.json")))
+    draw_speedup([row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["results"]], picture)
+
+
+def speedups(rows: Iterable[dict[str, Any]], dtype: str, baseline: str) -> dict[str, float]:
+    """{op: time of `baseline` (eager, compile) / time of the tuned kernels}, forward and backward together."""
+    ms = {
+        (row["op"], row["impl"]): row["median_ms"]
+        for row in rows
+        if (row["dtype"], row["direction"]) == (dtype, "both")
+    }
+    return {op: ms[op, baseline] / ms[op, "tuned"] for op, impl in ms if impl == "tuned"}
+
+
+def draw_speedup(rows: Sequence[dict[str, Any]], picture: Path) -> None:
+    """One panel a dtype, two bars an op: against eager torch and against torch.compile."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
+    for axis, dtype in zip(axes, ("bfloat16", "float32"), strict=True):
+        for side, (baseline, name) in enumerate((("eager", "than eager torch"), ("compile", "than torch.compile"))):
+            found = speedups(rows, dtype, baseline)
+            places = [place + 0.4 * side - 0.2 for place in range(len(found))]
+            bars = axis.bar(places, found.values(), 0.4, label=name)
+            axis.bar_label(bars, fmt="%.1f", fontsize=8)
+        axis.set_xticks(range(len(found)), found, fontsize=8)
+        axis.axhline(1, color="gray", linewidth=0.8)
+        axis.margins(y=0.1)
+        axis.set_title(f"{dtype}, forward and backward")
+    axes[0].set_ylabel("tuned is so many times faster")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=90)
+    plt.close(figure)
 
 
 def predicted_gain(problem: Problem) -> float:

@@ -1,5 +1,6 @@
 """The table of what fusing gains, and the picture of how cost grows."""
 
+import json
 from dataclasses import asdict
 
 from typer.testing import CliRunner
@@ -51,3 +52,18 @@ def test_scaling_measures_and_draws(tmp_path, monkeypatch):
     assert said.exit_code == 0, said.output
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert '"impl": "default"' in data.read_text()
+
+
+def test_speedups_are_times_over_those_of_the_tuned_kernels(tmp_path):
+    times = {("layer", "tuned"): 2.0, ("layer", "eager"): 10.0, ("layer", "compile"): 3.0}
+    rows = [
+        {"op": op, "impl": impl, "dtype": dtype, "direction": direction, "median_ms": ms * (direction == "both" or 7)}
+        for (op, impl), ms in times.items()
+        for dtype in ("bfloat16", "float32")
+        for direction in ("forward", "both")
+    ]
+    assert figures.speedups(rows, "float32", "eager") == {"layer": 5.0}
+    (tmp_path / "bench.json").write_text(json.dumps({"results": rows}))
+    said = CliRunner().invoke(figures.app, ["speedup", str(tmp_path), str(tmp_path / "out.png")])
+    assert said.exit_code == 0, said.output
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
