@@ -85,7 +85,7 @@ def _engine_options(url: str) -> dict[str, Any]:
 
 
 def _missing_driver(url: str, module: str) -> str:
-    remedy = "mhc-tune[postgres]" if module.startswith("psycopg") else module
+    remedy = "psycopg[binary]" if module.startswith("psycopg") else module
     return (
         f"a database needs its driver, got {without_password(url)} and no module {module}: run pip install '{remedy}'"
     )

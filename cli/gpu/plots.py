@@ -21,7 +21,7 @@ def draw(values: Mapping[str, Any], folder: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        say("no pictures: matplotlib is not installed: pip install 'mhc-tune[plot]'")
+        say("no pictures: matplotlib is not installed: pip install matplotlib")
         return
     matplotlib.use("agg")
     import matplotlib.pyplot as plt

@@ -58,7 +58,7 @@ def require_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise BadInput(
-            f"a report's charts need matplotlib, got {error}: run pip install 'mhc-tune[plot]', or use --json"
+            f"a report's charts need matplotlib, got {error}: run pip install matplotlib jinja2, or use --json"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Draw measures as arXiv 2512.24880 does. Needs matplotlib (`pip install 'mhc-tune[plot]'`)."""
+"""Draw measures as arXiv 2512.24880 does. Needs matplotlib."""
 
 from __future__ import annotations
 

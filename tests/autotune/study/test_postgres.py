@@ -19,7 +19,7 @@ from sqlalchemy.pool import NullPool
 from autotune.search.trials import settled
 from tiles.cache.cache import KernelCache
 
-pytest.importorskip("psycopg", reason="the driver psycopg is not installed: pip install 'mhc-tune[postgres]'")
+pytest.importorskip("psycopg", reason="the driver psycopg is not installed: pip install 'psycopg[binary]'")
 pytestmark = pytest.mark.skipif(postgres.why_not() is not None, reason=str(postgres.why_not()))
 
 SCRIPT = Path(__file__).parents[1] / "toy_command.py"

@@ -159,9 +159,7 @@ def test_a_bad_url_is_one_line(tmp_path, url):
 
 def test_a_missing_driver_is_one_line_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(
-        BadInput, match=r"needs its driver.* no module psycopg.*pip install 'mhc-tune\[postgres\]'$"
-    ) as e:
+    with pytest.raises(BadInput, match=r"needs its driver.* no module psycopg.*pip install 'psycopg\[binary\]'$") as e:
         opened(tmp_path, "postgresql+psycopg://user:secret@host/db")
     assert "secret" not in str(e.value)
 
