@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -96,9 +97,10 @@ def test_the_tree_is_that_of_the_packages():
     tree = README.split("## The tree")[1].split("```")[1]
     found: list[str] = []
     above: list[str] = []
-    for indent, name in re.findall(r"^( *)(\w+)/ ", tree, flags=re.MULTILINE):
+    for indent, name, said in re.findall(r"^( *)(\w+)/ (.*)", tree, flags=re.MULTILINE):
         above[len(indent) // 2 :] = [name]
         found.append("/".join(above))
+        assert all(list((ROOT / found[-1]).glob(file)) for file in re.findall(r"[\w*]+\.py", said)), said
     here = {f"{package}/{part.parent.name}" for package in PACKAGES for part in (ROOT / package).glob("*/__init__.py")}
     families = {f"tiles/kernels/{part.parent.name}" for part in (ROOT / "tiles" / "kernels").glob("*/__init__.py")}
     assert sorted(found) == sorted(here | families | {*PACKAGES, "docs", "results", "tests"})
@@ -171,6 +173,21 @@ def test_modules_and_make_targets_that_are_shown_exist(page):
     targets = {line.split(":")[0] for line in (ROOT / "Makefile").read_text("utf-8").splitlines() if ":" in line}
     shown = re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.MULTILINE)
     assert [target for target in shown if target not in targets] == []
+
+
+@of_pages
+def test_every_name_of_mhc_that_is_shown_exists(page):
+    shown = set(re.findall(r"(?<![\w./-])mhc(?:\.[A-Za-z_]+)+", page.read_text("utf-8")))
+    assert [name for name in sorted(shown) if not exists(name)] == []
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name of `mhc` is a module or something that a module has."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return hasattr(importlib.import_module(module), attribute) or importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def test_no_install_command_asks_a_registry_for_our_name():
