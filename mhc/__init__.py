@@ -1,9 +1,9 @@
-"""Manifold-constrained hyper-connections for PyTorch, on kernels that mhc-tune has tuned.
+"""Manifold-constrained hyper-connections (mHC) for PyTorch, on kernels tuned by mhc-tune.
 
-The modules: `HyperConnection`, or several in a `HyperConnectionStack` or, with less memory, in `recompute`, between
-`expand_streams` and `reduce_streams` or `StreamHead`; `wrap` puts them into a transformer.
-The ops: `mhc.functional`.
-The kernels: `load_kernels` takes a cache folder or pack, `kernel_report` tells what runs and why.
+Modules: `HyperConnection`, several of them in a `HyperConnectionStack` or, with less memory, in `recompute`, between
+`expand_streams` and `reduce_streams` or `StreamHead`; `wrap` puts them into an existing transformer.
+Ops: `mhc.functional`.
+Kernels: `load_kernels` loads a cache folder or pack, `kernel_report` says which kernels run and why.
 """
 
 from mhc import converters, diagnostics, functional, manifolds

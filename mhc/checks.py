@@ -1,4 +1,4 @@
-"""Shape, dtype and device rules of the functional ops, each broken rule said in one line."""
+"""Shape, dtype and device checks of the functional ops; each error is one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def stream_shape(x: torch.Tensor) -> tuple[int, int]:
 
 
 def check_problem(streams: int, width: int = WIDTH_MULTIPLE) -> None:
-    """Raise `BadInput` for a stream count or a width that no kernel takes."""
+    """Raise `BadInput` for a stream count or a width that no kernel supports."""
     why = why_bad_streams(streams) or why_bad_width(width)
     if why:
         raise BadInput(why)

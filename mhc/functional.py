@@ -1,10 +1,10 @@
-"""The ops of manifold-constrained hyper-connections (arXiv 2512.24880) as differentiable functions.
+"""Differentiable ops of manifold-constrained hyper-connections (arXiv 2512.24880).
 
-Shapes: `...` are any leading dimensions (batch, sequence), which are flattened to tokens; n streams, width C, a
-multiple of 8; K = nC, N = n² + 2n. N is packed [pre (n) | post (n) | res (n², row-major)]; res[i, j] weighs input
-stream j in output stream i. Streams are float32, bfloat16 or float16; coefficients and parameters are float32. All
-functions raise `BadInput` (a `ValueError`) for other shapes, mixed dtypes or mixed devices, make inputs contiguous,
-and work with `torch.compile(fullgraph=True)`. Gradients of gradients are not offered.
+Shapes: `...` are any leading dimensions (batch, sequence), flattened to tokens; n streams in 1..16; width C, a multiple
+of 8; K = nC, N = n² + 2n. N is packed [pre (n) | post (n) | res (n², row-major)]; res[i, j] weighs input stream j in
+output stream i. Streams are float32, bfloat16 or float16; coefficients and parameters are float32. All functions raise
+`BadInput` (a `ValueError`) for other shapes, mixed dtypes or mixed devices, make their inputs contiguous, and work with
+`torch.compile(fullgraph=True)`. Double backward is not supported. In the formulas x̄ [..., K] is x, flattened per token.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from tiles.errors import BadInput
 from tiles.kernels.spec import PAPER_ROUNDS, WIDTH_MULTIPLE
 
 ROUNDS = PAPER_ROUNDS
-"""Sinkhorn rounds where none are given."""
+"""The default number of Sinkhorn rounds."""
 
 EPS = 1e-6
-"""Added to the mean square of a token's streams before its root is taken."""
+"""The default eps of the norm, added to the mean square of a token's streams."""
 
 ANY_WIDTH = WIDTH_MULTIPLE
-"""Stands in for the width where an op has none."""
+"""The width given to an op that has none."""
 
 
 def project(x: torch.Tensor, phi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """z = x̄ · phiᵀ and s = Σ x̄², with x̄ the flattened streams of a token.
+    """Return z = x̄ · phiᵀ and s = Σ x̄², accumulated in float32.
 
     x [..., n, C], phi [N, K] float32 -> z [..., N], s [...], float32.
     """
@@ -49,7 +49,7 @@ def coefficients(
     rounds: int = ROUNDS,
     eps: float = EPS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """pre = σ(h_pre), post = 2σ(h_post), res = Sinkhorn(h_res) of h = alpha∘z·rsqrt(s/K + eps) + bias.
+    """Return pre = σ(h_pre), post = 2σ(h_post), res = Sinkhorn(h_res), where h = alpha∘z·rsqrt(s/K + eps) + bias.
 
     z [..., N], s [...], alpha [3] (pre, post, res), bias [N], all float32
     -> pre [..., n], post [..., n], res [..., n, n], float32. Rows of res sum to one.
@@ -67,7 +67,7 @@ def coefficients(
 
 
 def sinkhorn(logits: torch.Tensor, rounds: int = ROUNDS) -> torch.Tensor:
-    """exp(logits), then `rounds` times divided by its column sums and then by its row sums (Sinkhorn-Knopp).
+    """Sinkhorn-Knopp: exp(logits), divided `rounds` times by its column sums and then by its row sums.
 
     logits [..., n, n] float32 -> res [..., n, n] float32; rows sum to one.
     """
@@ -80,7 +80,7 @@ def sinkhorn(logits: torch.Tensor, rounds: int = ROUNDS) -> torch.Tensor:
 
 
 def aggregate(x: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
-    """u = Σ_i pre_i x_i, the sublayer's input.
+    """Return u = Σ_i pre_i x_i, the sublayer's input.
 
     x [..., n, C], pre [..., n] float32 -> u [..., C] in x's dtype.
     """
@@ -92,7 +92,7 @@ def aggregate(x: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
 
 
 def merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: torch.Tensor) -> torch.Tensor:
-    """x'_i = Σ_j res_ij x_j + post_i f, the streams after a sublayer with output f.
+    """Return x'_i = Σ_j res_ij x_j + post_i f, the streams after a sublayer with output f.
 
     x [..., n, C], f [..., C] in x's dtype, res [..., n, n] and post [..., n] float32 -> x' like x.
     """
@@ -121,9 +121,9 @@ def pre(
     rounds: int = ROUNDS,
     eps: float = EPS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All that precedes a sublayer, in one pass over x: project, coefficients, aggregate.
+    """Project, coefficients and aggregate, fused into one pass over x: everything before a sublayer.
 
-    x [..., n, C], phi [N, K], alpha [3], bias [N] -> u [..., C] in x's dtype, post [..., n], res [..., n, n].
+    x [..., n, C], phi [N, K], alpha [3], bias [N] -> u [..., C] in x's dtype, post [..., n], res [..., n, n] float32.
     """
     n, width = check_pre(x, phi, alpha, bias)
     leading = x.shape[:-2]
@@ -154,10 +154,11 @@ def step(
     rounds: int = ROUNDS,
     eps: float = EPS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From one sublayer's output f to the next sublayer's input: merge with post and res, then `pre` of the next, while
-    the streams are near. The backward makes x' again from x and f.
+    """Merge with post and res, then `pre` of the next sublayer, fused into one pass over the streams.
 
-    phi, alpha and bias belong to the next sublayer -> x' [..., n, C], u' [..., C], post' [..., n], res' [..., n, n].
+    x [..., n, C], f [..., C], post [..., n], res [..., n, n]; phi [N, K], alpha [3] and bias [N] of the next sublayer
+    -> x' like x, u' [..., C] in x's dtype, post' [..., n], res' [..., n, n] float32. The backward recomputes x' from x
+    and f.
     """
     n, width = check_pre(x, phi, alpha, bias)
     leading = check_merge(x, f, res, post)

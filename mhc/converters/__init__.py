@@ -1,7 +1,7 @@
-"""Checkpoints of other codes that train mHC, to our parameters and back: plain dicts of tensors in and out.
+"""Converters of checkpoints from other mHC implementations to our parameters and back: state dicts in and out.
 
-Hyper-connection tensors are renamed and repacked, without arithmetic, so that a round trip gives the same bits; all
-other tensors are handed on as they are. `P.hc_attn.phi`, `.alpha` and `.bias` then fit a `HyperConnection` that is the
+Hyper-connection tensors are renamed and repacked without arithmetic, so that a round trip gives the same bits; all
+other tensors are passed through. `P.hc_attn.phi`, `.alpha` and `.bias` then fit a `HyperConnection` that is the
 attribute `hc_attn` of the module `P`, and `hc_head.*` a `StreamHead`.
 
 The others store comb = resᵀ: their post sums comb[j, i] · x_j over j. So the res block of phi and bias is transposed on

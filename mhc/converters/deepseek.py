@@ -1,4 +1,4 @@
-"""DeepSeek-V4's layout: three tensors a connection, named after the sublayer they feed.
+"""DeepSeek-V4's checkpoint layout: three tensors per connection, named after its sublayer.
 
 | theirs                                   | shape               | ours                             |
 |------------------------------------------|---------------------|----------------------------------|
@@ -7,12 +7,12 @@
 | P.hc_attn_base, P.hc_ffn_base            | [n² + 2n]           | bias, its res block transposed   |
 | hc_head_fn, hc_head_scale, hc_head_base  | [n, n · C], [1], [n]| phi, alpha, bias of `StreamHead` |
 
-P is `layers.0` and so on, or `mtp.0`, which has a head of its own. What differs in the map: they add 1e-6 to pre and to
-the head's gates, and within Sinkhorn 1e-6 to the softmax and to every sum. With 20 rounds, eps = 1e-6 and their post
-multiplier of 2 (all our defaults), coefficients agree to about 1e-4; without their constants, to rounding.
+P is `layers.0` and so on, or `mtp.0`, which has a head of its own. Their map differs by constants: they add 1e-6 to pre
+and to the head's gates, and within Sinkhorn 1e-6 to the softmax and to every sum. With 20 rounds, eps = 1e-6 and their
+post multiplier of 2 (all our defaults), coefficients agree to about 1e-4; without their constants, to rounding.
 
-Single-pass mHC, in which a sublayer is fed through the pre of the sublayer before it, has connections of the same names
-and shapes. It is another map, which `HyperConnection` does not compute: its configuration tells it apart, its tensors
+Single-pass mHC, in which a sublayer's input uses the pre of the sublayer before it, has connections of the same names
+and shapes. It is another map, which `HyperConnection` does not compute; its configuration tells it apart, its tensors
 do not.
 """
 
@@ -33,23 +33,23 @@ _PARTS = {"fn": "phi", "scale": "alpha", "base": "bias"}
 def from_deepseek(state: State, *, streams: int) -> dict[str, torch.Tensor]:
     """A checkpoint of DeepSeek-V4's layout with its connections and heads as our parameters.
 
-    `P.hc_attn_fn` becomes `P.hc_attn.phi`, and so on; other tensors are handed on. Dtypes stay as they are. Raises
+    `P.hc_attn_fn` becomes `P.hc_attn.phi`, and so on; other tensors are passed through. Dtypes stay. Raises
     `BadInput` where no connection is found, one lacks a tensor, or a shape is not that of `streams`.
     """
     modules, others = find_modules(state, _THEIRS, "hc_attn_*, hc_ffn_* or hc_head_* tensors of DeepSeek-V4's layout")
-    return others | _converted(modules, others, streams, ".", _PARTS)
+    return others | _convert(modules, others, streams, ".", _PARTS)
 
 
 def to_deepseek(state: State, *, streams: int) -> dict[str, torch.Tensor]:
     """The inverse of `from_deepseek`, bit for bit."""
     modules, others = find_modules(state, _OURS, "hc_attn.*, hc_ffn.* or hc_head.* parameters of ours")
-    return others | _converted(modules, others, streams, "_", {ours: theirs for theirs, ours in _PARTS.items()})
+    return others | _convert(modules, others, streams, "_", {ours: theirs for theirs, ours in _PARTS.items()})
 
 
-def _converted(
+def _convert(
     modules: Modules, others: State, streams: int, separator: str, names: dict[str, str]
 ) -> dict[str, torch.Tensor]:
-    """Either way: all parts under their new names, `names` giving those of matrix, gate and bias in this order."""
+    """Convert in either direction; `names` maps the old to the new names of matrix, gate and bias, in this order."""
     if megatron := next((key for key in others if "hyper_connection." in key), None):
         raise BadInput(f"state must hold DeepSeek-V4's layout alone, got {megatron}: take the converter for Megatron's")
     _, gate, _ = names

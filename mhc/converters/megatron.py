@@ -1,4 +1,4 @@
-"""Megatron-Core's layout: a `HyperConnectionModule` before each sublayer, its three gates apart.
+"""Megatron-Core's checkpoint layout: a `HyperConnectionModule` per sublayer, with its three gates apart.
 
 | theirs                            | shape            | ours                                                      |
 |-----------------------------------|------------------|-----------------------------------------------------------|
@@ -32,14 +32,15 @@ def from_megatron(state: State, *, streams: int, transposed: bool = True) -> dic
     """A Megatron-Core state dict with its connections and head as our parameters.
 
     `P.mapping_proj.weight` becomes `P.phi`, the three gates `P.alpha`, and `P.bias` is repacked; other tensors are
-    handed on. Raises `BadInput` where no connection is found, one lacks a tensor, or a shape is not that of `streams`.
+    passed through. Raises `BadInput` where no connection is found, one lacks a tensor, or a shape is not that of
+    `streams`.
 
     Args:
         state: with or without the prefixes of wrappers, such as `module.`.
         streams: n.
         transposed: whether the model was trained by a Megatron-Core that mixes with H_resᵀ, as DeepSeek does. False for
-            one from before its pull request 4839 (May 2026), which mixed with H_res itself: nothing is transposed then,
-            and Sinkhorn's last half round normalises rows here where it normalised columns there.
+            one from before its pull request 4839 (May 2026), which mixed with H_res itself: then nothing is transposed,
+            and Sinkhorn's last half round normalises rows here but columns there.
     """
     layout = "self_attention_hyper_connection.* or mlp_hyper_connection.* tensors of Megatron-Core's layout"
     modules, others = find_modules(state, _THEIRS, layout)

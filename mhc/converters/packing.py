@@ -1,4 +1,4 @@
-"""What the converters share: finding a module's tensors, their shapes, and the transposed res block."""
+"""Helpers of the converters: finding a module's tensors, checking shapes, transposing the res block."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tiles.errors import BadInput
 
 State = Mapping[str, torch.Tensor]
 Modules = dict[str, dict[str, torch.Tensor]]
-"""The tensors of each module by the names they have in it."""
+"""The tensors of each module by their names inside it."""
 
 
 def find_modules(state: State, pattern: re.Pattern[str], layout: str) -> tuple[Modules, dict[str, torch.Tensor]]:
     """The modules whose keys match `pattern` (groups `module` and `part`), and all other tensors.
 
-    Raises `BadInput` where nothing matches: `layout` says what was looked for.
+    Raises `BadInput` where nothing matches; `layout` names what was expected.
     """
     modules: Modules = {}
     others = {}
@@ -34,8 +34,8 @@ def find_modules(state: State, pattern: re.Pattern[str], layout: str) -> tuple[M
 
 
 def check_parts(module: str, parts: State, rows: Mapping[str, int], streams: int) -> None:
-    """Raise `BadInput` unless a module has all parts that `rows` names: first a matrix [rows, streams · width], with a
-    width that kernels take, then vectors [rows].
+    """Raise `BadInput` unless a module has all parts of `rows`: a matrix [rows, streams · width] first, with a width
+    that kernels support, then vectors [rows].
     """
     matrix, *vectors = rows
     for part in rows:
@@ -54,7 +54,7 @@ def check_parts(module: str, parts: State, rows: Mapping[str, int], streams: int
 
 
 def outputs(streams: int) -> int:
-    """N = n² + 2n, the rows of phi; raises `BadInput` for a stream count that no kernel takes."""
+    """N = n² + 2n, the rows of phi; raises `BadInput` for an unsupported stream count."""
     check_problem(streams)
     return streams * streams + 2 * streams
 

@@ -1,4 +1,4 @@
-"""What the residual maps of a model do to signals and gradients, while it trains.
+"""Diagnostics of a model's residual maps in training: how they amplify signals and gradients.
 
     log = diagnostics.Log(model, diagnostics.JsonLines("gains.jsonl"))
     for step, batch in enumerate(batches):
@@ -7,8 +7,8 @@
         if step % 100 == 0:
             log(step, loss=loss.item())
 
-`Watch` sees res in every forward and measures it, `Log` hands what it measured to sinks, `plot_gains` and
-`plot_mappings` draw it, `check_finite` stops at the first block whose res is not finite. The measures: `Measures`.
+`Watch` records res of every forward and measures it (`Measures`), `Log` passes the measures to sinks, `plot_gains` and
+`plot_mappings` plot them, `check_finite` raises at the first block with a value that is not finite.
 """
 
 from mhc.diagnostics.gains import (

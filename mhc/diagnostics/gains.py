@@ -1,4 +1,4 @@
-"""Measures of residual maps res [..., n, n], one value per matrix; res[i, j] weighs input stream j in output stream i.
+"""Measures of residual maps res [..., n, n], one value a matrix; res[i, j] weighs input stream j in output stream i.
 
 All take any leading dimensions, usually tokens, and keep res's dtype. Sums are of signed entries, as in arXiv
 2512.24880 (section 3.1, figures 3 and 8): entries of opposite sign cancel, and the absolute value is that of the sum.
@@ -16,7 +16,7 @@ from tiles.errors import BadInput
 def forward_gain(res: torch.Tensor) -> torch.Tensor:
     """The Amax gain of the forward signal, max_i |Σ_j res_ij|: res [..., n, n] -> [...].
 
-    What the map does, at worst, to streams that are all equal. 1 where rows sum to one.
+    The largest factor by which the map scales equal streams. 1 where rows sum to one.
     """
     return _square(res).sum(-1).abs().amax(-1)
 
@@ -30,7 +30,7 @@ def backward_gain(res: torch.Tensor) -> torch.Tensor:
 
 
 def column_error(res: torch.Tensor) -> torch.Tensor:
-    """How far column sums are from one, max_j |Σ_i res_ij − 1|: what a finite number of Sinkhorn rounds leaves."""
+    """The error of the column sums, max_j |Σ_i res_ij − 1|, which a finite number of Sinkhorn rounds leaves."""
     return (_square(res).sum(-2) - 1).abs().amax(-1)
 
 
@@ -51,10 +51,10 @@ def entropy(res: torch.Tensor) -> torch.Tensor:
 
 
 def composites(layers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """For every layer l of L the map from its streams to the last layer's, res_{L-1} ··· res_l, token by token.
+    """For every layer l of L the composite map to the last layer, res_{L-1} ··· res_l, per token.
 
-    L tensors [..., n, n] -> L tensors like them, float64 (arXiv 2512.24880, equation 4: what the signal of layer l is
-    multiplied by on its way). Raises `BadInput` where the layers' shapes differ.
+    L tensors [..., n, n] -> L tensors like them, float64 (arXiv 2512.24880, equation 4). Raises `BadInput` where the
+    layers' shapes differ.
     """
     shapes = {tuple(_square(res).shape) for res in layers}
     if len(shapes) > 1:

@@ -1,4 +1,4 @@
-"""Hand measures to a log while a model trains."""
+"""Logs of a model's measures in training: JSON lines, TensorBoard, or any other sink."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import nn
 from mhc.diagnostics.watch import Measures, Watch
 
 Sink = Callable[[int, Measures, Mapping[str, float]], None]
-"""What takes a step's number, its measures, and other scalars such as the loss."""
+"""Called with a step's number, its measures, and other scalars such as the loss."""
 
 
 class Log:
-    """Watches a model; called with a step's number after that step's forward, gives its measures to every sink.
+    """Watches a model; call it with a step's number after that step's forward to pass the measures to every sink.
 
-    `log(step)` fits a trainer's end-of-step hook; keyword arguments are logged beside the measures:
-    `log(step, loss=loss.item(), gradient_norm=norm.item())`. Call it as rarely as you like: only calls cost time.
+    Keyword arguments are logged beside the measures: `log(step, loss=loss.item(), gradient_norm=norm.item())`. Only
+    calls cost time.
     """
 
     def __init__(self, model: nn.Module, *sinks: Sink) -> None:
@@ -51,16 +51,16 @@ class JsonLines:
 
 
 class ScalarWriter(Protocol):
-    """What `TensorBoard` needs of torch.utils.tensorboard.SummaryWriter."""
+    """The part of torch.utils.tensorboard.SummaryWriter that `TensorBoard` uses."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         """Add one point to a curve."""
 
 
 class TensorBoard:
-    """Writes curves through a `torch.utils.tensorboard.SummaryWriter`, or what has its `add_scalar`.
+    """Writes curves with a `torch.utils.tensorboard.SummaryWriter`, or another object with its `add_scalar`.
 
-    Tags: the scalars' own names, `mhc/<measure>/<layer>`, and `mhc_worst/<measure>` for the largest over all layers.
+    Tags: the scalars' own names, `mhc/<measure>/<layer>`, and `mhc_worst/<measure>`, the largest over all layers.
     """
 
     def __init__(self, writer: ScalarWriter) -> None:
@@ -77,7 +77,7 @@ class TensorBoard:
 
 
 def finite(value: Any) -> Any:
-    """Plain data with null in place of numbers that are not finite."""
+    """Plain data with None in place of numbers that are not finite."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):

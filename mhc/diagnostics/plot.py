@@ -1,4 +1,4 @@
-"""Draw measures as arXiv 2512.24880 does. Needs matplotlib."""
+"""Plots of the measures as in arXiv 2512.24880. Need matplotlib."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mhc.diagnostics.watch import Measures
 
 
 def plot_gains(measures: Measures, path: str | Path) -> None:
-    """Gains over the layers, of each by itself and of the composite from each to the last (figure 3 of the paper)."""
+    """Plot gains over the layers: of each layer, and of the composite from each to the last (figure 3 of the paper)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -29,9 +29,9 @@ def plot_gains(measures: Measures, path: str | Path) -> None:
 
 
 def plot_mappings(measures: Measures, path: str | Path) -> None:
-    """Maps averaged over tokens (figure 8 of the paper): of the first, middle and last layer, and the composites from
-    the first and from the middle layer to the last. Row sums (forward gain) are written at the rows, column sums
-    (backward gain) at the columns.
+    """Plot maps averaged over tokens (figure 8 of the paper): of the first, middle and last layer, and the composites
+    from the first and from the middle layer to the last. Row sums (forward gain) and column sums (backward gain) are
+    the tick labels.
     """
     from matplotlib.figure import Figure
 
@@ -45,7 +45,7 @@ def plot_mappings(measures: Measures, path: str | Path) -> None:
 
 
 def draw_mapping(panel: Any, title: str, mapping: torch.Tensor) -> None:
-    """One map as a grid of colours with its numbers."""
+    """Draw a map as a grid of colours with its numbers."""
     streams, largest = len(mapping), float(mapping.abs().max())
     panel.imshow(mapping.tolist(), cmap="RdBu", vmin=-largest, vmax=largest)
     if streams <= 8:  # more would not be legible

@@ -1,4 +1,4 @@
-"""Look at the residual maps of a model's connections as its forward computes them."""
+"""Watchers of the residual maps that a model's connections compute in the forward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiles.errors import BadInput
 
 @dataclass(frozen=True)
 class Measures:
-    """What the residual maps of L layers do: one entry a layer, in the model's order.
+    """Measures of the residual maps of L layers: one entry a layer, in the model's order.
 
     The lists hold means over tokens of each token's own measure (`mhc.diagnostics.gains`), as in figure 3 of arXiv
     2512.24880. A composite runs from its layer to the last one. `mappings` and `composites` [L, n, n] are maps averaged
@@ -66,11 +66,11 @@ def measure(layers: Mapping[str, torch.Tensor]) -> Measures:
 
 
 class Watch:
-    """Keeps res of the latest forward for every `HyperConnection` in a model, ready to be measured.
+    """Records res of the latest forward for every `HyperConnection` in a model, to be measured.
 
-    Layers are in the order of `model.named_modules()`, which should be the order they run in; mode `residual` has
-    none, as its res is the identity. Keeping costs no time and as much memory as res; `measure` costs a few small ops
-    a layer. Use it in a `with`, or call `close` to stop looking. Raises `BadInput` where the model has no connection.
+    Layers are in the order of `model.named_modules()`, which should be the order they run in; blocks of mode `residual`
+    have no res. Recording costs no time and the memory of res; `measure` runs a few small ops a layer. Use it as a
+    context manager, or call `close` to stop. Raises `BadInput` where the model has no connection.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -100,9 +100,9 @@ def check_finite(model: nn.Module) -> Callable[[], None]:
     """Make every forward raise `BadInput` at the first block with NaN or infinity in phi, alpha, bias, res, the
     sublayer's input u or its output f; the message names block and tensor.
 
-    All of these are looked at because res alone does not tell: compiled kernels for a CPU take it for granted that
-    numbers are finite, and may make a finite res of NaN logits. Returns what ends it. Costs a pass over each tensor,
-    and on a GPU a wait for it: for debugging. Raises `BadInput` where the model has no connection.
+    res alone is not enough: kernels compiled for a CPU assume finite numbers, and may make a finite res from NaN
+    logits. Returns a function that ends the checks. For debugging: it costs a pass over each tensor, and on a GPU a
+    synchronisation. Raises `BadInput` where the model has no connection.
     """
     ends = [_attach(model, _expect_finite_map)]
     for name, block in _connections(model).items():
@@ -138,7 +138,7 @@ def _expect_finite(what: str, name: str, value: torch.Tensor, advice: str) -> No
 
 
 def _attach(model: nn.Module, look: Callable[[str, HyperConnection, torch.Tensor], None]) -> Callable[[], None]:
-    """Call look(name, block, res) whenever a connection computes res; returns what takes it off again."""
+    """Call look(name, block, res) whenever a connection computes res; returns a function that ends this."""
     blocks = _connections(model)
     if not blocks:
         raise BadInput(f"a model to watch must hold a HyperConnection, got {type(model).__name__}: wrap its layers")

@@ -1,4 +1,4 @@
-"""FSDP2: what a sublayer holds is sharded with the settings of the run, a connection's coefficients stay float32."""
+"""FSDP2 for hyper-connections: sublayers are sharded as usual, the connections' parameters stay float32."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from mhc.distributed.results import give_no_views
+from mhc.distributed.output_views import unview_outputs
 from mhc.modules.hyper_connection import HyperConnection
-from mhc.modules.recompute import NORMS, Recomputed
+from mhc.modules.recompute import NORMS, RecomputedStack
 from mhc.modules.stack import HyperConnectionStack
 from mhc.modules.streams import StreamHead
 from tiles.errors import BadInput
 
 
 def fully_shard_streams(model: nn.Module, *, mp_policy: MixedPrecisionPolicy | None = None, **settings: Any) -> None:
-    """Apply `torch.distributed.fsdp.fully_shard` to every hyper-connection below `model`, in two kinds of groups.
+    """Apply `torch.distributed.fsdp.fully_shard` to every hyper-connection in `model`.
 
-    Each sublayer is a group with `mp_policy`. What runs the connections (a `HyperConnectionStack`, what
-    `mhc.recompute` gives, or a `HyperConnection` by itself) is a group with the coefficients, phi, alpha and bias, that
-    leaves them float32 and reduces their gradients in float32; so is every `StreamHead`.
-    `fully_shard(stack, mp_policy=...)` would round them to `param_dtype`. `fully_shard(block)` inside a stack would
-    never gather them, as a stack does not call its blocks but begins each together with the end of the one before.
+    Each sublayer is a parameter group with `mp_policy`. phi, alpha and bias form a group per module that runs
+    connections (a `HyperConnectionStack`, the result of `mhc.recompute`, or a `HyperConnection` by itself); they stay
+    float32, as do their gradients' reductions; so does every `StreamHead`. `fully_shard(stack, mp_policy=...)` would
+    round them to `param_dtype`, and `fully_shard(block)` inside a stack would never unshard them, as a stack does not
+    call its blocks' forward.
 
-    Afterwards call `fully_shard(model, ...)` for the rest of the model, as usual. DDP needs nothing of this kind.
+    Afterwards call `fully_shard(model, ...)` for the rest of the model, as usual. DDP needs no such call.
 
     Args:
         model: changed in place.
-        mp_policy: precision of the sublayers (PyTorch's default: theirs).
-        settings: what else `fully_shard` takes: mesh, reshard_after_forward, offload_policy, ...
+        mp_policy: the mixed precision policy of the sublayers (default: PyTorch's).
+        settings: further arguments of `fully_shard`: mesh, reshard_after_forward, offload_policy, ...
 
     Raises `BadInput` where `model` has no hyper-connection.
     """
@@ -39,24 +39,24 @@ def fully_shard_streams(model: nn.Module, *, mp_policy: MixedPrecisionPolicy | N
     sublayer_policy = mp_policy or MixedPrecisionPolicy()
     for runner in runners:
         for sublayer in (block.sublayer for block in runner.modules() if isinstance(block, HyperConnection)):
-            if isinstance(runner, Recomputed):
+            if isinstance(runner, RecomputedStack):
                 _keep_norms_gathered(sublayer, sublayer_policy, settings)
             if any(True for _ in sublayer.parameters()):
-                give_no_views(sublayer)
+                unview_outputs(sublayer)
                 fully_shard(sublayer, mp_policy=sublayer_policy, **settings)
-        give_no_views(runner)
+        unview_outputs(runner)
         fully_shard(runner, mp_policy=MixedPrecisionPolicy(), **settings)
 
 
 def _runners(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules that hold coefficients, in the order of the model."""
+    """The outermost modules with phi, alpha and bias, in the model's order."""
     if isinstance(model, (HyperConnection, HyperConnectionStack, StreamHead)):
         return [model]
     return [runner for child in model.children() for runner in _runners(child)]
 
 
 def _keep_norms_gathered(sublayer: nn.Module, policy: MixedPrecisionPolicy, settings: dict[str, Any]) -> None:
-    """Recomputation runs normalisations again before their sublayer's backward has gathered its parameters."""
+    """Keep norms unsharded: recomputation runs them before their sublayer's backward has unsharded its parameters."""
     for norm in sublayer.modules():
         if type(norm).__name__.endswith(NORMS) and norm is not sublayer and any(True for _ in norm.parameters()):
             fully_shard(norm, mp_policy=policy, **settings | {"reshard_after_forward": False})

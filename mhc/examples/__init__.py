@@ -1,1 +1,1 @@
-"""Small programs that use mhc for real."""
+"""Example programs that train with mhc."""

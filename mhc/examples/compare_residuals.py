@@ -1,10 +1,10 @@
-"""Train the byte-level transformer with each residual connection, taking turns step by step, and compare step times.
+"""Comparison of residual connections: losses and step times of the byte-level transformer.
 
     python -m mhc.examples.compare_residuals --kernels tuned.mhcpack --json OUT.json
 
 Contenders: `plain` (the usual residual), `hc` and `mhc` on the kernels that are given, and `mhc-eager` on the torch
 reference. All see the same batches. They take turns, each step in another order, so that a busy machine slows all
-alike; step times are medians. Drawn by `mhc.examples.plot_loss`.
+equally; step times are medians. Plotted by `mhc.examples.plot_loss`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small byte-level transformer whose residual connections are to choose."""
+"""A small byte-level transformer with a choice of residual connection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Residual = Literal["plain", "hc", "mhc"]
 
 @dataclass(frozen=True)
 class Size:
-    """The transformer's measures; `context` is in bytes, `width` a multiple of 8 and of 4 heads."""
+    """The sizes of the transformer; `context` is in bytes (or tokens), `width` a multiple of 8 and of `heads`."""
 
     blocks: int = 4
     width: int = 256
@@ -33,21 +33,29 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.mix_in = nn.Linear(width, 3 * width, bias=False)
-        self.mix_out = nn.Linear(width, width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
-        """Every position attends to itself and to what came before it."""
-        query, key, value = self.mix_in(u).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.mix_out(mixed.transpose(1, 2).flatten(-2))
+        """Every position attends to itself and to earlier ones."""
+        query, key, value = self.qkv(u).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.out(attended.transpose(1, 2).flatten(-2))
+
+
+def attention_sublayer(width: int, heads: int) -> nn.Module:
+    """Norm and attention of a pre-norm block: [batch, context, C] -> the same."""
+    return nn.Sequential(nn.RMSNorm(width), Attention(width, heads))
+
+
+def mlp_sublayer(width: int) -> nn.Module:
+    """Norm and MLP of a pre-norm block: [batch, context, C] -> the same."""
+    return nn.Sequential(nn.RMSNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
 def sublayers(width: int, heads: int) -> tuple[nn.Module, nn.Module]:
-    """Attention and MLP of one pre-norm block, each with its norm before it: [batch, context, C] -> the same."""
-    attention = nn.Sequential(nn.RMSNorm(width), Attention(width, heads))
-    up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-    return attention, nn.Sequential(nn.RMSNorm(width), up, nn.GELU(), down)
+    """The two sublayers of a pre-norm block."""
+    return attention_sublayer(width, heads), mlp_sublayer(width)
 
 
 class ByteTransformer(nn.Module):
@@ -62,7 +70,7 @@ class ByteTransformer(nn.Module):
         self.streams = 1 if residual == "plain" else size.streams
         mode: Literal["residual", "hc", "mhc"] = "residual" if residual == "plain" else residual
         self.embed = nn.Embedding(BYTES, width)
-        self.place = nn.Embedding(size.context, width)
+        self.position = nn.Embedding(size.context, width)
         layers: list[HyperConnection] = []
         for _ in range(size.blocks):
             parts = sublayers(width, size.heads)
@@ -72,7 +80,7 @@ class ByteTransformer(nn.Module):
         self.head = nn.Linear(width, BYTES, bias=False)
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
-        """Streams are made once after the embedding and reduced once before the head."""
-        h = self.embed(text) + self.place.weight[: text.shape[1]]
+        """Streams are expanded once after the embedding and reduced once before the head."""
+        h = self.embed(text) + self.position.weight[: text.shape[1]]
         x = self.layers(expand_streams(h, self.streams))
         return self.head(self.norm(reduce_streams(x)))

@@ -3,9 +3,9 @@
     python -m mhc.examples.pipeline_trace --out trace.json
     torchrun --nproc-per-node 4 -m mhc.examples.pipeline_trace --out trace.json
 
-By itself one process holds both stages of a pipeline of one rank; with torchrun every rank writes its own file. The
-last step of three is recorded. On a GPU look for the two stages' streams side by side (`OVERLAP_F_B`), and for the
-passes after the MLPs on a third stream for each stage, of high priority.
+Without torchrun one process holds both stages of a pipeline of one rank; with it every rank writes its own file. The
+last step of three is recorded. On a GPU look for the two stages' CUDA streams side by side (`OVERLAP_F_B`), and for the
+merges after the MLPs on a third one per stage, of high priority.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,31 +26,26 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import mhc
 from mhc.distributed import overlap_pairs, prioritise_merges, v_stages
-from mhc.examples.model import Attention
+from mhc.examples.model import Size, attention_sublayer, mlp_sublayer
 from mhc.modules.recompute import recompute
 
 STEPS = 3
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Layers are an attention and an MLP each; tokens are those of one microbatch, one sequence."""
+SIZE = Size(blocks=8, width=2560, heads=20, context=4096, streams=4)
+"""Of the default run: a layer is an attention and an MLP, `context` the tokens of a microbatch."""
 
-    layers: int = 8
-    width: int = 2560
-    streams: int = 4
-    tokens: int = 4096
-    microbatches: int = 8
+MICROBATCHES = 8
 
 
 class Layers(nn.Module):
-    """Some blocks of the model between streams [1, tokens, n, C]; the first are expanded here, the last reduced."""
+    """A range of blocks: streams [1, tokens, n, C] -> the same, expanded by the first range and reduced by the last."""
 
-    def __init__(self, shape: Shape, numbers: range, device: torch.device, plain: bool) -> None:
+    def __init__(self, size: Size, numbers: range, device: torch.device, plain: bool) -> None:
         super().__init__()
-        self.expands = shape.streams if numbers.start == 0 else None
-        self.reduces = numbers.stop == 2 * shape.layers
-        made = [block(shape, number, dtype(device)) for number in numbers]
+        self.expands = size.streams if numbers.start == 0 else None
+        self.reduces = numbers.stop == 2 * size.blocks
+        made = [block(size, number, dtype(device)) for number in numbers]
         self.blocks = mhc.HyperConnectionStack(made) if plain else recompute(made)
         if not plain:
             prioritise_merges(
@@ -69,27 +63,23 @@ def dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def block(shape: Shape, number: int, of: torch.dtype) -> mhc.HyperConnection:
+def block(size: Size, number: int, of: torch.dtype) -> mhc.HyperConnection:
     """Attention in blocks of even number, an MLP in the others."""
-    width = shape.width
-    if number % 2:
-        sublayer = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-    else:
-        sublayer = nn.Sequential(nn.RMSNorm(width), Attention(width, heads=max(1, width // 128)))
-    return mhc.HyperConnection(width, shape.streams, sublayer.to(of))
+    sublayer = mlp_sublayer(size.width) if number % 2 else attention_sublayer(size.width, size.heads)
+    return mhc.HyperConnection(size.width, size.streams, sublayer.to(of))
 
 
-def run(shape: Shape, device: torch.device, out: Path, *, plain: bool) -> float:
+def run(size: Size, microbatches: int, device: torch.device, out: Path, *, plain: bool) -> float:
     """Three steps, the last one recorded in `out` -> that step's loss on rank 0, else 0.
 
     `plain` is PyTorch's schedule as it is: one stream, nothing recomputed.
     """
     torch.manual_seed(0)
-    stages = v_stages(lambda numbers: Layers(shape, numbers, device, plain), 2 * shape.layers, device=device)
-    schedule = ScheduleDualPipeV(stages, shape.microbatches, mse_loss)
+    stages = v_stages(lambda numbers: Layers(size, numbers, device, plain), 2 * size.blocks, device=device)
+    schedule = ScheduleDualPipeV(stages, microbatches, mse_loss)
     if not plain:
         overlap_pairs(schedule)
-    data, target = torch.randn(2, shape.microbatches, shape.tokens, shape.width, device=device, dtype=dtype(device))
+    data, target = torch.randn(2, microbatches, size.context, size.width, device=device, dtype=dtype(device))
     first = dist.get_rank() == 0
 
     def step() -> float:
@@ -110,11 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; 0 when done, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m mhc.examples.pipeline_trace", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("trace.json"), help="(default: %(default)s)")
-    for name in ("layers", "width", "streams", "tokens", "microbatches"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Shape, name), help="(default: %(default)s)")
+    defaults = {"layers": SIZE.blocks, "width": SIZE.width, "streams": SIZE.streams, "tokens": SIZE.context}
+    for name, default in (defaults | {"microbatches": MICROBATCHES}).items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     parser.add_argument("--plain", action="store_true", help="PyTorch's schedule as it is, to compare with")
     chosen = parser.parse_args(arguments)
-    shape = Shape(chosen.layers, chosen.width, chosen.streams, chosen.tokens, chosen.microbatches)
+    size = Size(chosen.layers, chosen.width, max(1, chosen.width // 128), chosen.tokens, chosen.streams)
     rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -126,13 +117,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     out = chosen.out.with_stem(f"{chosen.out.stem}-{rank}") if rank else chosen.out
     try:
-        loss = run(shape, device, out, plain=chosen.plain)
+        loss = run(size, chosen.microbatches, device, out, plain=chosen.plain)
     except mhc.BadInput as error:
         print(error, file=sys.stderr)
         return 2
     finally:
         dist.destroy_process_group()
-    print(f"{out}: one step of {shape}, loss {loss:.4f}" if rank == 0 else f"{out}: rank {rank}")
+    print(
+        f"{out}: one step of {size}, {chosen.microbatches} microbatches, loss {loss:.4f}"
+        if rank == 0
+        else f"{out}: rank {rank}"
+    )
     return 0
 
 

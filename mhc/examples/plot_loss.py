@@ -1,6 +1,6 @@
-"""Draw loss curves and step times: `python -m mhc.examples.plot_loss OUT.png RUN.json ...`.
+"""Plot of loss curves and step times: `python -m mhc.examples.plot_loss OUT.png RUN.json ...`.
 
-A file is what `train_bytes --json` or `compare_residuals --json` wrote. Needs matplotlib, which mhc itself does not.
+The files are written by `train_bytes --json` or `compare_residuals --json`. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 
 def main(out: str, *files: str) -> None:
-    """One curve a run, named by its file or, of several in a file, by its contender; beside them the median step times
-    with their quartiles, where the runs have them.
+    """Plot one curve a run, labelled by its file or, with several runs in a file, by its contender; beside them the
+    median step times with their quartiles, where the runs have them.
     """
     from matplotlib.figure import Figure
 

@@ -1,10 +1,11 @@
-"""Train a deep, narrow byte-level transformer with each kind of residual connection and record what its maps do.
+"""Stability of a deep, narrow byte-level transformer with each residual connection: loss, gradient norm, map gains.
 
     python -m mhc.examples.stability RUNS.jsonl
 
-60 connections (30 blocks of attention and MLP), 4 streams; at every step the loss, the gradient's norm and the gains of
-the composite residual map. Runs that differ in the residual alone see the same batches. One line a run; runs that the
-file already holds are left out, so an interrupted command goes on where it was. Drawn by `mhc.examples.stability_plot`.
+60 connections (30 blocks of attention and MLP), 4 streams; every step records the loss, the gradient's norm and the
+gains of the composite residual map. Runs that differ in the residual only see the same batches. One line a run; runs
+that the file already holds are skipped, so that an interrupted command resumes. Plotted by
+`mhc.examples.stability_plot`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Draw and tabulate what `mhc.examples.stability` recorded.
+"""Plots and table of the runs that `mhc.examples.stability` recorded.
 
     python -m mhc.examples.stability_plot RUNS.jsonl FOLDER
 

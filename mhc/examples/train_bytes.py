@@ -1,4 +1,4 @@
-"""Train a small byte-level transformer on the Python standard library's own sources.
+"""Training of a small byte-level transformer on the sources of the Python standard library.
 
     python -m mhc.examples.train_bytes --kernels tuned.mhcpack --residual mhc
 
@@ -57,7 +57,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gave."""
+    """The results of a run."""
 
     steps: list[Step]
     validation_loss: float
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def kernels_for(path: str | None) -> mhc.Kernels:
-    """What `--kernels` names; raises `BadInput`."""
+    """The kernels that `--kernels` names; raises `BadInput`."""
     if path is None:
         return mhc.active()
     return mhc.Kernels.reference() if path == NO_KERNELS else mhc.Kernels.from_path(path)

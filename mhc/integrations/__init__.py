@@ -1,1 +1,1 @@
-"""Integrations: hyper-connections in models that others have written."""
+"""Integrations: hyper-connections in existing models."""

@@ -1,4 +1,4 @@
-"""One transformer layer whose residual connections are hyper-connections."""
+"""Transformer layers whose residual connections are hyper-connections."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mhc.modules.hyper_connection import HyperConnection
 from mhc.modules.stack import HyperConnectionStack
 from mhc.modules.streams import expand_streams, reduce_streams
 
-Connection = Callable[[nn.Module, int, float], HyperConnection]
-"""Makes the block around a sublayer of this width with this dropout."""
+MakeConnection = Callable[[nn.Module, int, float], HyperConnection]
+"""Makes the block around a sublayer, from the sublayer, its width and its dropout."""
 
 
 class ConnectedLayer(HyperConnectionStack):
-    """x [..., n, C] -> x' [..., n, C]; the first layer of a network takes h [..., C], the last one gives it.
+    """x [..., n, C] -> x' [..., n, C]; the first layer of a model takes h [..., C], the last one returns it.
 
-    Streams are made (`expands`) and reduced to their mean (`reduces`) inside of the layers, so that the model around
-    them, which knows of no streams, calls them as ever.
+    The first layer expands h to streams (`expands`) and the last one reduces them to their mean (`reduces`), so that
+    the model's own code stays as it is.
     """
 
     def __init__(self, blocks: Sequence[HyperConnection]) -> None:
@@ -28,7 +28,7 @@ class ConnectedLayer(HyperConnectionStack):
         self.expands, self.reduces = False, False
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """x or h -> x' or h'. What else is given goes to every sublayer, which takes what is for it."""
+        """x or h -> x' or h'. Further arguments go to every sublayer, which uses its own."""
         if self.expands:
             first: HyperConnection = self.blocks[0]  # type: ignore[assignment]
             x = expand_streams(x, first.streams)
@@ -37,12 +37,12 @@ class ConnectedLayer(HyperConnectionStack):
 
 
 class FeedForward(nn.Module):
-    """u [..., C] -> mlp(norm(u)), whatever else the layer is called with."""
+    """u [..., C] -> mlp(norm(u)); the layer's other arguments are ignored."""
 
     def __init__(self, norm: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.norm, self.mlp = norm, mlp
 
     def forward(self, u: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The layer's other arguments are for attention."""
+        """u [..., C] -> the same."""
         return self.mlp(self.norm(u))

@@ -1,4 +1,4 @@
-"""Hyper-connections in place of a transformer's residual connections, in one call."""
+"""mhc.wrap: hyper-connections in place of a transformer's residual connections, in one call."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from mhc.integrations.connected import ConnectedLayer
-from mhc.integrations.wrap_llama import PARTS, connected_llama
-from mhc.integrations.wrap_pytorch import connected_pytorch
+from mhc.integrations.wrap_llama import PARTS, wrap_llama_layer
+from mhc.integrations.wrap_pytorch import wrap_pytorch_layer
 from mhc.manifolds import Manifold
-from mhc.modules.hyper_connection import FUSED_MANIFOLD, HyperConnection, Mode, read_in_turn
+from mhc.modules.hyper_connection import FUSED_MANIFOLD, HyperConnection, Mode, init_cyclic_pre
 from mhc.modules.init import Init
 from tiles.errors import BadInput
 
@@ -29,32 +29,34 @@ def wrap(
     dynamic: bool = True,
     width: int | None = None,
 ) -> nn.Module:
-    """Put hyper-connections around attention and MLP of every layer of a pre-norm transformer, in place.
+    """Replace the residual connections of a pre-norm transformer by hyper-connections, in place.
 
-    What is looked for, anywhere in the model, is an `nn.ModuleList` of layers that the model calls one after the other:
-    `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer` (both as they are, not subclasses, `norm_first=True`), or
-    layers with the parts of Hugging Face's Llama. Each such list gets n streams of its own: its first layer makes them,
-    its last one gives their mean to the norm that follows.
+    Every `nn.ModuleList` in the model whose layers run one after the other is replaced, if its layers are
+    `nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer` (not subclasses, with `norm_first=True`), or have the
+    submodules of Hugging Face's Llama layers. Each such list has n streams of its own: its first layer expands to them,
+    its last one returns their mean.
 
-    The model's parameters stay the same objects. In its state_dict a layer's are found under
-    `blocks.<place>.sublayer.norm`, `.attention` and `.mlp`, with phi, alpha and bias of the connection beside
-    `sublayer`; the places are attention, (attention to memory), MLP. So save the state_dict, and load it into a model
-    that is wrapped alike. Hooks on the replaced layers are lost, and transformers records
-    no states and weights of them (`output_hidden_states`, `output_attentions`). Its gradient checkpointing works as
-    before.
+    The model's parameters stay the same objects. Their names in the state_dict become `blocks.<i>.sublayer.norm`,
+    `.attention` and `.mlp` below a layer, with phi, alpha and bias of the connection in `blocks.<i>`; the blocks are
+    attention, (cross-attention,) MLP. Load a state_dict into a model that was wrapped in the same way. Hooks on the
+    replaced layers are lost, and transformers does not record their `output_hidden_states` and `output_attentions`.
+    transformers' gradient checkpointing works.
 
     Args:
         model: changed in place, also returned.
         streams: n, in 1..16.
-        mode: as of `HyperConnection`.
-        manifold: as of `HyperConnection`.
-        init: with `identity` the wrapped model computes what the model did, to rounding; with `paper`, the usual start,
-            and mode `hc` reads the streams in turn (`mhc.modules.hyper_connection.read_in_turn`).
-        dynamic: as of `HyperConnection`.
-        width: C, where a Llama-style layer's norm has no weight that tells it.
+        mode: as for `HyperConnection`.
+        manifold: as for `HyperConnection`.
+        init: with `identity` the wrapped model computes what the model did, to rounding; with `paper` it starts close
+            to that, and mode `hc` starts with a cyclic pre (`mhc.modules.hyper_connection.init_cyclic_pre`).
+        dynamic: as for `HyperConnection`.
+        width: C, needed where the norm of a Llama-style layer has no weight.
 
-    Raises `BadInput` (a `ValueError`), and leaves the model as it was, where no such list is found, where layers of a
-    list differ in kind, or where one does something else than h + sublayer(norm(h)).
+    Raises `BadInput` (a `ValueError`), and leaves the model unchanged, where no such list is found, where layers of a
+    list differ in kind, or where a layer computes anything but h + sublayer(norm(h)).
+
+    Example:
+        >>> model = mhc.wrap(transformers.LlamaForCausalLM(config), streams=4)
     """
     settings: dict[str, Any] = {"mode": mode, "manifold": manifold, "init": init, "dynamic": dynamic}
 
@@ -63,7 +65,7 @@ def wrap(
             return HyperConnection(width, streams, sublayer, dropout=dropout, **settings)
 
     def connected(layer: nn.Module) -> ConnectedLayer | None:
-        made = connected_pytorch(layer, connection, width) or connected_llama(layer, connection, width)
+        made = wrap_pytorch_layer(layer, connection, width) or wrap_llama_layer(layer, connection, width)
         return made and made.train(layer.training)
 
     found = [
@@ -80,7 +82,7 @@ def wrap(
     for parent, name, made in found:
         made[0].expands = made[-1].reduces = True
         if mode == "hc" and init == "paper":
-            read_in_turn(block for layer in made for block in layer.blocks)  # type: ignore[misc]
+            init_cyclic_pre(block for layer in made for block in layer.blocks)  # type: ignore[misc]
         layers = nn.ModuleList(made)
         layers.training = parent.training
         setattr(parent, name, layers)
@@ -95,7 +97,7 @@ def _lists_of_modules(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Mod
 
 
 def _all_or_none(made: list[ConnectedLayer | None], name: str) -> list[ConnectedLayer]:
-    """The layers; none where none was known. Raises `BadInput` where some were."""
+    """The replaced layers, or none where none is supported. Raises `BadInput` where only some are."""
     known = [layer for layer in made if layer is not None]
     kinds = {type(layer).__name__ for layer in made}
     if known and len(kinds) > 1:

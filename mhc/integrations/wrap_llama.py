@@ -1,4 +1,4 @@
-"""Layers built like Llama's in Hugging Face transformers, known by their parts: transformers itself is not needed."""
+"""Layers like Llama's in Hugging Face transformers, recognised by their submodules: transformers is not needed."""
 
 from __future__ import annotations
 
@@ -10,70 +10,70 @@ from typing import Any
 import torch
 from torch import nn
 
-from mhc.integrations.connected import ConnectedLayer, Connection, FeedForward
+from mhc.integrations.connected import ConnectedLayer, FeedForward, MakeConnection
 from tiles.errors import BadInput
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-"""All submodules of such a layer; one with more of them has other maths."""
+"""The submodules of such a layer; one with others computes something else."""
 
 
 class Attention(nn.Module):
-    """u -> self_attn(norm(u), ...), which may return a tuple that begins with its output."""
+    """u -> self_attn(norm(u), ...), which may return a tuple whose first element is its output."""
 
     def __init__(self, norm: nn.Module, attention: nn.Module) -> None:
         super().__init__()
         self.norm, self.attention = norm, attention
 
     def forward(self, u: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Masks, positions and the cache of keys and values are the attention's."""
+        """u [..., C]; masks, positions and the KV cache go to the attention."""
         return self.attention(self.norm(u), *args, **kwargs)
 
 
 class LlamaLayer(ConnectedLayer):
-    """The blocks are attention and MLP. Answers with a tuple where the layer that it replaces did."""
+    """Blocks: attention, MLP. Returns a tuple if the layer that it replaces did."""
 
     gradient_checkpointing = False
-    """What `model.gradient_checkpointing_enable()` of transformers sets, with the function that is called here."""
+    """Set by transformers' `gradient_checkpointing_enable()`, together with `_gradient_checkpointing_func`."""
 
     _gradient_checkpointing_func: Any
 
-    def __init__(self, blocks: Any, *, answers_tuple: bool) -> None:
+    def __init__(self, blocks: Any, *, returns_tuple: bool) -> None:
         super().__init__(blocks)
-        self.answers_tuple = answers_tuple
+        self.returns_tuple = returns_tuple
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """x [..., n, C], or h [..., C] of the first layer -> the same, or h of the last one."""
+        """x [..., n, C], or h [..., C] for the first layer -> the same, or h [..., C] from the last one."""
         run: Any = super().forward
         if self.gradient_checkpointing and self.training:
-            # The cache would be written to again when the layer is run again.
+            # Recomputation would write to the cache again.
             kwargs = {name: None if name == "past_key_values" else value for name, value in kwargs.items()}
             run = partial(self._gradient_checkpointing_func, partial(run, **kwargs))
             kwargs = {}
         x = run(x, *args, **kwargs)
-        return (x,) if self.answers_tuple else x
+        return (x,) if self.returns_tuple else x
 
 
-def connected_llama(layer: nn.Module, connection: Connection, width: int | None) -> ConnectedLayer | None:
-    """The layer with hyper-connections, of the same submodules; None where it has not `PARTS` and nothing else.
+def wrap_llama_layer(layer: nn.Module, connection: MakeConnection, width: int | None) -> ConnectedLayer | None:
+    """The layer with hyper-connections around the same submodules; None where its submodules are not `PARTS`.
 
     Raises `BadInput` where its forward is not h + self_attn(norm(h)), then h + mlp(norm(h)), as in models that scale
-    their residuals; or where the norm does not tell the width and none is given.
+    their residuals; or where the norm has no weight and no width is given.
     """
     parts = dict(layer.named_children())
     if parts.keys() != set(PARTS):
         return None
     norm, attention, second_norm, mlp = (parts[name] for name in PARTS)
-    answers_tuple = _answers_tuple(layer)
+    returns_tuple = _returns_tuple(layer)
     weight = getattr(norm, "weight", None)
     if width is None and weight is None:
         raise BadInput(f"the width must be known, got a {type(norm).__name__} without weight: give mhc.wrap the width")
     width = width or weight.shape[-1]  # type: ignore[union-attr]
     sublayers = Attention(norm, attention), FeedForward(second_norm, mlp)
-    return LlamaLayer([connection(each, width, 0.0) for each in sublayers], answers_tuple=answers_tuple)
+    return LlamaLayer([connection(each, width, 0.0) for each in sublayers], returns_tuple=returns_tuple)
 
 
-class _Times(nn.Module):
-    """Stands in for a part: so many times its input, in a tuple as attention may return it."""
+class _Scale(nn.Module):
+    """Stands in for a submodule: returns factor times its input, in a tuple if asked to, as attention may."""
 
     def __init__(self, factor: int, in_tuple: bool = False) -> None:
         super().__init__()
@@ -84,8 +84,8 @@ class _Times(nn.Module):
         return (product, None) if self.in_tuple else product
 
 
-def _answers_tuple(layer: nn.Module) -> bool:
-    """Whether the layer's own forward returns a tuple, found by running it with its parts replaced by factors.
+def _returns_tuple(layer: nn.Module) -> bool:
+    """Whether the layer's own forward returns a tuple, found by running it with factors in place of its submodules.
 
     Raises `BadInput` where the result is not h + 3·2·h = 7h, then 7h + 7·5·7h = 252h.
     """
@@ -93,7 +93,7 @@ def _answers_tuple(layer: nn.Module) -> bool:
     for in_tuple in (True, False):
         probe = copy.copy(layer)
         probe.training = False
-        factors = (_Times(2), _Times(3, in_tuple), _Times(5), _Times(7))
+        factors = (_Scale(2), _Scale(3, in_tuple), _Scale(5), _Scale(7))
         probe._modules = dict(zip(PARTS, factors, strict=True))
         others = list(signature(layer.forward).parameters.values())[1:]
         required = [None for each in others if each.default is Parameter.empty and each.kind in _POSITIONAL]
@@ -102,7 +102,7 @@ def _answers_tuple(layer: nn.Module) -> bool:
             found = answer[0] if isinstance(answer, tuple) else answer
             if torch.equal(found, torch.full((1, 1, 1), 252.0)):
                 return isinstance(answer, tuple)
-        except Exception as error:  # the layer is anybody's code
+        except Exception as error:  # a layer may be any code
             found = found if found is not None else f"{type(error).__name__}: {error}"
     text = " ".join(str(found).split())
     raise BadInput(

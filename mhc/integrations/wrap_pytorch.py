@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from mhc.integrations.connected import ConnectedLayer, Connection, FeedForward
+from mhc.integrations.connected import ConnectedLayer, FeedForward, MakeConnection
 from tiles.errors import BadInput
 
 
 class EncoderLayer(ConnectedLayer):
-    """The blocks are self-attention and MLP. PyTorch's encoder and decoder ask their layers for `self_attn`."""
+    """Blocks: self-attention, MLP. PyTorch's encoder reads its layers' `self_attn`."""
 
     @property
     def self_attn(self) -> nn.MultiheadAttention:
@@ -21,7 +21,7 @@ class EncoderLayer(ConnectedLayer):
 
 
 class DecoderLayer(EncoderLayer):
-    """The blocks are self-attention, attention to the encoder's result, and MLP."""
+    """Blocks: self-attention, cross-attention, MLP."""
 
 
 class EncoderAttention(nn.Module):
@@ -40,30 +40,28 @@ class EncoderAttention(nn.Module):
     ) -> torch.Tensor:
         """u [batch, sequence, C] -> the same."""
         h = self.norm(u)
-        return _attend(self.attention, h, h, src_mask, src_key_padding_mask, is_causal)
+        return self.attend(h, h, src_mask, src_key_padding_mask, is_causal)
+
+    def attend(
+        self,
+        h: torch.Tensor,
+        memory: torch.Tensor,
+        mask: torch.Tensor | None,
+        padding: torch.Tensor | None,
+        is_causal: bool,
+    ) -> torch.Tensor:
+        """Attention of h to memory, without the weights."""
+        masks = {"attn_mask": mask, "key_padding_mask": padding, "is_causal": is_causal}
+        return self.attention(h, memory, memory, **masks, need_weights=False)[0]
 
 
 class DecoderAttention(EncoderAttention):
-    """u -> attention(norm(u)), with the arguments of `nn.TransformerDecoderLayer.forward`."""
+    """u -> attention(norm(u)), or attention(norm(u) to memory) if `cross`, with the arguments of
+    `nn.TransformerDecoderLayer.forward`."""
 
-    def forward(  # type: ignore[override]
-        self,
-        u: torch.Tensor,
-        memory: torch.Tensor,
-        tgt_mask: torch.Tensor | None = None,
-        memory_mask: torch.Tensor | None = None,
-        tgt_key_padding_mask: torch.Tensor | None = None,
-        memory_key_padding_mask: torch.Tensor | None = None,
-        tgt_is_causal: bool = False,
-        memory_is_causal: bool = False,
-    ) -> torch.Tensor:
-        """u [batch, sequence, C] -> the same."""
-        h = self.norm(u)
-        return _attend(self.attention, h, h, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
-
-
-class CrossAttention(EncoderAttention):
-    """u -> attention(norm(u) to memory), with the arguments of `nn.TransformerDecoderLayer.forward`."""
+    def __init__(self, norm: nn.Module, attention: nn.MultiheadAttention, *, cross: bool) -> None:
+        super().__init__(norm, attention)
+        self.cross = cross
 
     def forward(  # type: ignore[override]
         self,
@@ -77,11 +75,14 @@ class CrossAttention(EncoderAttention):
         memory_is_causal: bool = False,
     ) -> torch.Tensor:
         """u [batch, sequence, C] and memory [batch, other sequence, C] -> like u."""
-        return _attend(self.attention, self.norm(u), memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+        h = self.norm(u)
+        if self.cross:
+            return self.attend(h, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+        return self.attend(h, h, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
 
 
 class Mlp(nn.Module):
-    """linear2(dropout(activation(linear1(u)))), as PyTorch's layers have it."""
+    """linear2(dropout(activation(linear1(u)))), as in PyTorch's layers."""
 
     def __init__(self, layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) -> None:
         super().__init__()
@@ -93,10 +94,10 @@ class Mlp(nn.Module):
         return self.linear2(self.dropout(self.activation(self.linear1(u))))
 
 
-def connected_pytorch(layer: nn.Module, connection: Connection, width: int | None) -> ConnectedLayer | None:
-    """The layer with hyper-connections, of the same submodules; None for another class, subclasses included.
+def wrap_pytorch_layer(layer: nn.Module, connection: MakeConnection, width: int | None) -> ConnectedLayer | None:
+    """The layer with hyper-connections around the same submodules; None for any other class, subclasses included.
 
-    Raises `BadInput` for a post-norm layer, whose sublayers are not inside of the residual.
+    Raises `BadInput` for a post-norm layer, which normalises the residual stream itself.
     """
     if type(layer) is nn.TransformerEncoderLayer:
         make: type[EncoderLayer] = EncoderLayer
@@ -105,8 +106,8 @@ def connected_pytorch(layer: nn.Module, connection: Connection, width: int | Non
         parts: list[tuple[nn.Module, nn.Dropout]] = [(attention, layer.dropout1), (mlp, layer.dropout2)]
     elif type(layer) is nn.TransformerDecoderLayer:
         make = DecoderLayer
-        attention = DecoderAttention(layer.norm1, layer.self_attn)
-        cross = CrossAttention(layer.norm2, layer.multihead_attn)
+        attention = DecoderAttention(layer.norm1, layer.self_attn, cross=False)
+        cross = DecoderAttention(layer.norm2, layer.multihead_attn, cross=True)
         mlp = FeedForward(layer.norm3, Mlp(layer))
         parts = [(attention, layer.dropout1), (cross, layer.dropout2), (mlp, layer.dropout3)]
     else:
@@ -118,15 +119,3 @@ def connected_pytorch(layer: nn.Module, connection: Connection, width: int | Non
         )
     width = width or layer.self_attn.embed_dim
     return make([connection(sublayer, width, dropout.p) for sublayer, dropout in parts])
-
-
-def _attend(
-    attention: nn.MultiheadAttention,
-    h: torch.Tensor,
-    to: torch.Tensor,
-    mask: torch.Tensor | None,
-    padding: torch.Tensor | None,
-    is_causal: bool,
-) -> torch.Tensor:
-    masks = {"attn_mask": mask, "key_padding_mask": padding, "is_causal": is_causal}
-    return attention(h, to, to, **masks, need_weights=False)[0]

@@ -1,21 +1,20 @@
-"""Ways to make res, the matrix that mixes the streams, from the n² logits of a token.
+"""Manifolds: functions from the n² logits of a token to res, the matrix that mixes the streams.
 
-A manifold is called with logits [..., n, n] float32 and answers res [..., n, n] float32, differentiable; res[i, j]
-weighs input stream j in output stream i. Each file states what its matrices are: doubly stochastic or not, whether a
-product of them (many layers in a row) is one again, and a bound of its norm ‖res‖₂, which bounds what the streams' part
-of a network of any depth can amplify. In short:
+A manifold maps logits [..., n, n] float32 to res [..., n, n] float32, differentiably; res[i, j] weighs input stream j
+in output stream i. Each file states whether its matrices are doubly stochastic, whether their products (over layers)
+are matrices of the same kind, and a bound of ‖res‖₂, which bounds the amplification of the streams at any depth:
 
-| name               | doubly stochastic              | products of such | ‖res‖₂            | streams        |
-|--------------------|--------------------------------|------------------|-------------------|----------------|
-| sinkhorn           | rows; columns as rounds go     | errors add up    | ≤ sqrt(1 + error) | 1 to 16        |
-| sinkhorn-tolerance | rows; columns to the tolerance | errors add up    | ≤ sqrt(1 + error) | 1 to 16        |
-| permutations       | exactly                        | are such         | 1                 | 1 to 5         |
-| kronecker          | exactly, and symmetric         | are such         | 1                 | 1, 2, 4, 8, 16 |
-| orthogonal         | no: QᵀQ = I                    | are orthogonal   | 1                 | 1 to 16        |
-| identity           | exactly                        | are such         | 1                 | 1 to 16        |
+| name               | doubly stochastic              | products        | ‖res‖₂            | streams        |
+|--------------------|--------------------------------|-----------------|-------------------|----------------|
+| sinkhorn           | rows; columns after the rounds | errors add up   | ≤ sqrt(1 + error) | 1 to 16        |
+| sinkhorn-tolerance | rows; columns to the tolerance | errors add up   | ≤ sqrt(1 + error) | 1 to 16        |
+| permutations       | exactly                        | are of the kind | 1                 | 1 to 5         |
+| kronecker          | exactly, and symmetric         | are of the kind | 1                 | 1, 2, 4, 8, 16 |
+| orthogonal         | no: QᵀQ = I                    | are of the kind | 1                 | 1 to 16        |
+| identity           | exactly                        | are of the kind | 1                 | 1 to 16        |
 
-`exactly` means to the rounding of float32. The error is the largest |column sum − 1|: ‖res‖₂² ≤ ‖res‖₁ ‖res‖∞, the
-largest column sum times the largest row sum. For far logits 20 rounds leave an error of up to n − 1.
+`exactly` means to float32 rounding. The error is the largest |column sum − 1|: ‖res‖₂² ≤ ‖res‖₁ ‖res‖∞, the largest
+column sum times the largest row sum. For large logits 20 rounds leave an error of up to n − 1.
 """
 
 from __future__ import annotations
@@ -57,11 +56,11 @@ _MAKERS: dict[str, Callable[[], Manifold]] = {
 }
 
 NAMES = tuple(_MAKERS)
-"""What `named` knows."""
+"""The names that `named` accepts."""
 
 
 def named(name: str) -> Manifold:
-    """The manifold of this name, a new one where it keeps a state; raises `BadInput` for a name not in `NAMES`."""
+    """The manifold of this name, a new object if it has state; raises `BadInput` for a name not in `NAMES`."""
     if name not in _MAKERS:
         raise BadInput(f"manifold must be one of {', '.join(NAMES)}, got {name}: choose one of them")
     return _MAKERS[name]()

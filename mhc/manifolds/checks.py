@@ -1,4 +1,4 @@
-"""The rule that all manifolds share."""
+"""The check of logits that all manifolds share."""
 
 from __future__ import annotations
 

@@ -9,14 +9,14 @@ from tiles.errors import BadInput
 
 
 def kronecker_of_pairs(logits: torch.Tensor) -> torch.Tensor:
-    """res = ⊗_k [[a_k, 1 − a_k], [1 − a_k, a_k]], one factor for each bit of a stream's number, highest bit first.
+    """res = ⊗_k [[a_k, 1 − a_k], [1 − a_k, a_k]], one factor for each bit of a stream's index, highest bit first.
 
     a_k = σ(the mean over i of Σ_j ±h[i, j], + where i and j agree in bit k, − where they differ). logits h [..., n, n],
     n a power of two -> res [..., n, n]. Logits c · I give a_k = σ(c).
 
-    Exactly doubly stochastic and symmetric; products of such are such again, (A ⊗ B)(C ⊗ D) = AC ⊗ BD, and commute;
+    Exactly doubly stochastic and symmetric; products are of the same kind, (A ⊗ B)(C ⊗ D) = AC ⊗ BD, and commute;
     ‖res‖₂ = 1. It has log2 n degrees of freedom where the Birkhoff polytope has (n − 1)²: all of it at n = 2, little at
-    n = 16. The idea is KromHC's (arXiv 2601.21579), which has logits of the factors; here these read the n² logits.
+    n = 16. After KromHC (arXiv 2601.21579), which has logits of the factors; here a_k is computed from the n² logits.
     """
     n = streams_of(logits)
     bits = n.bit_length() - 1

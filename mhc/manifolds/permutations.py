@@ -1,4 +1,4 @@
-"""Doubly stochastic matrices without Sinkhorn: the mean of all permutations under weights that the logits give."""
+"""Doubly stochastic matrices without Sinkhorn: a weighted mean of all permutation matrices."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ MOST_STREAMS = 5
 def mean_permutation(logits: torch.Tensor) -> torch.Tensor:
     """res = Σ_σ w_σ P_σ over all n! permutations, w_σ ∝ exp(Σ_i h[i, σ(i)]), P_σ[i, σ(i)] = 1.
 
-    logits h [..., n, n], n at most 5 -> res [..., n, n]. Exactly doubly stochastic, as a mean of permutations is; so is
-    a product of such; ‖res‖₂ = 1.
+    logits h [..., n, n], n at most 5 -> res [..., n, n]. Exactly doubly stochastic, as a mean of permutations is; so
+    are products; ‖res‖₂ = 1.
 
-    That weights over permutations give all doubly stochastic matrices (Birkhoff and von Neumann), with nothing left to
-    converge, is mHC-lite's idea (arXiv 2601.05732), which has a logit for each permutation. Here n² do: w is the
-    exponential family whose statistic is P itself, and the means of such a family are the whole relative interior of
-    the hull of its statistics, here of the Birkhoff polytope. Adding a constant to a row or
-    column of h changes nothing, as with Sinkhorn.
+    Weights over permutations give every doubly stochastic matrix (Birkhoff and von Neumann) without iteration: the idea
+    of mHC-lite (arXiv 2601.05732), which has a logit for each permutation. Here n² logits are enough: w is the
+    exponential family whose sufficient statistic is P, and the means of such a family are the whole relative interior
+    of the convex hull of its statistics, here of the Birkhoff polytope. Adding a constant to a row or column of h
+    changes nothing, as with Sinkhorn.
 
-    Computed in float64: sums of far logits keep their differences, and neither autocast nor TF32 touches the products.
+    Computed in float64: sums of large logits keep their differences, and neither autocast nor TF32 rounds the products.
     """
     n = streams_of(logits)
     if n > MOST_STREAMS:
@@ -39,17 +39,17 @@ def mean_permutation(logits: torch.Tensor) -> torch.Tensor:
     return (weights @ permutations).unflatten(-1, (n, n)).to(logits.dtype)
 
 
-_KEPT: dict[tuple[int, torch.device], torch.Tensor] = {}
+_CACHE: dict[tuple[int, torch.device], torch.Tensor] = {}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _permutation_matrices(n: int, device: torch.device) -> torch.Tensor:
     """All P_σ, flattened: [n!, n²] float64."""
-    if (n, device) in _KEPT:
-        return _KEPT[n, device]
-    with torch.inference_mode(False):  # for later calls, which may want gradients
+    if (n, device) in _CACHE:
+        return _CACHE[n, device]
+    with torch.inference_mode(False):  # later calls may need gradients
         images = torch.tensor(list(itertools.permutations(range(n))), device="cpu")
         matrices = functional.one_hot(images, n).flatten(1).double().to(device)
-    if type(matrices) is torch.Tensor:  # and not the stand-in of a tracer
-        _KEPT[n, device] = matrices
+    if type(matrices) is torch.Tensor:  # not a tracer's fake tensor
+        _CACHE[n, device] = matrices
     return matrices

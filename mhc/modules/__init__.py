@@ -1,1 +1,1 @@
-"""Modules: hyper-connection blocks, stacks of them, and their streams."""
+"""Modules: hyper-connection blocks, stacks of them, the expansion to streams and their reduction."""

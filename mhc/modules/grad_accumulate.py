@@ -1,7 +1,7 @@
-"""One tensor for several uses, whose gradients are summed in place.
+"""Views of one tensor whose gradients are accumulated in place.
 
-Autograd sums the gradients of a tensor's uses into fresh memory. For streams that is tens of megabytes a sum, and
-the page faults cost more than the additions.
+Autograd sums the gradients of a tensor that is used more than once into new memory. For streams that is tens of
+megabytes a sum, and the page faults cost more than the additions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 
-class _Share(torch.autograd.Function):
+class _GradAccumulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, uses: int) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
@@ -26,12 +26,12 @@ class _Share(torch.autograd.Function):
         return total, None
 
 
-def share(x: torch.Tensor, uses: int) -> tuple[torch.Tensor, ...]:
-    """`uses` views of x, each for one op of `mhc.functional` alone: their gradients must be memory of their own.
+def grad_accumulating_views(x: torch.Tensor, uses: int) -> tuple[torch.Tensor, ...]:
+    """Return `uses` views of x, each for one op of `mhc.functional` only: the first gradient is written to.
 
-    A compiler plans the sums itself, so that it gets x as it is.
+    Under a compiler, which plans the sums itself, they are x itself.
     """
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
         return (x,) * uses
-    views: tuple[torch.Tensor, ...] = _Share.apply(x, uses)  # type: ignore[no-untyped-call]
+    views: tuple[torch.Tensor, ...] = _GradAccumulate.apply(x, uses)  # type: ignore[no-untyped-call]
     return views

@@ -1,4 +1,4 @@
-"""A residual connection over n streams around any sublayer."""
+"""HyperConnection: a residual connection over n streams around any sublayer."""
 
 from __future__ import annotations
 
@@ -9,54 +9,57 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.nn.functional import dropout as drop
 
 from mhc import functional, manifolds
 from mhc.checks import check_problem, stream_shape
-from mhc.modules.grad_accumulate import share
-from mhc.modules.init import Init, start
-from mhc.modules.pre_with_residual import pre_and_streams
+from mhc.modules.grad_accumulate import grad_accumulating_views
+from mhc.modules.init import Init, initial_parameters
+from mhc.modules.pre_with_residual import pre_with_residual
 from tiles.errors import BadInput
 
 Mode = Literal["mhc", "hc", "residual"]
 
 FUSED_MANIFOLD = "sinkhorn"
-"""What the kernels of pre and step have inside."""
+"""The manifold that the kernels of pre and step compute."""
 
 
 class HyperConnection(nn.Module):
     """x [..., n, C] -> x' [..., n, C]: u = Σ_i pre_i x_i;  x'_i = Σ_j res_ij x_j + post_i sublayer(u).
 
-    The sublayer maps [..., C] to [..., C] and brings its own normalisation, as in a pre-norm network. It gets all else
-    that the block is called with. Where it returns a tuple, that output is the first part, and the block returns x'
-    with the rest. With n equal streams, alpha = 0 and the biases as they start, the connection is the plain residual
-    h + sublayer(h).
+    The sublayer maps [..., C] to [..., C] and contains its own normalisation, as in a pre-norm network. Further
+    arguments of the block go to it. If it returns a tuple, the first element is its output, and the block returns
+    (x', *rest). With n equal streams, alpha = 0 and the initial bias, the connection is the residual h + sublayer(h).
 
-    Streams are float32, bfloat16 or float16; the maps are float32, also under autocast and in a model cast as a whole.
-    A sublayer of another dtype than the streams works under autocast; its output is cast to theirs.
+    Streams are float32, bfloat16 or float16; pre, post and res are float32, also under autocast and in a model that was
+    cast. A sublayer may have another dtype than the streams under autocast; its output is cast to theirs.
 
     Args:
         width, streams: C, a multiple of 8, and n in 1..16.
-        sublayer: the module that is wrapped.
+        sublayer: the module to connect.
         mode: `mhc`, manifold-constrained (arXiv 2512.24880): pre and post are sigmoids, res is doubly stochastic;
             `hc`, unconstrained (arXiv 2409.19606): each is alpha · tanh(projection) + bias, where the projection sees
             all streams of a token at once, as mHC's does, and not each by itself;
-            `residual`, nothing learned: u is the streams' mean, and each stream gets sublayer(u) added.
-        manifold: where `mhc` takes res from: a name of `mhc.manifolds.NAMES`, or a function like those there. Only
+            `residual`, no parameters: u is the mean of the streams, and sublayer(u) is added to each of them.
+        manifold: what makes res in mode `mhc`: a name of `mhc.manifolds.NAMES`, or a function like those. Only
             `sinkhorn` runs in the fused kernels.
-        init: how parameters start, `paper` or `identity`; see `mhc.modules.init`.
-        dynamic: whether the maps depend on the token. If not, they are those of the bias alone (the static
-            hyper-connections of arXiv 2409.19606); phi and alpha do not exist then.
-        dropout: share of the sublayer's output that is dropped, the rest scaled up, while training.
-        rounds: Sinkhorn rounds (with manifold `sinkhorn` alone).
-        eps: added to the mean square of a token's streams before its root is taken.
+        init: the initial parameters, `paper` or `identity`; see `mhc.modules.init`.
+        dynamic: whether pre, post and res depend on the token. If not, they are functions of the bias only (the static
+            hyper-connections of arXiv 2409.19606), and there are no phi and alpha.
+        dropout: probability of dropping an element of the sublayer's output in training.
+        rounds: Sinkhorn rounds (manifold `sinkhorn` only).
+        eps: added to the mean square of a token's streams in the norm.
 
     Parameters (float32; in `residual` none): phi [N, K], alpha [3] (pre, post, res) and bias [N], N packed
-    [pre | post | res row-major]. `state_dict` has these names and the sublayer's under `sublayer`; loading one of
-    another shape or mode raises `BadInput`. `watchers` are called with the block and res [..., n, n], detached,
-    whenever a forward has made res; a copy of the block starts without any.
+    [pre | post | res row-major]. `state_dict` has these names, and the sublayer's under `sublayer`; loading one of
+    another shape or mode raises `BadInput`. `watchers` are called with the block and res [..., n, n], detached, in
+    every forward; copies of the block have none.
 
-    Raises `BadInput` (a `ValueError`) for a problem, mode, manifold or init that is not offered.
+    Raises `BadInput` (a `ValueError`) for an unsupported shape, mode, manifold or init.
+
+    Example:
+        >>> block = mhc.HyperConnection(512, 4, nn.Sequential(nn.RMSNorm(512), nn.Linear(512, 512)))
+        >>> x = mhc.expand_streams(torch.randn(2, 128, 512), streams=4)  # [2, 128, 4, 512]
+        >>> h = mhc.reduce_streams(block(x))  # [2, 128, 512]
     """
 
     phi: nn.Parameter
@@ -90,53 +93,53 @@ class HyperConnection(nn.Module):
         self.dropout, self.rounds, self.eps = dropout, rounds, eps
         self.watchers: list[Callable[[HyperConnection, torch.Tensor], None]] = []
         self.to_res = _manifold(manifold, streams, rounds)
-        for name, value in self._start().items():
+        for name, value in self._initial_parameters().items():
             setattr(self, name, nn.Parameter(value))
 
     def reset_parameters(self) -> None:
-        """Start again as a fresh block; for parameters that were made on the meta device."""
+        """Initialise the parameters again; for those that were made on the meta device."""
         with torch.no_grad():
-            for name, value in self._start().items():
+            for name, value in self._initial_parameters().items():
                 getattr(self, name).copy_(value)
 
-    def _start(self) -> dict[str, torch.Tensor]:
+    def _initial_parameters(self) -> dict[str, torch.Tensor]:
         if self.mode == "residual":
             return {}
         settings: dict[str, Any] = {"dynamic": self.dynamic, "init": self.init}
-        return start(self.streams, self.width, constrained=self.mode == "mhc", **settings)
+        return initial_parameters(self.streams, self.width, constrained=self.mode == "mhc", **settings)
 
     @property
     def fused(self) -> bool:
-        """Whether `mhc.functional.pre` and `step` make this block's maps; else it has passes of its own."""
+        """Whether `mhc.functional.pre` and `step` compute this block's maps; else `maps` does."""
         return self.mode == "mhc" and self.manifold == FUSED_MANIFOLD and self.dynamic
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[Any, ...]:
-        """x [..., n, C] -> x' like x, or (x', ...) where the sublayer returns more. What else is given goes to it."""
+        """x [..., n, C] -> x' like x, or (x', *rest) if the sublayer returns more; it gets args and kwargs."""
         if self.mode == "residual":
             self._check(x)
             f, rest = self.call_sublayer(x.mean(-2), *args, **kwargs)
             x_next = x + f.unsqueeze(-2)
         else:
-            u, post, res, x = self.before(x)
+            u, post, res, x = self.pre_with_residual(x)
             f, rest = self.call_sublayer(u, *args, **kwargs)
             x_next = functional.merge(x, f, res, post)
         return (x_next, *rest) if rest else x_next
 
-    def before(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """u [..., C], post [..., n], res [..., n, n], and x for the op that merges, alone
+    def pre_with_residual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """u [..., C], post [..., n], res [..., n, n], and x as the residual, for merge or step only
         (`mhc.modules.pre_with_residual`)."""
         self._check(x)
         if self.fused:
-            u, post, res, x = pre_and_streams(x, *self.parameters_for_ops(), rounds=self.rounds, eps=self.eps)
+            u, post, res, x = pre_with_residual(x, *self.parameters_for_ops(), rounds=self.rounds, eps=self.eps)
         else:
-            x_project, x_aggregate, x = share(x, 3)
+            x_project, x_aggregate, x = grad_accumulating_views(x, 3)
             pre, post, res = self.maps(x_project)
             u = functional.aggregate(x_aggregate, pre)
-        self.observed(res)
+        self.notify_watchers(res)
         return u, post, res, x
 
     def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """pre [..., n], post [..., n] and res [..., n, n], in plain torch around `mhc.functional.project`."""
+        """pre [..., n], post [..., n] and res [..., n, n], in plain torch but for `mhc.functional.project`."""
         n, leading = self.streams, x.shape[:-2]
         with torch.autocast(x.device.type, enabled=False):
             h = self.bias.float()
@@ -153,9 +156,9 @@ class HyperConnection(nn.Module):
         return pre.expand(*leading, n), post.expand(*leading, n), res.expand(*leading, n, n)
 
     def call_sublayer(self, u: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        """f [..., C], the sublayer's output after dropout in u's dtype, the streams', and what else it returned.
+        """f [..., C], the sublayer's output after dropout, cast to u's dtype, and the rest of what it returned.
 
-        Under autocast a sublayer may answer in another dtype. Raises `BadInput` where f has not u's shape.
+        Raises `BadInput` where f has not u's shape.
         """
         returned = self.sublayer(u, *args, **kwargs)
         f, *rest = returned if isinstance(returned, tuple) and returned else (returned,)
@@ -166,24 +169,24 @@ class HyperConnection(nn.Module):
                 f"got {got} from {type(self.sublayer).__name__}: wrap one that keeps the width"
             )
         if self.dropout and self.training:
-            f = drop(f, self.dropout)
+            f = nn.functional.dropout(f, self.dropout)
         return f.to(u.dtype), tuple(rest)
 
-    def observed(self, res: torch.Tensor) -> None:
-        """Show res [..., n, n], detached, to every watcher."""
+    def notify_watchers(self, res: torch.Tensor) -> None:
+        """Call every watcher with res [..., n, n], detached."""
         for watcher in self.watchers:
             watcher(self, res.detach())
 
     def parameters_for_ops(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """phi, alpha, bias; widened where they were cast with the model."""
+        """phi, alpha, bias in float32, also where they were cast with the model."""
         return self.phi.float(), self.alpha.float(), self.bias.float()
 
     def extra_repr(self) -> str:
-        """Shown by print."""
-        shown = f"width={self.width}, streams={self.streams}, {self._maps_in_words()}, dynamic={self.dynamic}"
+        """The settings that `print` shows."""
+        shown = f"width={self.width}, streams={self.streams}, {self._describe_maps()}, dynamic={self.dynamic}"
         return shown + (f", dropout={self.dropout}" if self.dropout else "")
 
-    def _maps_in_words(self) -> str:
+    def _describe_maps(self) -> str:
         if self.mode != "mhc":
             return f"mode={self.mode}"
         name = self.manifold if isinstance(self.manifold, str) else getattr(self.manifold, "__name__", self.manifold)
@@ -199,14 +202,14 @@ class HyperConnection(nn.Module):
         stream_shape(x)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles hold: all but the watchers, which belong to who watches this block."""
+        """The state of copies and pickles: everything but the watchers."""
         return {**self.__dict__, "watchers": []}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """What shapes do not tell, as mhc from hc, goes into torch's metadata, beside the version."""
+        """Add mode and manifold, which shapes do not tell, to torch's metadata, beside the version."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", {})
-        metadata.get(prefix[:-1], {})["maps"] = self._maps_in_words()
+        metadata.get(prefix[:-1], {})["maps"] = self._describe_maps()
 
     def _load_from_state_dict(
         self,
@@ -218,18 +221,18 @@ class HyperConnection(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Torch's, after one clear line where the checkpoint holds another block. It may hold none (strict=False)."""
+        """Load, after a check that the checkpoint is of a block like this. It may hold none (strict=False)."""
         names = ("phi", "alpha", "bias")
         held = {name: tuple(state_dict[prefix + name].shape) for name in names if prefix + name in state_dict}
         wanted = {name: tuple(parameter.shape) for name, parameter in self._parameters.items() if parameter is not None}
-        maps = self._maps_in_words()
+        maps = self._describe_maps()
         held_maps = local_metadata.get("maps", maps)
         differs = any(held[name] != wanted[name] for name in held.keys() & wanted.keys())
         lacks = any((name in held) != (name in wanted) for name in ("phi", "bias"))
         if differs or (held and lacks) or held_maps != maps:
             raise BadInput(
-                f"a checkpoint must be of a block like {prefix[:-1] or 'this'}, {maps}, {_shapes_in_words(wanted)}, "
-                f"got {held_maps}, {_shapes_in_words(held)}: build the block as the checkpoint's was"
+                f"a checkpoint must be of a block like {prefix[:-1] or 'this'}, {maps}, {_describe_shapes(wanted)}, "
+                f"got {held_maps}, {_describe_shapes(held)}: build the block as the checkpoint's was"
             )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -242,7 +245,7 @@ def _check_choice(name: str, value: Any, offered: tuple[str, ...]) -> None:
 
 
 def _manifold(manifold: str | manifolds.Manifold, streams: int, rounds: int) -> manifolds.Manifold:
-    """The function that makes res; raises `BadInput` where it is unknown or does not take so many streams."""
+    """The function that makes res; raises `BadInput` where it is unknown or does not support this stream count."""
     if manifold == FUSED_MANIFOLD:
         return partial(functional.sinkhorn, rounds=rounds)
     to_res = manifolds.named(manifold) if isinstance(manifold, str) else manifold
@@ -250,25 +253,25 @@ def _manifold(manifold: str | manifolds.Manifold, streams: int, rounds: int) -> 
     return to_res
 
 
-def _shapes_in_words(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """What block has parameters of these shapes."""
+def _describe_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """A description of the block whose parameters have these shapes."""
     if "bias" not in shapes:
         return "no parameters"
     streams = isqrt(shapes["bias"][0] + 1) - 1
     return f"{streams} streams, " + (f"width {shapes['phi'][1] // streams}" if "phi" in shapes else "static")
 
 
-def read_in_turn(blocks: Iterable[HyperConnection]) -> None:
-    """Start blocks of mode `hc`, given in the network's order, as equation 14 of arXiv 2409.19606 has it.
+def init_cyclic_pre(blocks: Iterable[HyperConnection]) -> None:
+    """Initialise blocks of mode `hc`, in the network's order, by equation 14 of arXiv 2409.19606.
 
-    Block k reads stream k mod n alone, and phi is zero: the reading in turn is what makes the streams part. Raises
-    `BadInput` for another mode.
+    pre of block k is one at stream k mod n and zero elsewhere, which makes equal streams diverge, and phi is zero.
+    Raises `BadInput` for another mode.
     """
-    for place, block in enumerate(blocks):
+    for index, block in enumerate(blocks):
         if block.mode != "hc":
-            raise BadInput(f"reading in turn is the start of mode hc, got {block.mode}: leave the blocks as they start")
+            raise BadInput(f"a cyclic pre is the start of mode hc, got {block.mode}: leave the blocks as they are")
         n = block.streams
         with torch.no_grad():
-            block.bias[:n] = torch.eye(n)[place % n]
+            block.bias[:n] = torch.eye(n)[index % n]
             if block.dynamic:
                 block.phi.zero_()

@@ -1,4 +1,4 @@
-"""Hyper-connections that follow each other."""
+"""A stack of hyper-connections, with step between consecutive blocks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tiles.errors import BadInput
 
 
 class HyperConnectionStack(nn.Module):
-    """x [..., n, C] -> x' [..., n, C]: blocks one after the other, with the end of one and the start of the next in one
-    pass over the streams (`mhc.functional.step`).
+    """x [..., n, C] -> x' [..., n, C]: blocks in sequence, the merge of one and the pre of the next fused into one pass
+    over the streams (`mhc.functional.step`).
 
-    The same as calling the blocks in turn, up to rounding. What else is given to `forward` goes to every sublayer; what
-    a sublayer returns beside its output is dropped.
+    The result is that of calling the blocks in turn, to rounding. Further arguments of `forward` go to every sublayer;
+    what a sublayer returns beside its output is dropped.
 
     Args:
-        blocks: at least one `HyperConnection`, all of one width and stream count. Where a block is not `fused`, or
-            follows one of mode `residual`, it begins with a pass of its own.
+        blocks: at least one `HyperConnection`, all of one width and stream count. A block that is not `fused`, or that
+            follows one of mode `residual`, runs its pre separately.
     """
 
     def __init__(self, blocks: Sequence[HyperConnection]) -> None:
@@ -37,32 +37,31 @@ class HyperConnectionStack(nn.Module):
         """x [..., n, C] -> x' like x."""
         blocks: list[HyperConnection] = list(self.blocks)  # type: ignore[arg-type]
         check_streams(blocks[0], x)
-        return through(blocks, x, args, kwargs)
+        return run_blocks(blocks, x, args, kwargs)
 
 
-class Begun(NamedTuple):
-    """A block before its sublayer: the sublayer's input, and what `finish` needs."""
+class PreResult(NamedTuple):
+    """The results of a block's pre: the sublayer's input u, post and res (None in mode `residual`), the residual x."""
 
     u: torch.Tensor
-    mixing: tuple[torch.Tensor, torch.Tensor] | None
-    """post and res; None in mode `residual`."""
+    post_res: tuple[torch.Tensor, torch.Tensor] | None
     x: torch.Tensor
 
 
-def through(
+def run_blocks(
     blocks: list[HyperConnection], x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """The streams after the blocks."""
-    begun = None
-    for block, following in with_following(blocks):
-        begun = begun or begin(block, x)
-        f, _ = block.call_sublayer(begun.u, *args, **kwargs)
-        x, begun = finish(begun, f, following)
+    """Run the blocks in sequence; returns the streams after the last."""
+    pre = None
+    for block, next_block in with_next(blocks):
+        pre = pre or run_pre(block, x)
+        f, _ = block.call_sublayer(pre.u, *args, **kwargs)
+        x, pre = run_merge(pre, f, next_block)
     return x
 
 
-def with_following(blocks: list[HyperConnection]) -> Iterator[tuple[HyperConnection, HyperConnection | None]]:
-    """Each block with the one that follows it."""
+def with_next(blocks: list[HyperConnection]) -> Iterator[tuple[HyperConnection, HyperConnection | None]]:
+    """Each block with the next one, or None after the last."""
     return zip(blocks, [*blocks[1:], None], strict=True)
 
 
@@ -72,22 +71,24 @@ def check_streams(block: HyperConnection, x: torch.Tensor) -> None:
     expect("x", x, (*x.shape[:-2], block.streams, block.width), x.dtype, x.device)
 
 
-def begin(block: HyperConnection, x: torch.Tensor) -> Begun:
-    """All that precedes the block's sublayer."""
+def run_pre(block: HyperConnection, x: torch.Tensor) -> PreResult:
+    """Compute everything before the block's sublayer."""
     if block.mode == "residual":
-        return Begun(x.mean(-2), None, x)
-    u, post, res, x = block.before(x)
-    return Begun(u, (post, res), x)
+        return PreResult(x.mean(-2), None, x)
+    u, post, res, x = block.pre_with_residual(x)
+    return PreResult(u, (post, res), x)
 
 
-def finish(begun: Begun, f: torch.Tensor, following: HyperConnection | None) -> tuple[torch.Tensor, Begun | None]:
-    """The streams after a block whose sublayer gave f, and the block that follows as far as the same pass began it."""
-    if begun.mixing is None:
-        return begun.x + f.unsqueeze(-2), None
-    post, res = begun.mixing
-    if following is None or not following.fused:
-        return functional.merge(begun.x, f, res, post), None
-    settings: dict[str, Any] = {"rounds": following.rounds, "eps": following.eps}
-    x, u, post, res = functional.step(begun.x, f, post, res, *following.parameters_for_ops(), **settings)
-    following.observed(res)
-    return x, Begun(u, (post, res), x)
+def run_merge(
+    pre: PreResult, f: torch.Tensor, next_block: HyperConnection | None
+) -> tuple[torch.Tensor, PreResult | None]:
+    """The streams after a block whose sublayer returned f, and the next block's pre if it was fused with the merge."""
+    if pre.post_res is None:
+        return pre.x + f.unsqueeze(-2), None
+    post, res = pre.post_res
+    if next_block is None or not next_block.fused:
+        return functional.merge(pre.x, f, res, post), None
+    settings: dict[str, Any] = {"rounds": next_block.rounds, "eps": next_block.eps}
+    x, u, post, res = functional.step(pre.x, f, post, res, *next_block.parameters_for_ops(), **settings)
+    next_block.notify_watchers(res)
+    return x, PreResult(u, (post, res), x)

@@ -1,4 +1,4 @@
-"""Where streams begin (after the embedding) and where they end (before the output head)."""
+"""Expansion to n streams after the embedding, and their reduction before the output head."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import nn
 
 from mhc import functional
 from mhc.checks import check_problem, expect, stream_shape
-from mhc.modules.init import ALPHA, draw_phi, even_gate
+from mhc.modules.init import INITIAL_ALPHA, mean_pre_logit, random_phi
 from tiles.errors import BadInput
 
 
 def expand_streams(h: torch.Tensor, streams: int) -> torch.Tensor:
-    """n equal streams: h [..., C] -> x [..., n, C], a copy."""
+    """Copy h to n equal streams: h [..., C] -> x [..., n, C]."""
     check_problem(streams, h.shape[-1])
     return h.unsqueeze(-2).repeat_interleave(streams, dim=-2)
 
@@ -22,7 +22,7 @@ def expand_streams(h: torch.Tensor, streams: int) -> torch.Tensor:
 def reduce_streams(x: torch.Tensor, how: Literal["mean", "sum"] = "mean") -> torch.Tensor:
     """The mean or sum of the streams, in x's dtype: x [..., n, C] -> h [..., C].
 
-    The mean is right for streams that began as copies of one embedding and were mixed by rows that sum to one.
+    The mean is for streams that started as copies of one embedding and were mixed by rows that sum to one.
     """
     if how not in ("mean", "sum"):
         raise BadInput(f"how must be mean or sum, got {how}: use StreamHead for learned weights")
@@ -30,23 +30,23 @@ def reduce_streams(x: torch.Tensor, how: Literal["mean", "sum"] = "mean") -> tor
 
 
 class StreamHead(nn.Module):
-    """A learned reduction of the streams, as DeepSeek-V4 has before its output head.
+    """A learned reduction of the streams, as DeepSeek-V4 has before its output head: x [..., n, C] -> h [..., C].
 
     h = Σ_i g_i x_i with gates g = σ(alpha · (x̄ · phiᵀ) · rsqrt(mean x̄² + eps) + bias), one per stream and token.
-    It starts close to the mean: the gates' bias is σ⁻¹(1/n), alpha 0.01.
+    Parameters (float32): phi [n, nC], alpha [1], bias [n]. It starts close to the mean: bias = σ⁻¹(1/n), alpha = 0.01.
 
     Args:
         width, streams: C and n of the streams.
-        eps: added to the mean square before its root is taken.
+        eps: added to the mean square in the norm.
     """
 
     def __init__(self, width: int, streams: int, *, eps: float = functional.EPS) -> None:
         super().__init__()
         check_problem(streams, width)
         self.width, self.streams, self.eps = width, streams, eps
-        self.phi = nn.Parameter(draw_phi(streams, streams * width))
-        self.alpha = nn.Parameter(torch.full((1,), ALPHA))
-        self.bias = nn.Parameter(torch.full((streams,), even_gate(streams)))
+        self.phi = nn.Parameter(random_phi(streams, streams * width))
+        self.alpha = nn.Parameter(torch.full((1,), INITIAL_ALPHA))
+        self.bias = nn.Parameter(torch.full((streams,), mean_pre_logit(streams)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n, C] -> h [..., C] in x's dtype."""
@@ -59,5 +59,5 @@ class StreamHead(nn.Module):
             return functional.aggregate(x, logits.sigmoid())
 
     def extra_repr(self) -> str:
-        """Shown by print."""
+        """The settings that `print` shows."""
         return f"width={self.width}, streams={self.streams}"

@@ -187,7 +187,7 @@ def test_coefficients_differ_by_their_constants_alone(theirs, eps, allowed):
     _, post, comb = theirs_before(theirs, state, module, x, eps)
     block = mhc.HyperConnection(WIDTH, STREAMS, nn.Identity())
     block.load_state_dict(part(from_deepseek(state, streams=STREAMS), module))
-    _, found_post, found_res, _ = block.before(x)
+    _, found_post, found_res, _ = block.pre_with_residual(x)
     assert (found_post - post[..., 0]).abs().max() < 1e-6
     assert (found_res - comb.mT).abs().max() < allowed
 

@@ -20,7 +20,7 @@ class Watched:
 
     def __init__(self, patch):
         self.events = []
-        for place, name in ((mhc.Kernels, "run"), (overlap._Pairs, "_backward"), (overlap, "_wait_batch_p2p")):
+        for place, name in ((mhc.Kernels, "run"), (overlap._OverlapPairs, "_backward"), (overlap, "_wait_batch_p2p")):
             patch.setattr(place, name, self.noting(name, getattr(place, name)))
 
     def noting(self, name, function):
@@ -107,7 +107,7 @@ def test_who_is_asked(module, again):
 def test_on_a_gpu_both_stages_have_streams_of_their_own_that_join(monkeypatch):
     cuda = FakeCuda(monkeypatch)
     stages = [SimpleNamespace(stage_index=index, device=torch.device("cuda:0")) for index in (0, 3)]
-    pairs = overlap._Pairs(stages)
+    pairs = overlap._OverlapPairs(stages)
     ran = {}
     monkeypatch.setattr(pairs, "_forward", lambda action, context: ran.update(forward=cuda.now))
     monkeypatch.setattr(pairs, "_backward", lambda action, context: ran.update(backward=cuda.now))

@@ -56,7 +56,7 @@ def test_after_an_error_the_usual_stream_is_current_again(monkeypatch):
         raise ValueError("odd")
 
     first, second = blocks(2, ["mhc", "hc"])
-    monkeypatch.setattr(second, "before", fail)
+    monkeypatch.setattr(second, "pre_with_residual", fail)
     stack = mhc.HyperConnectionStack([first, second])
     prioritise_merges(stack, [first], GPU)
     with pytest.raises(ValueError, match="odd"):

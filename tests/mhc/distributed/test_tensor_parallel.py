@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import (
 
 import mhc
 from mhc.distributed.sharding import fully_shard_streams
-from mhc.distributed.tensor import StreamParallel
+from mhc.distributed.tensor_parallel import StreamParallel
 
 PLANS = {
     "replicated": lambda: {"up": ColwiseParallel(), "down": RowwiseParallel()},

@@ -72,7 +72,7 @@ def test_median_leaves_out_the_step_that_loads_the_kernels():
 def test_plain_is_the_usual_pre_norm_network():
     model = ByteTransformer(TINY, "plain")
     text = torch.randint(256, (2, 32))
-    h = model.embed(text) + model.place.weight
+    h = model.embed(text) + model.position.weight
     for layer in model.layers.blocks:
         h = h + layer.sublayer(h)
     torch.testing.assert_close(model(text), model.head(model.norm(h)))

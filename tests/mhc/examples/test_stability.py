@@ -13,7 +13,7 @@ from mhc.examples import stability, stability_plot, train_bytes
 from mhc.examples.model import Size
 from mhc.examples.train_bytes import Run
 
-RECORDED = Path(__file__).parents[2] / "results" / "stability"
+RECORDED = Path(__file__).parents[3] / "results" / "stability"
 TINY = Size(blocks=2, width=16, heads=2, context=16)
 
 pytestmark = pytest.mark.usefixtures("one_thread")

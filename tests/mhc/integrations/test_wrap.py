@@ -258,12 +258,12 @@ class MiniLayer(nn.Module):
 
     scale = 1.0
 
-    def __init__(self, place, norm=nn.RMSNorm, answers_tuple=False):
+    def __init__(self, place, norm=nn.RMSNorm, returns_tuple=False):
         super().__init__()
         self.self_attn = MiniAttention(place)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 48), nn.SiLU(), nn.Linear(48, WIDTH))
         self.input_layernorm, self.post_attention_layernorm = norm(WIDTH), norm(WIDTH)
-        self.answers_tuple = answers_tuple
+        self.returns_tuple = returns_tuple
 
     def forward(self, hidden_states, attention_mask, position_embeddings=None, **kwargs):
         attended, _ = self.self_attn(
@@ -274,7 +274,7 @@ class MiniLayer(nn.Module):
         )
         hidden_states = hidden_states + self.scale * attended
         hidden_states = hidden_states + self.scale * self.mlp(self.post_attention_layernorm(hidden_states))
-        return (hidden_states,) if self.answers_tuple else hidden_states
+        return (hidden_states,) if self.returns_tuple else hidden_states
 
 
 class MiniLlama(nn.Module):
@@ -298,9 +298,9 @@ class MiniLlama(nn.Module):
         return self.lm_head(self.norm(h))
 
 
-@pytest.mark.parametrize("answers_tuple", [False, True])
-def test_a_wrapped_llama_is_the_llama(answers_tuple):
-    model, tokens = MiniLlama(answers_tuple=answers_tuple), torch.randint(11, (2, 6))
+@pytest.mark.parametrize("returns_tuple", [False, True])
+def test_a_wrapped_llama_is_the_llama(returns_tuple):
+    model, tokens = MiniLlama(returns_tuple=returns_tuple), torch.randint(11, (2, 6))
     cache, wrapped_cache = {}, {}
     wanted = model(tokens, cache)
     mhc.wrap(model)
@@ -312,7 +312,7 @@ def test_a_wrapped_llama_is_the_llama(answers_tuple):
     model(tokens).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert isinstance(model.layers[2](torch.randn(1, 3, 4, WIDTH), torch.ones(3, 3), torch.zeros(1)), tuple) == (
-        answers_tuple
+        returns_tuple
     )
 
 

@@ -200,7 +200,7 @@ def test_permutations_reach_any_interior_matrix():
 def test_permutations_first_seen_without_gradients_train_later():
     logits = torch.zeros(2, 2)
     with torch.inference_mode():
-        permutations._KEPT.clear()
+        permutations._CACHE.clear()
         manifolds.mean_permutation(logits)
     given = logits.requires_grad_()
     (grad,) = torch.autograd.grad(manifolds.mean_permutation(given)[0, 0], given)
@@ -208,7 +208,7 @@ def test_permutations_first_seen_without_gradients_train_later():
 
 
 def test_permutations_first_seen_by_a_tracer_work_later():
-    permutations._KEPT.clear()
+    permutations._CACHE.clear()
 
     class Mixing(torch.nn.Module):
         def forward(self, logits):

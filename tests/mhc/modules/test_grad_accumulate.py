@@ -7,28 +7,28 @@ import torch
 
 import mhc
 from mhc import functional
-from mhc.modules.grad_accumulate import share
+from mhc.modules.grad_accumulate import grad_accumulating_views
 
 
 def test_gradients_of_all_uses_are_summed():
     x = torch.randn(3, 4, requires_grad=True)
-    one, two, three = share(x, 3)
+    one, two, three = grad_accumulating_views(x, 3)
     (2 * one + 3 * two + 4 * three).sum().backward()
     assert torch.equal(x.grad, torch.full((3, 4), 9.0))
 
 
 def test_a_use_without_a_gradient_adds_nothing():
     x = torch.randn(3, requires_grad=True)
-    one, _unused = share(x, 2)
+    one, _unused = grad_accumulating_views(x, 2)
     (5 * one).sum().backward()
     assert torch.equal(x.grad, torch.full((3,), 5.0))
 
 
 def test_without_gradients_the_tensor_itself_is_handed_out():
     x = torch.randn(3)
-    assert all(use is x for use in share(x, 2))
+    assert all(use is x for use in grad_accumulating_views(x, 2))
     with torch.no_grad():
-        assert all(use is x for use in share(x.requires_grad_(), 2))
+        assert all(use is x for use in grad_accumulating_views(x.requires_grad_(), 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,7 +53,7 @@ def test_a_connection_has_the_gradients_of_the_separate_ops(dtype):
 
 def test_a_second_backward_gives_the_same_gradients():
     x = torch.randn(2, 3, requires_grad=True)
-    one, two = share(x, 2)
+    one, two = grad_accumulating_views(x, 2)
     out = (one * two).sum()
     first = torch.autograd.grad(out, x, retain_graph=True)[0].clone()
     assert torch.equal(torch.autograd.grad(out, x)[0], first)

@@ -66,7 +66,7 @@ def test_modes_differ_in_their_maps():
     for mode, bound in (("hc", -0.5), ("mhc", 0.0)):
         layer = mhc.HyperConnection(WIDTH, 4, nn.Identity(), mode=mode)
         layer.bias.data.fill_(-1.0)
-        u, post, res, _x = layer.before(x)
+        u, post, res, _x = layer.pre_with_residual(x)
         assert (post.min() >= bound) == (mode == "mhc")
         assert u.shape == (3, WIDTH)
         assert torch.allclose(res.sum(-1), torch.ones(3, 4)) == (mode == "mhc")

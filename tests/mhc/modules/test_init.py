@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mhc
-from mhc.modules.hyper_connection import read_in_turn
+from mhc.modules.hyper_connection import init_cyclic_pre
 
 WIDTH = 16
 
@@ -100,14 +100,14 @@ def test_equal_streams_part_in_training(settings):
 
 def test_hc_can_start_as_its_paper_says():
     layers, h = network(3, mode="hc"), torch.randn(5, WIDTH)
-    read_in_turn(layers)
+    init_cyclic_pre(layers)
     for place, layer in enumerate(layers):
         assert layer.bias[:3].tolist() == [float(place % 3 == stream) for stream in range(3)]
         assert not layer.phi.any()
         assert layer.alpha.tolist() == pytest.approx([0.01] * 3)
     torch.testing.assert_close(mhc.reduce_streams(connected(layers, h, 3)), plain(layers, h), rtol=2e-5, atol=2e-5)
     with pytest.raises(mhc.BadInput, match="start of mode hc, got mhc"):
-        read_in_turn([block()])
+        init_cyclic_pre([block()])
 
 
 def test_parameters_made_on_the_meta_device_can_start_later():

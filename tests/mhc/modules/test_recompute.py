@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import mhc
-from mhc.modules.recompute import _Pass
-from mhc.modules.recompute_segments import segment_length, widths_held
+from mhc.modules.recompute import _SegmentForward
+from mhc.modules.recompute_segments import peak_widths, segment_length
 
 WIDTH = 24
 
@@ -269,7 +269,7 @@ def test_a_module_can_be_used_twice():
 def test_without_gradients_nothing_is_noted(monkeypatch):
     made, x = blocks(3), torch.randn(4, 3, WIDTH)
     model, wanted = mhc.recompute(made, segment=2), plain(made, [2, 1])(x)
-    monkeypatch.delattr(_Pass, "forward")
+    monkeypatch.delattr(_SegmentForward, "forward")
     with torch.no_grad():
         assert torch.equal(model(x), wanted)
     with torch.inference_mode():
@@ -313,9 +313,11 @@ def test_nothing_stays_when_a_graph_is_dropped_or_a_sublayer_fails():
     gc.disable()  # a cycle through the graph is nothing that Python could find: nothing may wait for it
     try:
         with pytest.MonkeyPatch.context() as patch:
-            start = _Pass.__init__
+            start = _SegmentForward.__init__
             patch.setattr(
-                _Pass, "__init__", lambda self, *given: passes.append(weakref.ref(self)) or start(self, *given)
+                _SegmentForward,
+                "__init__",
+                lambda self, *given: passes.append(weakref.ref(self)) or start(self, *given),
             )
             result = model(torch.randn(4, 3, WIDTH))
             assert len(passes) == 2
@@ -447,7 +449,7 @@ def test_held_bytes_follow_the_formula():
         starts = STREAMS * (LAYERS // length - 1)  # those before the first segment are the caller's
         assert between == 4 + 4 * TOKENS * ((starts + LAYERS) * WIDE + LAYERS * (COEFFICIENTS + 2))
         again = ((STREAMS + 2) * length - STREAMS) * WIDE
-        assert starts * WIDE + again == (widths_held(LAYERS, STREAMS, length) - STREAMS) * WIDE
+        assert starts * WIDE + again == (peak_widths(LAYERS, STREAMS, length) - STREAMS) * WIDE
         in_flight.add((peaks[length] - between - 4 * TOKENS * again) / (4 * TOKENS * WIDE))
     assert max(in_flight) - min(in_flight) < 2 * STREAMS, "a block's backward of its own, wherever the peak is"
     assert max(in_flight) < 10 * STREAMS
@@ -474,6 +476,6 @@ def test_gpu_memory_follows_the_formula():
         before = torch.cuda.memory_allocated()
         model(x).sum().backward()
         peaks[length] = (torch.cuda.max_memory_allocated() - before) / (4 * tokens * width)
-        in_flight.append(peaks[length] - LAYERS - widths_held(LAYERS, STREAMS, length))
+        in_flight.append(peaks[length] - LAYERS - peak_widths(LAYERS, STREAMS, length))
     assert max(in_flight) - min(in_flight) < 2 * STREAMS
     assert min(peaks, key=peaks.get) == segment_length(LAYERS, STREAMS)

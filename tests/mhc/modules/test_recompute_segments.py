@@ -6,7 +6,7 @@ from math import sqrt
 import pytest
 
 import mhc
-from mhc.modules.recompute_segments import cut, segment_length, widths_held
+from mhc.modules.recompute_segments import even_counts, peak_widths, segment_length, segment_lengths
 
 
 def walked(lengths, streams):
@@ -22,11 +22,13 @@ def walked(lengths, streams):
 @pytest.mark.parametrize("streams", [1, 2, 3, 4, 8, 16])
 def test_the_length_is_the_best_of_all(streams):
     for layers in range(1, 65):
-        held = {m: walked(cut(layers, streams, [m] * (layers // m), None), streams) for m in divisors(layers)}
-        assert all(widths_held(layers, streams, m) == count for m, count in held.items())
+        held = {
+            m: walked(segment_lengths(layers, streams, [m] * (layers // m), None), streams) for m in divisors(layers)
+        }
+        assert all(peak_widths(layers, streams, m) == count for m, count in held.items())
         best = segment_length(layers, streams)
-        assert widths_held(layers, streams, best) == min(widths_held(layers, streams, m) for m in range(1, layers + 1))
-        assert widths_held(layers, streams, best) <= min(held.values())
+        assert peak_widths(layers, streams, best) == min(peak_widths(layers, streams, m) for m in range(1, layers + 1))
+        assert peak_widths(layers, streams, best) <= min(held.values())
 
 
 def divisors(number):
@@ -40,7 +42,7 @@ def test_the_papers_formula_is_close_to_the_best(streams):
         best, star = segment_length(layers, streams), sqrt(streams * layers / (streams + 2))
         assert abs(best - star) < 3
         rounded = min(layers, max(1, round(star)))
-        ratio = (widths_held(layers, streams, rounded) + streams) / (widths_held(layers, streams, best) + streams)
+        ratio = (peak_widths(layers, streams, rounded) + streams) / (peak_widths(layers, streams, best) + streams)
         assert 1 <= ratio < 1.08
 
 
@@ -51,7 +53,7 @@ def test_known_lengths():
 @pytest.mark.parametrize("stages", [None, [60], [20, 20, 20], [1, 30, 29], [59, 1], [7] * 8 + [4]])
 @pytest.mark.parametrize("segment", [None, 1, 4, 7, 100])
 def test_segments_are_even_and_lie_in_one_stage(segment, stages):
-    lengths = cut(60, 4, segment, stages)
+    lengths = segment_lengths(60, 4, segment, stages)
     assert sum(lengths) == 60
     ends = list(accumulate(lengths, initial=0))
     for first, blocks in zip(accumulate(stages or [60], initial=0), stages or [60], strict=False):
@@ -65,16 +67,26 @@ def test_segments_are_even_and_lie_in_one_stage(segment, stages):
 
 
 def test_lengths_that_are_given_are_taken():
-    assert cut(6, 4, [1, 3, 2], [4, 2]) == [1, 3, 2]
+    assert segment_lengths(6, 4, [1, 3, 2], [4, 2]) == [1, 3, 2]
+
+
+@pytest.mark.parametrize(("blocks", "parts", "counts"), [(6, 4, [2, 2, 1, 1]), (4, 4, [1] * 4), (3, 1, [3])])
+def test_blocks_are_split_evenly(blocks, parts, counts):
+    assert even_counts(blocks, parts) == counts
 
 
 CASES = {
-    "crossing": (lambda: cut(6, 4, [2, 3, 1], [4, 2]), "must not cross a stage", "[2, 3, 1]", "after block 4"),
-    "too few": (lambda: cut(6, 4, [2, 3], None), "add up to 6", "[2, 3]", "count them"),
-    "an empty one": (lambda: cut(6, 4, [6, 0], None), "positive", "[6, 0]", "count them"),
-    "none at all": (lambda: cut(6, 4, [], None), "positive", "[]", "count them"),
-    "stages": (lambda: cut(6, 4, None, [4, 4]), "stages must be positive", "[4, 4]", "count them"),
-    "no blocks in one": (lambda: cut(6, 4, 0, None), "1 or more", "0", "leave it out"),
+    "crossing": (
+        lambda: segment_lengths(6, 4, [2, 3, 1], [4, 2]),
+        "must not cross a stage",
+        "[2, 3, 1]",
+        "after block 4",
+    ),
+    "too few": (lambda: segment_lengths(6, 4, [2, 3], None), "add up to 6", "[2, 3]", "count them"),
+    "an empty one": (lambda: segment_lengths(6, 4, [6, 0], None), "positive", "[6, 0]", "count them"),
+    "none at all": (lambda: segment_lengths(6, 4, [], None), "positive", "[]", "count them"),
+    "stages": (lambda: segment_lengths(6, 4, None, [4, 4]), "stages must be positive", "[4, 4]", "count them"),
+    "no blocks in one": (lambda: segment_lengths(6, 4, 0, None), "1 or more", "0", "leave it out"),
     "layers": (lambda: segment_length(0, 4), "1 or more", "0", "number of blocks"),
     "streams": (lambda: segment_length(6, 17), "1..16", "17", "choose"),
 }

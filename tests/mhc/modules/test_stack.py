@@ -133,7 +133,7 @@ def test_watchers_see_the_map_of_every_block(kernels):
         assert len(found) == (block.mode != "residual")
         for res in found:
             assert not res.requires_grad
-            torch.testing.assert_close(res, block.before(before)[2].detach(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(res, block.pre_with_residual(before)[2].detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_streams_of_another_shape_are_refused():

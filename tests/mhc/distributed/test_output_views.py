@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mhc.distributed.results import give_no_views
+from mhc.distributed.output_views import unview_outputs
 
 
 class Halves(torch.nn.Module):
@@ -13,7 +13,7 @@ class Halves(torch.nn.Module):
 
 def test_results_are_no_views_and_gradients_pass():
     halves = Halves()
-    give_no_views(halves)
+    unview_outputs(halves)
     x = torch.randn(4, requires_grad=True)
     doubled = 2 * x
     one, (other, rest) = halves(doubled)
@@ -27,7 +27,7 @@ def test_results_are_no_views_and_gradients_pass():
 
 def test_a_write_is_still_noticed():
     halves = Halves()
-    give_no_views(halves)
+    unview_outputs(halves)
     doubled = 2 * torch.randn(4, requires_grad=True)
     one, _ = halves(doubled)
     loss = one.square().sum()
@@ -38,5 +38,5 @@ def test_a_write_is_still_noticed():
 
 def test_nothing_changes_without_gradients():
     halves = Halves()
-    give_no_views(halves)
+    unview_outputs(halves)
     assert halves(torch.randn(4))[0]._is_view()

@@ -1,4 +1,4 @@
-"""Tensor and sequence parallelism: each rank has whole streams of all tokens, or of its own tokens."""
+"""Tensor and sequence parallelism: every rank holds whole streams, of all tokens or of its own tokens."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Tokens = Literal["replicated", "sharded"]
 
 
 class StreamParallel(ParallelStyle):
-    """How `torch.distributed.tensor.parallel.parallelize_module` places a `HyperConnection`.
+    """The style of a `HyperConnection` for `torch.distributed.tensor.parallel.parallelize_module`.
 
     phi, alpha and bias become replicated DTensors (rank 0's values), so that optimizers and gradient clipping see
-    DTensors alone. The streams stay plain tensors, never split along n or C: a token's coefficients need all of it.
+    DTensors only. The streams stay plain tensors, never split along n or C: a token's coefficients need all of them.
 
     Args:
-        tokens: `replicated`: every rank holds the streams of all tokens, and all ranks find the same gradients of the
-            coefficients. The sublayer takes and gives replicated tensors, as `ColwiseParallel()` and
-            `RowwiseParallel()` do. `sharded`: every rank holds the streams of its own tokens (sequence parallelism:
-            the work on the streams, and the memory of n·C a token, are divided by the ranks), and the gradients of the
-            coefficients are summed over them. The sublayer gathers and scatters, as
-            `ColwiseParallel(input_layouts=Shard(d))` and `RowwiseParallel(output_layouts=Shard(d))` do, where d is the
+        tokens: `replicated`: every rank holds the streams of all tokens, and all ranks compute the same gradients of
+            phi, alpha and bias. The sublayer's input and output are replicated, as with `ColwiseParallel()` and
+            `RowwiseParallel()`. `sharded`: every rank holds the streams of its own tokens (sequence parallelism: work
+            and memory of the streams are divided by the number of ranks), and the gradients of phi, alpha and bias are
+            summed over ranks. The sublayer all-gathers and reduce-scatters, as with
+            `ColwiseParallel(input_layouts=Shard(d))` and `RowwiseParallel(output_layouts=Shard(d))`, where d is the
             dimension of the tokens.
 
     Example:
@@ -58,12 +58,12 @@ class StreamParallel(ParallelStyle):
 
 
 class _Placed(HyperConnection):
-    """A connection whose coefficients are replicated DTensors; FSDP2 changes a module's class in the same way."""
+    """A connection whose parameters are replicated DTensors; FSDP2 changes a module's class in the same way."""
 
     tokens: Tokens
 
     def parameters_for_ops(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """phi, alpha, bias as the plain tensors that the kernels take."""
+        """phi, alpha, bias as plain tensors, for the kernels."""
         phi, alpha, bias = (self._local(parameter) for parameter in super().parameters_for_ops())
         return phi, alpha, bias
 
@@ -72,6 +72,5 @@ class _Placed(HyperConnection):
             return parameter
         if self.tokens == "replicated":
             return parameter.to_local()
-        # The ranks' gradients are summands of the whole; the way back through redistribute, replicated to replicated,
-        # adds them up.
+        # The ranks' gradients are partial sums; the backward of redistribute, replicated to replicated, adds them up.
         return parameter.redistribute(placements=parameter.placements).to_local(grad_placements=[Partial()])
