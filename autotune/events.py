@@ -1,4 +1,4 @@
-"""What the tuner reports while it works: plain data that a display renders."""
+"""Events of the tuner's progress: plain data that a display renders."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tiles.kernels.spec import Problem
 
 @dataclass(frozen=True)
 class ProblemStarted:
-    """A search begins, or goes on: `settled` of `trials` trials were done by earlier runs, `pool` schedules exist."""
+    """A search begins or resumes: earlier runs `evaluated` so many of `trials`; the pool has `pool` schedules."""
 
     problem: Problem
     pool: int
     trials: int
-    settled: int
+    evaluated: int
     roofline: Roofline
 
 
@@ -26,10 +26,9 @@ class ProblemStarted:
 class TrialDone:
     """A schedule was verified and timed.
 
-    `ratio` is the default's time over this one's, measured together (above 1 is faster than the default);
-    `percent_of_copy` is the rate of the bytes it must move against the device's copy bandwidth, `percent_of_limit` the
-    least time that the roofline allows against its own. The `best_` fields are those of the best trial so far.
-    `same_as` is the number of the trial that had generated the same code, if any: its timing holds, nothing was run.
+    `ratio` is the speed-up over the default, measured together; `percent_of_copy` compares its bytes per second with
+    the device's copy bandwidth, `percent_of_limit` its time with the roofline's. The `best_` fields are those of the
+    best trial so far. `same_as` is the number of the trial that generated the same code, whose timing is reused.
     """
 
     problem: Problem
@@ -57,8 +56,8 @@ class TrialFailed:
 
 
 @dataclass(frozen=True)
-class FinalistsMeet:
-    """The fastest schedules meet the default in a paired comparison."""
+class ShootoutStarted:
+    """The shootout begins: the fastest schedules are timed against the default."""
 
     problem: Problem
     schedules: tuple[Mapping[str, Any], ...]
@@ -66,9 +65,9 @@ class FinalistsMeet:
 
 @dataclass(frozen=True)
 class ProblemFinished:
-    """A record is in the cache (`record` is None when the search was interrupted before anything was verified).
+    """The search has ended with a record in the cache (None when interrupted before anything was verified).
 
-    `stopped` says why the search ended: "trials", "pool swept", "time", "roofline", "interrupted", or
+    `stopped` is the reason: "trials", "pool swept", "time", "roofline", "interrupted", or
     "finished before" where nothing was left to do. `reasons` counts the failures by kind.
     """
 
@@ -81,18 +80,18 @@ class ProblemFinished:
 
 
 @dataclass(frozen=True)
-class BucketsMeet:
-    """So many `schedules` are compared on every one of the problems, which differ in tokens only."""
+class BucketShootoutStarted:
+    """The comparison of `schedules` candidates begins on all problems, which differ in tokens only."""
 
     problems: tuple[Problem, ...]
     schedules: int
 
 
 @dataclass(frozen=True)
-class BucketsServed:
-    """Few schedules were chosen for problems that differ in tokens only: their new records, in the same order.
+class BucketSchedulesChosen:
+    """Few schedules were chosen for problems that differ in tokens only; `records` are in the order of `problems`.
 
-    `worst` is the most that any of them takes, as a multiple of the fastest schedule's time there.
+    `worst` is the largest slowdown of a chosen schedule against the fastest on its problem.
     """
 
     problems: tuple[Problem, ...]
@@ -102,8 +101,16 @@ class BucketsServed:
 
     @property
     def schedules(self) -> int:
-        """How many different ones serve."""
+        """The number of distinct schedules."""
         return len({str(sorted(record.schedule.items())) for record in self.records})
 
 
-Event = ProblemStarted | TrialDone | TrialFailed | FinalistsMeet | ProblemFinished | BucketsMeet | BucketsServed
+Event = (
+    ProblemStarted
+    | TrialDone
+    | TrialFailed
+    | ShootoutStarted
+    | ProblemFinished
+    | BucketShootoutStarted
+    | BucketSchedulesChosen
+)

@@ -13,21 +13,21 @@ from typing import Any
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from autotune.decision.conclude import Conclusion
-from autotune.decision.significance import at_floor, floor_ms
+from autotune.decision.significance import lower_bound_ms, near_lower_bound
 from autotune.events import Event, ProblemFinished, ProblemStarted, TrialDone, TrialFailed
-from autotune.measuring.resource_check import why_cannot_win
+from autotune.measuring.resource_check import why_rejected
 from autotune.measuring.timing import Ratio, paired_ratio
 from autotune.processes.reasons import by_kind
 from autotune.processes.tasks import DEFAULT, TUNED
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Workers
-from autotune.search.case import Case, TuneFailed, digest, is_environment, mend
 from autotune.search.pool import enumerate_pool
 from autotune.search.sampler import PoolSampler
 from autotune.search.transfer import Neighbour, seeds
-from autotune.search.trials import REASON, Found
-from autotune.study.metadata import ABOUT, CONCLUDED, about, check_same_search
-from autotune.study.shared_trials import Ledger, Standing
+from autotune.search.trials import REASON, TrialResult
+from autotune.search.tuning_case import TuneFailed, TuningCase, is_machine_fault, machine_fault, source_digest
+from autotune.study.metadata import CONCLUSION, METADATA, check_same_search, study_metadata
+from autotune.study.shared_trials import SearchState, SharedTrials
 from autotune.study.storage import open_study
 from tiles.cache.cache import KernelCache, Key, Record
 from tiles.compiler.compile import Artifact
@@ -39,19 +39,19 @@ from tiles.target import Device
 __all__ = ["TuneFailed", "TuneResult", "tune"]
 
 ROOFLINE = "roofline"
-"""Why a search stopped that the roofline left nothing to find."""
+"""Why a search stopped: the best trial is within the noise of the roofline."""
 
 NOISE_BOUNDS = (0.01, 0.05)
-"""What is believed of the noise that the default's measurement against itself shows."""
+"""Bounds of the relative noise that is estimated from the default timed against itself."""
 
-WAIT_SECONDS = 0.2
-"""Between two looks at trials that other workers have not finished."""
+POLL_SECONDS = 0.2
+"""Between two polls of the trials that other workers run."""
 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a search came to: the record in the cache, settled and failed trials of all runs, why it stopped, and how
-    the finalists did (`final.standings`)."""
+    """The record in the cache, the numbers of evaluated and failed trials of all runs, why the search stopped, and the
+    finalists' results (`significance.finalist_results`)."""
 
     record: Record
     trials: int
@@ -75,52 +75,51 @@ def tune(
 ) -> TuneResult:
     """Search for at most `trials` schedules, or about `seconds`, and put the winner into `cache`.
 
-    The winner is the default schedule unless another one beats it beyond the noise. Trials are kept (a journal in the
-    cache folder, or the database at the URL `storage`): a second call goes on where the first one ended, and does
-    nothing where that had finished. Calls that run at the same time, on any number of equal devices, share the trials;
-    each measures on its own device only, and puts a winner into its own cache. `workers` may be shared by several calls
-    of one process; they are for the device's kind. What the cache holds for other problems, and `advice`, say what to
-    try first (`transfer.seeds`). A schedule whose compiled code shows that it cannot win (`look.why_cannot_win`) fails
-    without being run; the default schedule is always run.
+    The winner is the default schedule unless another one beats it beyond the noise. Trials are stored (a journal in the
+    cache folder, or the database at the URL `storage`): a second call resumes the first, and does nothing where that
+    had finished. Concurrent calls, on any number of equal devices, share the trials; each measures on its own device
+    and writes a winner into its own cache. `workers`, for the device's kind, may be shared by calls of one process. The
+    search is warm-started with the cache's schedules for other problems and with `advice` (`transfer.seeds`). A
+    schedule whose compiled code cannot win (`resource_check.why_rejected`) fails without being run, but the default.
 
     Raises:
         BadInput: trials or tokens below 1, trials or a cache that cannot be written.
         TuneFailed: the default schedule itself does not work here.
-        KeyboardInterrupt: Ctrl-C; what was finished is kept, and the best of it is in the cache.
+        KeyboardInterrupt: Ctrl-C; finished trials are kept, and the best of them is in the cache.
     """
     if trials < 1 or problem.tokens < 1:
         raise BadInput(f"trials and tokens must be at least 1, got {trials} and {problem.tokens}: pass larger ones")
     spec = kernel_spec(problem.op, problem.direction)
     key, pool = Key.of(problem, device), enumerate_pool(spec, problem, device.target)
     with ExitStack() as stack:
-        shared = workers or stack.enter_context(Workers(kind=device.kind))
-        # Numbers taken with another thread count belong to another study.
-        suffix = hashlib.sha256(f"{pool.digest} {shared.threads}".encode()).hexdigest()[:8]
+        processes = workers or stack.enter_context(Workers(kind=device.kind))
+        # Timings of another thread count belong to another study.
+        suffix = hashlib.sha256(f"{pool.digest} {processes.threads}".encode()).hexdigest()[:8]
         first = seeds(spec, key, pool, (*cache.records(), *advice), trials=trials)
         sampler = PoolSampler(pool, budget=trials, seed=seed, first=first)
         study = open_study(f"{spec.name}-{key.digest}-{suffix}", cache.folder / "studies", storage, sampler)
-        ledger = Ledger(study, pool, trials)
-        stack.callback(ledger.close)
-        case, report = Case(problem, spec, key, pool, shared, seed), on_event or (lambda event: None)
-        return _Search(case, ledger, cache, trials, report).run(seconds)
+        shared = SharedTrials(study, pool, trials)
+        stack.callback(shared.close)
+        case, report = TuningCase(problem, spec, key, pool, processes, seed), on_event or (lambda event: None)
+        return _Search(case, shared, cache, trials, report).run(seconds)
 
 
 @dataclass
 class _Search:
     """One call of `tune`."""
 
-    case: Case
-    ledger: Ledger
+    case: TuningCase
+    shared: SharedTrials
     cache: KernelCache
     trials: int
     report: Callable[[Event], None]
     started: float = field(default_factory=time.monotonic)
-    best: Found | None = None
+    best: TrialResult | None = None
 
     def run(self, seconds: float | None) -> TuneResult:
         record, stopped = self.cache.get(self.case.key), "finished before"
         if record is None or not self._concluded(record):
-            conclusion = Conclusion(self.case, self.ledger, self.cache, self.report)
+            conclusion = Conclusion(self.case, self.shared, self.cache, self.report)
             try:
                 self._begin()
                 stopped = self._search(seconds)
@@ -128,54 +127,59 @@ class _Search:
             except KeyboardInterrupt:
                 self._report_finished(conclusion.save_best_of_this_run() or record, "interrupted")
                 raise
-            winner = {"schedule": record.schedule, "measurement": record.measurement}
-            ending = {"trials": len(self.ledger.settled()), "stopped": stopped, "finalists": conclusion.standings}
-            self.ledger.study.set_user_attr(CONCLUDED, ending | winner)
+            outcome = {
+                "trials": len(self.shared.evaluated()),
+                "stopped": stopped,
+                "finalists": conclusion.finalist_results,
+                "schedule": record.schedule,
+                "measurement": record.measurement,
+            }
+            self.shared.study.set_user_attr(CONCLUSION, outcome)
         failed = self._report_finished(record, stopped)
-        finalists = self.ledger.study.user_attrs[CONCLUDED].get("finalists", ())
-        return TuneResult(record, len(self.ledger.settled()), failed, stopped, tuple(finalists))
+        finalists = self.shared.study.user_attrs[CONCLUSION].get("finalists", ())
+        return TuneResult(record, len(self.shared.evaluated()), failed, stopped, tuple(finalists))
 
     def _concluded(self, record: Record) -> bool:
-        """Whether an earlier call has done all that this one would do, and `record` came of it."""
-        concluded = self.ledger.study.user_attrs.get(CONCLUDED, {"trials": 0, "stopped": ""})
+        """Whether an earlier call has done all that this one would do, and `record` is its result."""
+        concluded = self.shared.study.user_attrs.get(CONCLUSION, {"trials": 0, "stopped": ""})
         if record.measurement.get("trials", 0) < concluded["trials"]:
-            return False  # another worker went on since
+            return False  # another worker has gone on since
         return concluded["trials"] >= self.trials or concluded["stopped"] in ("pool swept", ROOFLINE)
 
     def _begin(self) -> None:
-        case, roofline, study = self.case, self.case.workers.roofline(), self.ledger.study
-        mine = about(case.problem, case.key.device, case.pool, case.traffic, roofline, case.workers.threads)
-        check_same_search(study.study_name, study.user_attrs.get(ABOUT), mine)
-        done = len(self.ledger.settled())
+        case, roofline, study = self.case, self.case.workers.roofline(), self.shared.study
+        mine = study_metadata(case.problem, case.key.device, case.pool, case.traffic, roofline, case.workers.threads)
+        check_same_search(study.study_name, study.user_attrs.get(METADATA), mine)
+        done = len(self.shared.evaluated())
         self.report(ProblemStarted(case.problem, len(case.pool), self.trials, done, roofline))
-        study.set_user_attr(ABOUT, mine)
+        study.set_user_attr(METADATA, mine)
 
     def _search(self, seconds: float | None) -> str:
-        """Ask, compile, verify, time and tell, until one of the reasons to stop holds; returns it."""
+        """Ask, compile, verify, time and tell, until there is a reason to stop; return it."""
         while True:
-            standing = self.ledger.look()
-            self._note(standing)
-            if standing.elsewhere == 0 and standing.left == 0:
+            state = self.shared.poll()
+            self._update(state)
+            if state.running_elsewhere == 0 and state.remaining == 0:
                 return "pool swept"
-            if standing.elsewhere == 0 and standing.room <= 0:
+            if state.running_elsewhere == 0 and state.budget_left <= 0:
                 return "trials"
-            if standing.measured and seconds is not None and time.monotonic() - self.started > seconds:
+            if state.measured and seconds is not None and time.monotonic() - self.started > seconds:
                 return "time"
-            if standing.measured and self._at_roofline(standing.measured):
+            if state.measured and self._at_roofline(state.measured):
                 return ROOFLINE
-            rest = min(standing.left, standing.room)
-            if standing.elsewhere:
-                rest = (rest + 1) // 2  # the last ones are shared, so that all end at about the same time
+            rest = min(state.remaining, state.budget_left)
+            if state.running_elsewhere:
+                rest = (rest + 1) // 2  # share the last ones, so that all workers end at about the same time
             if not self._batch(min(self.case.workers.compilers, rest)):
-                # Other workers have all that is left: what they find counts, and what they drop is to be done here.
-                time.sleep(WAIT_SECONDS)
+                # Other workers run all that is left: their results count, and what they release is evaluated here.
+                time.sleep(POLL_SECONDS)
 
     def _batch(self, count: int) -> int:
         """Compile `count` schedules side by side, then assess one after the other: nothing is timed meanwhile.
 
-        Returns how many there were: other workers may have taken some this moment.
+        Returns how many were asked: other workers may have claimed some meanwhile.
         """
-        asked = [given for given in (self.ledger.ask() for _ in range(count)) if given is not None]
+        asked = [given for given in (self.shared.ask() for _ in range(count)) if given is not None]
         if asked:
             self.case.compile([self.case.pool.default, *(member for _, member in asked)])
         for trial, member in asked:
@@ -186,74 +190,74 @@ class _Search:
         default = self.case.default()
         try:
             artifact = self.case.artifact(member)
-            found = self._twin(artifact) or self._timed(artifact, default, trial.number)
+            found = self._same_code(artifact) or self._timed(artifact, default, trial.number)
         except TaskFailed as failure:
             self._fail(trial, member, failure)
             return
-        if self.ledger.complete(trial, found):
+        if self.shared.complete(trial, found):
             self._report_done(trial.number, member, found)
 
-    def _timed(self, artifact: Artifact, default: Artifact, number: int) -> Found:
+    def _timed(self, artifact: Artifact, default: Artifact, number: int) -> TrialResult:
         """Verify and time a kernel, unless its code shows that it cannot win; raises `TaskFailed`."""
         case = self.case
-        if artifact is not default and (why := why_cannot_win(artifact, case.artifacts())):
+        if artifact is not default and (why := why_rejected(artifact, case.artifacts())):
             raise TaskFailed(why)
-        times = case.workers.assess(case.problem, artifact.binary, default.binary, case.fresh_seed(number))
-        case.verified.add(digest(artifact))
+        times = case.workers.assess(case.problem, artifact.binary, default.binary, case.input_seed(number))
+        case.verified.add(source_digest(artifact))
         ratio = paired_ratio(times[DEFAULT], times[TUNED])
-        return Found(
+        return TrialResult(
             ms=statistics.median(times[TUNED]),
             default_ms=statistics.median(times[DEFAULT]),
-            # Against itself only the bounds say something: they are the noise.
+            # Timed against itself, the default shows the noise in its bounds.
             ratio=1.0 if artifact is default else ratio.median,
             low=ratio.low,
             high=ratio.high,
-            source=digest(artifact),
+            source=source_digest(artifact),
         )
 
-    def _twin(self, artifact: Artifact) -> Found | None:
-        """What was found for the same generated code under another schedule: it is timed once."""
-        for other in sorted(self.ledger.measured(), key=lambda trial: trial.number):
-            found = Found.of(other)
-            if found.source == digest(artifact):
+    def _same_code(self, artifact: Artifact) -> TrialResult | None:
+        """The result of another schedule with the same generated code, which is timed once; None without one."""
+        for other in sorted(self.shared.measured(), key=lambda trial: trial.number):
+            found = TrialResult.of(other)
+            if found.source == source_digest(artifact):
                 return replace(found, same_as=other.number)
         return None
 
     def _fail(self, trial: Trial, member: int, failure: TaskFailed) -> None:
-        if is_environment(str(failure)):
-            raise BadInput(mend(str(failure))) from failure
+        if is_machine_fault(str(failure)):
+            raise machine_fault(str(failure)) from failure
         if member == self.case.pool.default:
-            # Not told as failed, so that the next call asks it again: there is no search without it.
-            raise self.case.default_fails(failure) from failure
-        if self.ledger.fail(trial, str(failure)):
+            # Not told as failed, so that the next call asks it again: every search needs it.
+            raise self.case.default_failure(failure) from failure
+        if self.shared.fail(trial, str(failure)):
             self._report_failed(trial.number, member, str(failure))
 
     def _at_roofline(self, measured: Sequence[FrozenTrial]) -> bool:
-        """Whether what the best leaves up to the roofline is less than the noise (`final.at_floor`)."""
+        """Whether the best trial is within the noise of the roofline (`significance.near_lower_bound`)."""
         defaults = [trial for trial in measured if self.case.member(trial) == self.case.pool.default]
         if not defaults:
             return False
-        itself, (least, most) = Found.of(defaults[0]), NOISE_BOUNDS
+        itself, (least, most) = TrialResult.of(defaults[0]), NOISE_BOUNDS
         noise = min(most, max(least, (itself.high - itself.low) / 2))
-        floor = floor_ms(self.case.traffic, self.case.workers.roofline())
-        best = Found.of(measured[0])
-        return at_floor(best.default_ms, Ratio(best.ratio, best.low, best.high), floor, noise)
+        bound = lower_bound_ms(self.case.traffic, self.case.workers.roofline())
+        best = TrialResult.of(measured[0])
+        return near_lower_bound(best.default_ms, Ratio(best.ratio, best.low, best.high), bound, noise)
 
-    def _note(self, standing: Standing) -> None:
-        """Remember the best, and tell of what other workers have settled."""
-        if standing.measured:
-            self.best = Found.of(standing.measured[0])
-        for trial in standing.news:
+    def _update(self, state: SearchState) -> None:
+        """Update the best trial, and report what other workers have evaluated since the last poll."""
+        if state.measured:
+            self.best = TrialResult.of(state.measured[0])
+        for trial in state.new:
             member = self.case.member(trial)
             if trial.state == TrialState.COMPLETE:
-                self._report_done(trial.number, member, Found.of(trial))
+                self._report_done(trial.number, member, TrialResult.of(trial))
             else:
                 self._report_failed(trial.number, member, trial.user_attrs[REASON])
 
     def _report_failed(self, number: int, member: int, reason: str) -> None:
         self.report(TrialFailed(self.case.problem, number, self.case.pool.values(member), reason))
 
-    def _report_done(self, number: int, member: int, found: Found) -> None:
+    def _report_done(self, number: int, member: int, found: TrialResult) -> None:
         case = self.case
         if self.best is None or found.ratio > self.best.ratio:
             self.best = found
@@ -276,7 +280,7 @@ class _Search:
         )
 
     def _report_finished(self, record: Record | None, stopped: str) -> int:
-        reasons = [trial.user_attrs[REASON] for trial in self.ledger.settled() if trial.state == TrialState.FAIL]
+        reasons = [trial.user_attrs[REASON] for trial in self.shared.evaluated() if trial.state == TrialState.FAIL]
         seconds = time.monotonic() - self.started
         self.report(ProblemFinished(self.case.problem, record, stopped, len(reasons), seconds, by_kind(reasons)))
         return len(reasons)

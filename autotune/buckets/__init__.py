@@ -1,1 +1,1 @@
-"""Choosing few schedules for several token counts."""
+"""Token buckets: few schedules that together cover several token counts."""

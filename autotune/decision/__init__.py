@@ -1,1 +1,1 @@
-"""How a search ends: the fastest schedules meet the default and their rivals, and the winner goes into the cache."""
+"""The decision of a search: shootout of the fastest schedules, statistical tests, and the winner's record."""

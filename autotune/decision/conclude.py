@@ -1,4 +1,4 @@
-"""How a search ends: the fastest schedules meet the default, and the winner goes into the cache."""
+"""The conclusion of a search: the shootout of the fastest schedules and the default, and the winner's record."""
 
 from __future__ import annotations
 
@@ -8,83 +8,86 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from autotune.decision.fused_vs_separate import weigh
+from autotune.decision.fused_vs_separate import compare_with_separate
 from autotune.decision.shootout import shootout
-from autotune.decision.significance import decide, standings, worth_it
-from autotune.events import Event, FinalistsMeet
+from autotune.decision.significance import decide, finalist_results, is_significant
+from autotune.events import Event, ShootoutStarted
 from autotune.processes.worker import TaskFailed
-from autotune.search.case import Case, digest
-from autotune.search.trials import Found
+from autotune.search.trials import TrialResult
+from autotune.search.tuning_case import TuningCase, source_digest, tuning_error
 from autotune.study.provenance import measurement, provenance
-from autotune.study.shared_trials import Ledger
+from autotune.study.shared_trials import SharedTrials
 from tiles.cache.cache import KernelCache, Record
 from tiles.compiler.compile import Artifact
 
 FINALISTS = 3
 
-NO_RIVAL: Mapping[str, float | bool] = {}
-"""What is said of separate kernels where there are none, or where there was no time to compare."""
+NO_COMPARISON: Mapping[str, float | bool] = {}
+"""A record's fields on separate kernels where there are none, or where they were not compared."""
 
 
 @dataclass
 class Conclusion:
-    """The end of one search. `standings` tells how the finalists did, once they have met (`final.standings`)."""
+    """The decision of one search. `finalist_results` are those of the shootout (`significance.finalist_results`)."""
 
-    case: Case
-    ledger: Ledger
+    case: TuningCase
+    shared: SharedTrials
     cache: KernelCache
     report: Callable[[Event], None]
-    standings: list[dict[str, Any]] = field(default_factory=list)
+    finalist_results: list[dict[str, Any]] = field(default_factory=list)
 
     def conclude(self) -> Record:
-        """Let the fastest schedules meet the default, and put the winner into the cache; raises `TuneFailed`."""
-        case, finalists = self.case, self._finalists(self.ledger.measured())
+        """Time the fastest schedules against the default, and put the winner into the cache; raises `TuneFailed`."""
+        case, finalists = self.case, self._finalists(self.shared.measured())
         case.compile([case.pool.default, *finalists])
-        self.report(FinalistsMeet(case.problem, tuple(case.pool.values(member) for member in finalists)))
-        seed = case.fresh_seed(len(self.ledger.settled()))
+        self.report(ShootoutStarted(case.problem, tuple(case.pool.values(member) for member in finalists)))
+        seed = case.input_seed(len(self.shared.evaluated()))
         try:
             entrants = {member: case.artifact(member) for member in (case.pool.default, *finalists)}
             binaries = {str(member): artifact.binary for member, artifact in entrants.items()}
-            # A trial of an earlier call, or of another machine, says nothing about what the compiler makes of its code
-            # here and today.
-            unverified = [str(name) for name, artifact in entrants.items() if digest(artifact) not in case.verified]
+            # A trial of an earlier call or of another machine does not verify the code that is compiled here and now.
+            unverified = [
+                str(name) for name, artifact in entrants.items() if source_digest(artifact) not in case.verified
+            ]
             default = str(case.pool.default)
             times = shootout(case.problem, binaries, default, unverified, case.workers, seed)
             conditions = case.workers.conditions
-            self.standings = standings(case.pool, times)
+            self.finalist_results = finalist_results(case.pool, times)
             winner, tuned_ms, default_ms, ratio = decide(default, times)
-            rival = self._weigh_separate(entrants[int(winner)], seed)
+            separate = self._compare_with_separate(entrants[int(winner)], seed)
         except TaskFailed as failure:
-            raise case.failed(f"the finalists fail: {failure}") from failure
-        return self._put(int(winner), tuned_ms, default_ms, ratio, {**rival, **conditions})
+            raise tuning_error(case.problem, f"the finalists fail: {failure}") from failure
+        return self._put(int(winner), tuned_ms, default_ms, ratio, {**separate, **conditions})
 
     def save_best_of_this_run(self) -> Record | None:
-        """After Ctrl-C: judge by the trials themselves, and take the best that was verified in this call."""
-        for trial in self.ledger.measured():
-            member, found = self.case.member(trial), Found.of(trial)
+        """After Ctrl-C: write the best trial that was verified in this call and beats the default."""
+        for trial in self.shared.measured():
+            member, found = self.case.member(trial), TrialResult.of(trial)
             if found.source not in self.case.verified or not self.case.compiled(member):
                 continue
             if member == self.case.pool.default:
                 return self._put_if_better(member, found.ms, found.ms, 1.0)
-            if worth_it(found.low):
+            if is_significant(found.low):
                 return self._put_if_better(member, found.ms, found.default_ms, found.ratio)
         return None
 
     def _finalists(self, measured: Sequence[FrozenTrial]) -> list[int]:
-        """The fastest members, at most `FINALISTS`, of code that is neither the default's nor a faster one's."""
+        """The fastest members, at most `FINALISTS`, of distinct code; only those faster than the default."""
         members: dict[str, int] = {}
         for trial in measured:
             member = self.case.member(trial)
             if member == self.case.pool.default:
                 break
-            members.setdefault(Found.of(trial).source, member)
+            members.setdefault(TrialResult.of(trial).source, member)
         return list(members.values())[:FINALISTS]
 
-    def _weigh_separate(self, artifact: Artifact, seed: int) -> Mapping[str, float | bool]:
-        """For a fused kernel: whether the separate kernels are faster."""
+    def _compare_with_separate(self, artifact: Artifact, seed: int) -> Mapping[str, float | bool]:
+        """For a fused kernel: the comparison with the separate kernels."""
         if self.case.spec.separate is None:
-            return NO_RIVAL
-        return weigh(self.case.problem, artifact.binary, self.cache, self.case.key.device, self.case.workers, seed)
+            return NO_COMPARISON
+        return compare_with_separate(
+            self.case.problem, artifact.binary, self.cache, self.case.key.device, self.case.workers, seed
+        )
 
     def _put_if_better(self, member: int, tuned_ms: float, default_ms: float, ratio: float) -> Record:
         before = self.cache.get(self.case.key)
@@ -98,7 +101,7 @@ class Conclusion:
         tuned_ms: float,
         default_ms: float,
         ratio: float,
-        rival: Mapping[str, float | bool] = NO_RIVAL,
+        separate: Mapping[str, float | bool] = NO_COMPARISON,
     ) -> Record:
         case = self.case
         artifact = case.artifact(member)
@@ -109,9 +112,9 @@ class Conclusion:
             traffic=case.traffic,
             roofline=case.workers.roofline(),
             threads=case.workers.threads,
-            trials=len(self.ledger.settled()),
+            trials=len(self.shared.evaluated()),
             default_kept=member == case.pool.default,
         )
-        measured |= rival
-        made = provenance(seed=case.seed, study=self.ledger.study.study_name)
+        measured |= separate
+        made = provenance(seed=case.seed, study=self.shared.study.study_name)
         return self.cache.put(case.key, case.pool.values(member), artifact.binary, artifact.source, measured, made)

@@ -1,11 +1,11 @@
-"""Fused or separate: is a fused kernel faster than the kernels that do its work one after the other?"""
+"""Comparison of a fused kernel with the separate kernels that do the same work."""
 
 from __future__ import annotations
 
 import statistics
 from dataclasses import replace
 
-from autotune.decision.significance import worth_it
+from autotune.decision.significance import is_significant
 from autotune.measuring.timing import paired_ratio
 from autotune.processes.tasks import FUSED, SEPARATE
 from autotune.processes.worker import TaskFailed
@@ -16,13 +16,13 @@ from tiles.kernels.spec import Problem
 from tiles.target import Device
 
 
-def weigh(
+def compare_with_separate(
     problem: Problem, fused: bytes, cache: KernelCache, device: Device, workers: Workers, seed: int
 ) -> dict[str, float | bool]:
-    """Time a fused kernel against its separate rivals, as they run in training: results made anew by every call.
+    """Time a fused kernel against the separate ones as they run in training, with results allocated by every call.
 
-    Returns what a record says of it: `separate_ms`, `separate_ratio` (fused/separate, the median of pairs) and
-    `separate_wins`, whether that is beyond the noise. That is nothing where a separate kernel does not work here.
+    Returns fields of a record: `separate_ms`, `separate_ratio` (fused/separate, the median of pairs) and
+    `separate_wins`, whether that is beyond the noise. Returns none where a separate kernel fails.
     """
     separate = kernel_spec(problem.op, problem.direction).separate
     assert separate
@@ -36,7 +36,7 @@ def weigh(
     return {
         "separate_ms": statistics.median(times[SEPARATE]),
         "separate_ratio": ratio.median,
-        "separate_wins": worth_it(ratio.low),
+        "separate_wins": is_significant(ratio.low),
     }
 
 

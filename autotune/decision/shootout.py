@@ -1,4 +1,4 @@
-"""The last comparison of a few verified kernels, which goes on without those that fail in it."""
+"""The shootout: the last, longer timing of a few kernels against each other, without those that fail in it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def shootout(
 ) -> dict[str, list[float]]:
     """Time kernels against each other: {name: milliseconds of each round}, without those that fail.
 
-    Those in `unverified` are verified first. A kernel that was fine in its trial may crash, hang or be wrong on other
-    inputs; then each is tried alone with `default`, which is the only one whose failure is raised (`TaskFailed`).
+    Those in `unverified` are verified first. A kernel that passed its trial may still crash, hang or be wrong on other
+    inputs: then each is tried alone with `default`, whose failure alone is raised (`TaskFailed`).
     """
     try:
         return workers.compare(problem, binaries, unverified, seed)

@@ -1,4 +1,4 @@
-"""The limits of this machine: copy bandwidth and arithmetic, which no kernel can beat by much."""
+"""Roofline of this machine: copy bandwidth and float32 arithmetic, which no kernel can beat by much."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from autotune.measuring.stopwatch import CudaStopwatch, last_level_cache_bytes
 from tiles.kernels.spec import Traffic
 
-LEAST_REPEATS, LONGEST = 5, 4.0
-"""A limit is measured with at least so many repeats, and with no more once they have taken so many seconds."""
+MIN_REPEATS, MAX_SECONDS = 5, 4.0
+"""A limit is measured with at least so many repeats, and no more once they have taken so many seconds."""
 
 
 def copy_bandwidth(*, repeats: int = 25) -> float:
     """GB/s of `Tensor.copy_` with torch's threads, read and write bytes counted: the fastest of `repeats` copies.
 
-    It is a limit that searches stop at, so what slows the machine for a moment must not lower it.
+    Searches stop at this limit, so a moment's slowdown of the machine must not lower it.
     """
     size = max(4 * last_level_cache_bytes(), 64 * 2**20)
     source, target = torch.ones(size // 4), torch.ones(size // 4)
@@ -27,19 +27,19 @@ def copy_bandwidth(*, repeats: int = 25) -> float:
 
 
 SIDE = 640
-"""Of the square matrices that arithmetic is measured with: three of them take 5 MB."""
+"""Side of the square matrices that arithmetic is measured with: three of them take 5 MB."""
 
 CHANNELS, PIXELS, TAPS = 256, 32, 3
-"""Of the convolution that arithmetic is measured with: channels in and out, resulting pixels, and weights for each, a
-side. Images and weights take 5 MB."""
+"""Convolution that arithmetic is measured with: channels in and out, output pixels a side, filter taps a side. Images
+and weights take 5 MB."""
 
 
 def arithmetic_peak(*, repeats: int = 100) -> float:
-    """GFLOP/s of float32 (1e9 additions or multiplications a second), the fastest arithmetic torch shows here.
+    """GFLOP/s of float32 (1e9 additions or multiplications a second): the fastest arithmetic of torch here.
 
-    That of the fastest of `repeats` matrix products and as many convolutions, with torch's threads, on operands that
-    caches hold. Both, because they run in different libraries: on AMD processors matrix products of torch's builds
-    leave half of the AVX-512 units idle, which our kernels do not, and convolutions reach what the processor can do.
+    The fastest of `repeats` matrix products and as many convolutions, with torch's threads, on operands in cache. Both,
+    because they run in different libraries: on AMD processors the matrix products of torch's builds leave half of the
+    AVX-512 units idle, which our kernels do not, and convolutions reach the processor's peak.
     """
     left, right = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
     product = _fastest(lambda: torch.mm(left, right), repeats)
@@ -51,10 +51,10 @@ def arithmetic_peak(*, repeats: int = 100) -> float:
 
 
 def _fastest(call: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest call; one that is not counted goes before. On a busy machine there are fewer `repeats`."""
+    """Seconds of the fastest call, after one that is not counted. On a busy machine there are fewer `repeats`."""
     call()
     times: list[float] = []
-    while len(times) < repeats and (len(times) < LEAST_REPEATS or sum(times) < LONGEST):
+    while len(times) < repeats and (len(times) < MIN_REPEATS or sum(times) < MAX_SECONDS):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
@@ -62,7 +62,7 @@ def _fastest(call: Callable[[], object], repeats: int) -> float:
 
 
 GPU_COPY_BYTES, GPU_SIDE, GPU_REPEATS = 2**30, 8192, 10
-"""What a GPU's limits are measured with: bytes of a copy, the side of square matrices, calls of each."""
+"""Measurement of a GPU's limits: bytes of a copy, side of square matrices, calls of each."""
 
 
 def _of_gpu() -> tuple[float, float]:
@@ -90,14 +90,14 @@ def _fastest_on_gpu(call: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Roofline:
-    """What no kernel can beat by much on this machine: copy bandwidth (GB/s) and float32 arithmetic (GFLOP/s)."""
+    """Limits of this machine: copy bandwidth (GB/s) and float32 arithmetic (GFLOP/s)."""
 
     copy_gb_per_s: float
     gflops: float
 
     @classmethod
     def measure(cls, kind: Literal["cpu", "cuda"] = "cpu") -> Roofline:
-        """This machine's CPU, with torch's threads, or its current GPU; takes about a second."""
+        """Measure this machine's CPU, with torch's threads, or its current GPU; takes about a second."""
         return cls(copy_bandwidth(), arithmetic_peak()) if kind == "cpu" else cls(*_of_gpu())
 
     def limit_ms(self, traffic: Traffic) -> float:

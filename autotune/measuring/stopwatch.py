@@ -1,4 +1,4 @@
-"""How one call is timed on cold caches: on the CPU by its clock, on CUDA by events around a graph or a queued call."""
+"""Stopwatches for calls on cold caches: the CPU's clock, or CUDA events around a graph or a queued call."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import torch
 Call = Callable[[], object]
 
 FALLBACK_CACHE_BYTES = 32 * 2**20
-"""Taken as the size of the last-level cache where the system does not tell."""
+"""Size of the last-level cache where the system does not report it."""
 
 
 class Stopwatch(Protocol):
     """Times calls on one device."""
 
     conditions: dict[str, float]
-    """What the device said of itself when it was last asked (`observe`), to be kept with the times; may be empty."""
+    """The device's state when last asked (`observe`), stored with the times; may be empty."""
 
     def prepared(self, call: Call) -> Call:
-        """What is timed in place of `call`: the same work, made ready once, before anything is timed."""
+        """The call that is timed in place of `call`: the same work, prepared once."""
 
     def milliseconds(self, prepared: Call) -> float:
-        """The time of one run, which finds none of its data in a cache."""
+        """The time of one run on cold caches."""
 
     def observe(self, prepared: Sequence[Call]) -> None:
-        """Ask the device for its `conditions` while it runs these calls."""
+        """Read the device's `conditions` while it runs these calls."""
 
 
 def stopwatch_for(device: torch.device) -> Stopwatch:
@@ -39,7 +39,7 @@ def stopwatch_for(device: torch.device) -> Stopwatch:
 
 
 def queued_stopwatch_for(device: torch.device) -> Stopwatch:
-    """The same for calls that are not fit for capture, such as autograd's (`QueuedStopwatch`)."""
+    """The same for calls that cannot be captured, such as autograd's (`QueuedStopwatch`)."""
     return QueuedStopwatch() if device.type == "cuda" else CpuStopwatch()
 
 
@@ -76,40 +76,40 @@ def last_level_cache_bytes() -> int:
 
 @cache
 def _eviction_buffer() -> torch.Tensor:
-    # Not zeros: those may all be one page that is mapped many times.
+    # Not zeros, which may all be one page mapped many times.
     return torch.ones(2 * last_level_cache_bytes() // 4)
 
 
 def evict_caches() -> None:
-    """Read twice the last-level cache. Reading leaves clean lines: writing would leave write-backs to the next call."""
+    """Read twice the size of the last-level cache; writing would leave write-backs to the next call."""
     _eviction_buffer().sum()
 
 
 FLUSH = 4
-"""How many times the L2 cache is written over. That also takes the GPU longer (60 µs on an H200) than the CPU takes to
-queue the events and the graph behind it, so that the GPU does not wait for the CPU between the events."""
+"""How many times the L2 cache is overwritten. That takes the GPU longer (60 µs on an H200) than the CPU takes to queue
+the events and the graph, so that the GPU does not wait for the CPU between the events."""
 
 WARM_UP = 3
-"""Runs before the capture: libraries choose their algorithms and allocate their workspaces then."""
+"""Runs before the capture, in which libraries choose algorithms and allocate workspaces."""
 
 CLOCKS = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "temperature.gpu": "celsius"}
 
 REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
-"""Why clocks are what they are, a bit mask: nvidia-smi's name for it, and the one that older drivers know."""
+"""nvidia-smi's names, new and old, for the bit mask of reasons for the current clocks."""
 
 THROTTLED = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 """The bits of NVML's nvmlClocksEventReasons that slow a GPU down: power cap, hardware slowdown, software and hardware
-thermal slowdown, power brake. The others say that it idles or that somebody set its clocks."""
+thermal slowdown, power brake. The others mean that it idles or that its clocks were set."""
 
-PATIENCE = 20.0
-"""Seconds that nvidia-smi may take."""
+NVIDIA_SMI_SECONDS = 20.0
+"""Time limit of nvidia-smi."""
 
 
 class CudaStopwatch:
-    """Events of the current CUDA device.
+    """CUDA events around the replay of a graph, without the CPU's share of a launch.
 
-    A call must launch all its work on torch's current stream, allocate through torch alone and not wait for the GPU:
-    it is captured into a graph, and what is timed is the graph's replay, without the CPU's share of a launch.
+    A call must launch all its work on torch's current stream, allocate through torch alone and not wait for the GPU, so
+    that it can be captured.
     """
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ class CudaStopwatch:
         return graph.replay
 
     def milliseconds(self, prepared: Call) -> float:
-        """Time between two events, with all of the L2 cache written over before the first."""
+        """Time between two events, with all of the L2 cache overwritten before the first."""
         self._written.zero_()
         return self._between_events(prepared)
 
@@ -147,13 +147,15 @@ class CudaStopwatch:
     def observe(self, prepared: Sequence[Call]) -> None:
         """`sm_mhz`, `memory_mhz`, `celsius` and `throttled` (0 or 1), as far as nvidia-smi knows them.
 
-        Asked while the calls run over and over: an idle GPU lowers its clocks within a second.
+        Read while the calls repeat: an idle GPU lowers its clocks within a second.
         """
-        said = next(filter(None, (self._said_under_load([*CLOCKS, reasons], prepared) for reasons in REASONS)), "")
-        self.conditions = parsed(said) if said else {}
+        said = next(
+            filter(None, (self._nvidia_smi_under_load([*CLOCKS, reasons], prepared) for reasons in REASONS)), ""
+        )
+        self.conditions = parse_conditions(said) if said else {}
 
-    def _said_under_load(self, fields: Sequence[str], prepared: Sequence[Call]) -> str:
-        """What nvidia-smi prints, or nothing where it is missing, fails or hangs."""
+    def _nvidia_smi_under_load(self, fields: Sequence[str], prepared: Sequence[Call]) -> str:
+        """The output of nvidia-smi while the calls repeat; empty where it is missing, fails or hangs."""
         query = f"--query-gpu={','.join(fields)}"
         command = ["nvidia-smi", f"--id={self._uuid}", query, "--format=csv,noheader,nounits"]
         try:
@@ -161,7 +163,7 @@ class CudaStopwatch:
         except OSError:
             return ""
         with asked:
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + NVIDIA_SMI_SECONDS
             try:
                 while asked.poll() is None and time.monotonic() < deadline:
                     for call in prepared:
@@ -173,19 +175,18 @@ class CudaStopwatch:
 
 
 CLOCK = 2e9
-"""Hz, at least the clock of a GPU of today: so many cycles a second are waited where a wait is given in seconds."""
+"""Hz, at least the clock of today's GPUs: converts a wait from seconds to cycles."""
 
 AHEAD, LEAST_AHEAD = 2.0, 50e-6
-"""The GPU waits for so many times the seconds that queueing the call took the CPU, and for so many seconds more."""
+"""The GPU waits for so many times the CPU's queueing time of the call, plus so many seconds."""
 
 
 class QueuedStopwatch(CudaStopwatch):
-    """Events of the current CUDA device around calls that need not be fit for capture: autograd's, other libraries'.
+    """CUDA events around queued calls that cannot be captured: autograd's, other libraries'.
 
     A call must launch all its work on torch's current stream and must not wait for the GPU. The GPU is kept waiting
-    until the CPU has queued all of the call, so that the CPU's share of the launches is not in the time.
-    `host_seconds` has that share, for every call that was prepared: the CPU's time for a call whose work the GPU does
-    not begin meanwhile.
+    until the CPU has queued all of the call, so that the time excludes the CPU's share of the launches. `host_seconds`
+    has that share for every prepared call: the CPU's time to queue it.
     """
 
     def __init__(self) -> None:
@@ -193,21 +194,21 @@ class QueuedStopwatch(CudaStopwatch):
         self.host_seconds: dict[Call, float] = {}
 
     def prepared(self, call: Call) -> Call:
-        """The call itself, after a few runs: compilers and libraries are ready then."""
+        """The call itself, after warm-up runs of compilers and libraries."""
         for _ in range(WARM_UP):
             call()
         self.host_seconds[call] = min(_queueing_seconds(call) for _ in range(WARM_UP))
         return call
 
     def milliseconds(self, prepared: Call) -> float:
-        """Time between two events, with all of the L2 cache written over before the first."""
+        """Time between two events, with all of the L2 cache overwritten before the first."""
         self._written.zero_()
         torch.cuda._sleep(int(CLOCK * (AHEAD * self.host_seconds[prepared] + LEAST_AHEAD)))
         return self._between_events(prepared)
 
 
 def _queueing_seconds(call: Call) -> float:
-    """What the CPU takes for a call; the GPU has nothing else to do."""
+    """Seconds that the CPU takes to queue a call to an idle GPU."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()
@@ -216,8 +217,8 @@ def _queueing_seconds(call: Call) -> float:
     return taken
 
 
-def parsed(said: str) -> dict[str, float]:
-    """One line of nvidia-smi for the fields of `CLOCKS` and a bit mask, by our names; "[N/A]" and such are left out."""
+def parse_conditions(said: str) -> dict[str, float]:
+    """Parse nvidia-smi's line of the fields of `CLOCKS` and a bit mask, without "[N/A]" and such."""
     *clocks, mask = [text.strip() for text in said.splitlines()[0].split(",")]
     found = {name: float(text) for name, text in zip(CLOCKS.values(), clocks, strict=True) if text.isdecimal()}
     if mask.startswith("0x"):

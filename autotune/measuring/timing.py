@@ -1,4 +1,4 @@
-"""Timing: interleaved calls, and what a difference between them is worth."""
+"""Timing of interleaved calls, and confidence intervals of their ratios."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Time calls against each other: {name: milliseconds of each round}, all lists equally long.
 
-    Each round runs every call once, on cold caches, in an order shuffled by `seed`, so that what slows the machine for
-    a while slows all of them. Stops after `rounds`, or after `seconds` once there are `least` rounds. `warmup` rounds
-    are run first and not counted. Without a `stopwatch` the calls run on the CPU.
+    Each round runs every call once, on cold caches, in an order shuffled by `seed`, so that the machine's drift affects
+    all alike. Stops after `rounds`, or after `seconds` once there are `least` rounds. `warmup` rounds run first and do
+    not count. Without a `stopwatch` the calls run on the CPU.
     """
     stopwatch = stopwatch or CpuStopwatch()
     prepared = {name: stopwatch.prepared(call) for name, call in calls.items()}
@@ -48,7 +48,7 @@ def interleaved(
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster: the median of paired ratios, and the bounds of its 95 % confidence interval."""
+    """A speed-up: the median of paired ratios, and the bounds of its 95 % confidence interval."""
 
     median: float
     low: float
@@ -58,7 +58,7 @@ class Ratio:
 def paired_ratio(slow_ms: Sequence[float], fast_ms: Sequence[float]) -> Ratio:
     """slow/fast over rounds timed together.
 
-    The bounds are the exact, distribution-free ones of the sign test: the k-th smallest and the k-th largest ratio,
+    The bounds are those of the sign test, exact and distribution-free: the k-th smallest and the k-th largest ratio,
     with k the largest number for which fewer than k heads in n fair flips have a probability of at most 2.5 %.
     Fewer than six rounds bound nothing.
     """

@@ -1,4 +1,4 @@
-"""Does a compiled kernel compute what its reference computes, and write nowhere else?"""
+"""Verification of a compiled kernel: results against the float64 reference, and no write out of bounds."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from tiles.kernels.spec import TOKENS, Argument
 from tiles.runtime.loaded_kernel import CPU, LoadedKernel, is_result, summed
 
 ODD_TOKENS = 131
-"""A prime: no block of tokens divides it, so that tails are run."""
+"""A prime: no block of tokens divides it, so that partial blocks run."""
 
 GUARD = 1024
-"""Elements of guard before and behind each tensor, or more; a multiple of a cache line in every dtype."""
+"""Least elements of guard before and behind each tensor; a multiple of a cache line in every dtype."""
 
 GUARD_TOKENS = 64
-"""Tokens whose rows a guard holds at least: a block of tokens that is not cut at the end reaches no further."""
+"""A guard holds at least the rows of so many tokens: a block that overruns the end reaches no further."""
 
 BITS = {4: torch.int32, 2: torch.int16}
 
 POISON = {torch.float32: 0x7FA5A5A5, torch.bfloat16: 0x7FA5, torch.float16: 0x7DA5}
-"""Bits of a signalling NaN: what is computed from it is NaN, and has other bits, so that adding to a guard shows."""
+"""Bits of a signalling NaN: arithmetic on it gives a NaN of other bits, so that adding to a guard shows."""
 
 
 class WrongResult(Exception):
-    """A kernel is wrong; one line says which tensor, where and by how much.
+    """A kernel is wrong: one line with the tensor, the place and the error.
 
-    It may have written anywhere, so that a process that ran it is not to be trusted any more (`worker`).
+    It may have written anywhere, so that the process that ran it is not used again (`worker`).
     """
 
     poisons = True
@@ -40,24 +40,24 @@ def verify(kernel: LoadedKernel, inputs: Mapping[str, Any], tokens: int, seed: i
     """Run `kernel` on 0, 1 and an odd number of tokens drawn from `seed`, and on `inputs`; raises `WrongResult`."""
     for count in (0, 1, ODD_TOKENS):
         drawn = inputs_for(kernel, count, seed + count)
-        # Slices here are more than the few tokens are worth, so that the borders between slices are run.
+        # More slices than so few tokens need, so that the borders between slices run.
         check(kernel, drawn, count, max(1, min(3, count)) if kernel.kind == "cpu" else 1)
     check(kernel, inputs, tokens, kernel.slices(tokens))
 
 
 def check(kernel: LoadedKernel, inputs: Mapping[str, Any], tokens: int, slices: int) -> None:
-    """One run against the float64 reference, within `spec.tolerance`; raises `WrongResult`.
+    """Check one run against the float64 reference, within `spec.tolerance`; raises `WrongResult`.
 
-    Results start out as NaN, so that an element that is not written shows. They and the inputs lie between guards of
-    NaN: a write there shows, and a read from there whose value is used. Inputs have to stay as they are.
+    Results start as NaN, so that an element that is not written shows. They and the inputs lie between guards of NaN: a
+    write there shows, and a read whose value is used. Inputs must not change.
     """
     place = kernel.device
-    given = {arg.name: Guarded(arg, tokens, slices, place) for arg in kernel.arguments if arg.role == "input"}
+    given = {arg.name: GuardedTensor(arg, tokens, slices, place) for arg in kernel.arguments if arg.role == "input"}
     for name, guarded in given.items():
         guarded.tensor.copy_(inputs[name])
-    written = {arg.name: Guarded(arg, tokens, slices, place) for arg in kernel.arguments if is_result(arg)}
+    written = {arg.name: GuardedTensor(arg, tokens, slices, place) for arg in kernel.arguments if is_result(arg)}
     results = {name: guarded.tensor for name, guarded in written.items()}
-    give_updated(kernel, inputs, results)
+    init_updated(kernel, inputs, results)
     kernel.launch({**inputs, **{name: guarded.tensor for name, guarded in given.items()}}, results, tokens, slices)
     where = f"at {tokens} tokens in {slices} slices"
     for name, guarded in given.items():
@@ -76,20 +76,20 @@ def check(kernel: LoadedKernel, inputs: Mapping[str, Any], tokens: int, slices: 
 
 
 def inputs_for(kernel: LoadedKernel, tokens: int, seed: int) -> dict[str, Any]:
-    """Inputs drawn from `seed`, where the kernel runs; the same numbers on every device."""
+    """Inputs drawn from `seed`, on the kernel's device; the same numbers on every device."""
     drawn = kernel.spec.inputs(kernel.problem, tokens, seed)
     place = kernel.device
     return {name: value.to(place) if isinstance(value, torch.Tensor) else value for name, value in drawn.items()}
 
 
-def give_updated(kernel: LoadedKernel, inputs: Mapping[str, Any], results: Mapping[str, torch.Tensor]) -> None:
-    """Copy what they are before the first call into the results that a kernel updates in place."""
+def init_updated(kernel: LoadedKernel, inputs: Mapping[str, Any], results: Mapping[str, torch.Tensor]) -> None:
+    """Initialize the results that a kernel updates in place."""
     for argument in kernel.arguments:
         if argument.role == "updated":
             results[argument.name].copy_(inputs[argument.name])
 
 
-class Guarded:
+class GuardedTensor:
     """An argument's tensor, of NaN, between two guards."""
 
     def __init__(self, argument: Argument, tokens: int, slices: int, device: torch.device = CPU) -> None:
@@ -98,13 +98,13 @@ class Guarded:
         row = math.prod(argument.sized(1)) if TOKENS in argument.shape else 0
         self._guard, size = max(GUARD, GUARD_TOKENS * row), math.prod(shape)
         self._poison = POISON[dtype]
-        # As integers, because a conversion between floats may change the bits of a NaN.
+        # As integers: a float conversion may change the bits of a NaN.
         length = size + 2 * self._guard
         self._all = torch.full((length,), self._poison, dtype=BITS[dtype.itemsize], device=device)
         self.tensor = self._all[self._guard : self._guard + size].view(dtype).view(shape)
 
     def intact(self) -> bool:
-        """Whether both guards hold the very bits they were made with."""
+        """Whether both guards hold their original bits."""
         guards = self._all[: self._guard], self._all[-self._guard :]
         return all(bool((guard == self._poison).all()) for guard in guards)
 

@@ -1,1 +1,1 @@
-"""Processes that compile, verify and time, and may crash, hang or run out of memory without harm to their owner."""
+"""Worker processes that compile, verify and time kernels, isolated from the tuner."""

@@ -1,5 +1,4 @@
-"""What worker processes do with kernels: verify and time. Compiling is `tiles.compiler.compile.compile_kernel`
-itself."""
+"""Tasks that worker processes run on kernels: verify and time. They compile with `compile_kernel` itself."""
 
 from __future__ import annotations
 
@@ -14,30 +13,30 @@ import torch
 from autotune.measuring.roofline import Roofline
 from autotune.measuring.stopwatch import stopwatch_for
 from autotune.measuring.timing import interleaved
-from autotune.measuring.verify import give_updated, inputs_for, verify
+from autotune.measuring.verify import init_updated, inputs_for, verify
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Direction, Problem
 from tiles.runtime.loaded_kernel import LoadedKernel, empty_result, is_result
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How long to time: at most `rounds`, about `seconds`, but never less than `least` rounds."""
+class TimingBudget:
+    """Limits of a timing: at most `rounds` or about `seconds`, and at least `least` rounds."""
 
     rounds: int
     seconds: float
     least: int
 
 
-# Fewer than six rounds bound no confidence interval; only some of the final's rounds judge (`final.judging`).
-TRIAL = Effort(rounds=15, seconds=0.8, least=6)
-FINAL = Effort(rounds=60, seconds=4.0, least=12)
-FINAL_KERNELS = 4  # usually; where more of them meet, the seconds grow with them, so that each has as many rounds
+# Fewer than six rounds give no confidence interval; of the shootout's only some judge (`significance.judging_rounds`).
+TRIAL = TimingBudget(rounds=15, seconds=0.8, least=6)
+SHOOTOUT = TimingBudget(rounds=60, seconds=4.0, least=12)
+SHOOTOUT_KERNELS = 4  # of more kernels the seconds grow in proportion, so that each has as many rounds
 
 
 @dataclass(frozen=True)
-class Timed:
-    """Milliseconds of each round by name, timed together, and the `Stopwatch.conditions` under which they were."""
+class Timings:
+    """Milliseconds of each round by name, timed together, and the device's state meanwhile (`Stopwatch.conditions`)."""
 
     times: dict[str, list[float]]
     conditions: dict[str, float]
@@ -53,7 +52,7 @@ def roofline(kind: Literal["cpu", "cuda"], threads: int) -> Roofline:
     return Roofline.measure(kind)
 
 
-def assess(problem: Problem, tuned: Path, default: Path, seed: int, threads: int) -> Timed:
+def assess(problem: Problem, tuned: Path, default: Path, seed: int, threads: int) -> Timings:
     """Verify the kernel `tuned`, then time it against the kernel `default`, on inputs drawn from `seed`.
 
     Times come under `TUNED` and `DEFAULT`; raises `verify.WrongResult`.
@@ -66,7 +65,7 @@ def assess(problem: Problem, tuned: Path, default: Path, seed: int, threads: int
     return _time(kernels, problem, inputs, seed, TRIAL)
 
 
-def compare(problem: Problem, paths: Mapping[str, Path], unverified: Sequence[str], seed: int, threads: int) -> Timed:
+def compare(problem: Problem, paths: Mapping[str, Path], unverified: Sequence[str], seed: int, threads: int) -> Timings:
     """Time kernels against each other, more often than `assess` does.
 
     Those in `unverified` are verified first; raises `verify.WrongResult`.
@@ -76,14 +75,14 @@ def compare(problem: Problem, paths: Mapping[str, Path], unverified: Sequence[st
     inputs = inputs_for(next(iter(kernels.values())), problem.tokens, seed)
     for name in unverified:
         verify(kernels[name], inputs, problem.tokens, seed)
-    seconds = FINAL.seconds * max(1, len(kernels) / FINAL_KERNELS)
-    return _time(kernels, problem, inputs, seed, replace(FINAL, seconds=seconds))
+    seconds = SHOOTOUT.seconds * max(1, len(kernels) / SHOOTOUT_KERNELS)
+    return _time(kernels, problem, inputs, seed, replace(SHOOTOUT, seconds=seconds))
 
 
 def compare_separate(
     problem: Problem, fused: Path, parts: Mapping[tuple[str, Direction], Path], seed: int, threads: int
-) -> Timed:
-    """Time a fused kernel against `parts`, the kernels that do its work one after the other; all are verified already.
+) -> Timings:
+    """Time a fused kernel against `parts`, the kernels that together do its work; all are verified already.
 
     Times come under `FUSED` and `SEPARATE`.
     """
@@ -104,12 +103,12 @@ def compare_separate(
         FUSED: lambda: kernel(*inputs),
         SEPARATE: lambda: separate.call(run, *inputs),
     }
-    return _interleaved(calls, inputs, seed, FINAL)
+    return _interleaved(calls, inputs, seed, SHOOTOUT)
 
 
 @cache
 def _load(path: Path, problem: Problem) -> LoadedKernel:
-    """Once per file: a path is named by its content."""
+    """Load a file once: its name is the digest of its content."""
     return LoadedKernel(path, problem)
 
 
@@ -118,13 +117,13 @@ def _time(
     problem: Problem,
     inputs: dict[str, Any],
     seed: int,
-    effort: Effort,
-) -> Timed:
-    """All kernels read and write the same memory, so that where it lies favours none."""
+    effort: TimingBudget,
+) -> Timings:
+    """Time kernels on the same memory, so that its placement favours none."""
     kernel = next(iter(kernels.values()))
     tokens, slices = problem.tokens, kernel.slices(problem.tokens)
     results = {arg.name: empty_result(arg, tokens, slices, kernel.device) for arg in kernel.arguments if is_result(arg)}
-    give_updated(kernel, inputs, results)  # they grow from call to call, which costs no time
+    init_updated(kernel, inputs, results)  # they grow from call to call, which does not change the time
 
     def call(kernel: LoadedKernel) -> Callable[[], object]:
         return lambda: kernel.launch(inputs, results, tokens, slices)
@@ -134,9 +133,9 @@ def _time(
 
 
 def _interleaved(
-    calls: Mapping[str, Callable[[], object]], inputs: tuple[Any, ...], seed: int, effort: Effort
-) -> Timed:
+    calls: Mapping[str, Callable[[], object]], inputs: tuple[Any, ...], seed: int, effort: TimingBudget
+) -> Timings:
     """Time calls on the device that their inputs are on."""
     stopwatch = stopwatch_for(next(value.device for value in inputs if isinstance(value, torch.Tensor)))
     times = interleaved(calls, stopwatch=stopwatch, seed=seed, **asdict(effort))
-    return Timed(times, stopwatch.conditions)
+    return Timings(times, stopwatch.conditions)

@@ -1,7 +1,7 @@
-"""A process that runs one task after another and may crash, hang or be killed without harm to its owner.
+"""A worker process that runs tasks one after another; a crash or hang of a task does not harm the owner.
 
-It is a fresh interpreter and no fork, because torch and OpenMP do not survive one. It leads a session of its own, so
-that Ctrl-C does not reach it and killing its group takes along the compilers that it has started.
+It is a fresh interpreter, because torch and OpenMP do not survive a fork. It leads its own session, so that Ctrl-C does
+not reach it and killing its process group also ends the compilers that it started.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
-from autotune.processes.confine import SHARE, confine, for_want_of_memory, kills_for_memory, memory_bytes
+from autotune.processes.resource_limits import MEMORY_SHARE, is_out_of_memory, limit_resources, memory_bytes, oom_kills
 from tiles.errors import one_line
 
 REASON_LENGTH = 400
-"""Characters of a failure's reason that are kept."""
+"""Characters to which the reason of a failure is cut."""
 
 START_SECONDS = 300.0
-"""What a process may take to start and to import a task's code, which is no part of the task's own time."""
+"""Time limit for starting a process and importing a task's code, which is not part of the task's own time."""
 
 END_SECONDS = 4.0
-"""What a process that was killed may take to end. One that waits for a broken driver may never end."""
+"""How long to wait for a killed process. One that waits for a broken driver may never end."""
 
 SIGNALS = {number.value: number.name for number in signal.Signals}
 
 FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
-"""No fault of a task ends its process like this: somebody else did."""
+"""Signals that end a process from outside, by no fault of its task."""
 
 
 class TaskFailed(Exception):
-    """A task raised, its worker died, or it took too long; the text is the reason, in one line."""
+    """A task raised, its worker died, or it took too long; the text is the reason in one line."""
 
 
 class _Killed(TaskFailed):
@@ -50,14 +50,14 @@ class _Killed(TaskFailed):
 
 
 class Worker:
-    """One process, started at the first task and again after a failure that it did not survive.
+    """One process, started at the first task and restarted after a failure that it did not survive.
 
-    It may take `memory` bytes, by default `confine.SHARE` of what there is. Its temporary files go to `folder`, by
-    default the system's; it removes that folder when its owner is gone.
+    It may take `memory` bytes, by default `MEMORY_SHARE` of the machine's. Its temporary files go to `folder` (default:
+    the system's), which the worker removes when its owner is gone.
     """
 
     def __init__(self, *, memory: int | None = None, folder: Path | None = None) -> None:
-        self._memory = memory or int(SHARE * memory_bytes())
+        self._memory = memory or int(MEMORY_SHARE * memory_bytes())
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[Any, Any] | None = None
@@ -71,23 +71,23 @@ class Worker:
         return self.finish(seconds)
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Hand over a task: a function that the worker can import, and arguments that can be pickled."""
+        """Send a task: a function that the worker can import, and arguments that can be pickled."""
         self._task = function, arguments
         task = pickle.dumps(self._task)
         if self._process is None or self._has_ended():
             self._spawn()
         assert self._connection
-        self._kills_before = kills_for_memory()
+        self._kills_before = oom_kills()
         try:
             self._connection.send_bytes(task)
-        except ConnectionError:  # it died this moment, before it had anything to do with the task
+        except ConnectionError:  # it has just died, not of this task
             self._spawn()
             self._connection.send_bytes(task)
 
     def finish(self, seconds: float) -> Any:
-        """The result of the task that was started last; raises `TaskFailed`, and kills a worker that is too slow.
+        """The result of the task started last; raises `TaskFailed`, and kills a worker that exceeds `seconds`.
 
-        A worker that somebody else ended says nothing about its task: that is started once more.
+        A task whose worker was ended from outside is started once more.
         """
         try:
             return self._result(seconds)
@@ -102,16 +102,16 @@ class Worker:
     def _result(self, seconds: float) -> Any:
         name = self._task[0].__name__
         try:
-            # By a clock that all processes share.
+            # time.monotonic is one clock for all processes.
             began = self._receive(START_SECONDS, f"{name} did not start within {START_SECONDS:g} s")
             left = began + seconds - time.monotonic()
             done, value, fit = self._receive(left, f"{name} took longer than {seconds:g} s")
         except (EOFError, ConnectionError):
-            raise self._epitaph() from None
+            raise self._exit_reason() from None
         except TaskFailed:
             raise
         except BaseException:
-            # Ctrl-C, say: an answer that nobody waits for must not meet the next task.
+            # Ctrl-C, say: the pending answer must not be taken for that of the next task.
             self.kill()
             raise
         if not fit:
@@ -128,7 +128,7 @@ class Worker:
         return pickle.loads(self._connection.recv_bytes())
 
     def kill(self) -> None:
-        """End the process and all that it started."""
+        """Kill the process and all that it started."""
         if self._process is None or self._connection is None or self._output is None:
             return
         kill_group(self._process)
@@ -139,13 +139,13 @@ class Worker:
     def _spawn(self) -> None:
         self.kill()
         self._connection, theirs = Pipe()
-        # What tasks print must not end up in the owner's output; its last line explains a crash.
+        # Tasks' output stays out of the owner's; its last line explains a crash.
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         arguments = f"{theirs.fileno()}, {self._memory}, {str(self._folder or '')!r}"
         folder = {} if self._folder is None else {"TMPDIR": str(self._folder)}
         path = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from autotune.processes.worker import serve; serve({arguments})"],
+            [sys.executable, "-c", f"from autotune.processes.worker import worker_main; worker_main({arguments})"],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=self._output,
@@ -156,15 +156,15 @@ class Worker:
         theirs.close()
 
     def _has_ended(self) -> bool:
-        """Whether the process has; its id stays taken until `kill` collects it."""
+        """Whether the process has ended; it stays a zombie, its id taken, until `kill` reaps it."""
         assert self._process
         try:
             return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:  # whoever started the owner had it ignore its children
+        except ChildProcessError:  # the owner was started with SIGCHLD ignored
             return True
 
-    def _epitaph(self) -> TaskFailed:
-        """How the process ended and the last line that it printed."""
+    def _exit_reason(self) -> TaskFailed:
+        """The exit status of the process and the last line that it printed."""
         assert self._process
         assert self._output
         name, process = self._task[0].__name__, self._process
@@ -176,33 +176,33 @@ class Worker:
         code = -signal.SIGKILL if process.returncode is None else process.returncode
         how = SIGNALS.get(-code, f"exit code {code}")
         reason = _reason(" - ".join([f"{name} ended its process: {how}", *printed]))
-        if code == -signal.SIGKILL and kills_for_memory() > self._kills_before:
+        if code == -signal.SIGKILL and oom_kills() > self._kills_before:
             return TaskFailed(f"out of memory: the system ended the process of {name}")
-        if for_want_of_memory(reason):
+        if is_out_of_memory(reason):
             return TaskFailed(f"out of memory: {reason}")
         return _Killed(reason) if -code in FROM_OUTSIDE else TaskFailed(reason)
 
 
 def _last_line(output: IO[bytes]) -> list[str]:
-    """The last line that is not blank, as a list of one or none."""
+    """The last non-blank line, as a list of one or none."""
     size = output.seek(0, os.SEEK_END)
     output.seek(max(0, size - 4096))
     return output.read().decode(errors="replace").strip().splitlines()[-1:]
 
 
-def serve(descriptor: int, memory: int, folder: str) -> None:
+def worker_main(descriptor: int, memory: int, folder: str) -> None:
     """The worker's side: answer tasks until the owner is gone; then remove `folder`, unless it has no name."""
-    confine(memory)
+    limit_resources(memory)
     os.set_inheritable(descriptor, False)
     connection: Connection[Any, Any] = Connection(descriptor)
     tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, tasks, folder), daemon=True).start()
+    threading.Thread(target=_receive_tasks, args=(connection, tasks, folder), daemon=True).start()
     while True:
-        connection.send_bytes(_answer(tasks.get(), connection))
+        connection.send_bytes(_run_task(tasks.get(), connection))
 
 
-def _listen(connection: Connection[Any, Any], tasks: queue.SimpleQueue[bytes], folder: str) -> None:
-    """Take in tasks. A thread of its own, so that a worker that hangs does not outlive an owner that was killed."""
+def _receive_tasks(connection: Connection[Any, Any], tasks: queue.SimpleQueue[bytes], folder: str) -> None:
+    """Receive tasks, in a thread, so that even a worker that hangs ends with its owner."""
     try:
         while True:
             tasks.put(connection.recv_bytes())
@@ -212,12 +212,11 @@ def _listen(connection: Connection[Any, Any], tasks: queue.SimpleQueue[bytes], f
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _answer(task: bytes, connection: Connection[Any, Any]) -> bytes:
-    """(True, result) or (False, reason), and whether this process is fit for another task, pickled.
+def _run_task(task: bytes, connection: Connection[Any, Any]) -> bytes:
+    """Run a task: (True, result) or (False, reason), and whether this process is fit for another task, pickled.
 
-    Before it runs the task, its code imported, it sends the time. What a task started on a GPU ends with it, so that an
-    error there is its own and not the next one's; an error says with `poisons` that its process is not to be trusted
-    any more.
+    Sends the time after importing the task's code and before running it. Waits for the task's work on a GPU, so that
+    an error there is not taken for the next task's. An error with the attribute `poisons` makes the process unfit.
     """
     try:
         try:
@@ -227,9 +226,9 @@ def _answer(task: bytes, connection: Connection[Any, Any]) -> bytes:
         value = function(*arguments)
         _end_cuda_work()
         return pickle.dumps((True, value, True))
-    except Exception as error:  # whatever a task raises is its answer
+    except Exception as error:
         reason = one_line(error)
-        reason = f"out of memory: {reason}" if for_want_of_memory(reason) else reason
+        reason = f"out of memory: {reason}" if is_out_of_memory(reason) else reason
         return pickle.dumps((False, _reason(reason), not getattr(error, "poisons", False) and not _cuda_is_broken()))
 
 
@@ -240,7 +239,7 @@ def _end_cuda_work() -> None:
 
 
 def _cuda_is_broken() -> bool:
-    """Whether an earlier error, an illegal address say, has made every later CUDA call of this process fail."""
+    """Whether a sticky CUDA error, such as an illegal address, makes every later call of this process fail."""
     try:
         _end_cuda_work()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""The worker processes of a tuner: some that compile side by side, one that measures while they rest."""
+"""The worker processes of a tuner: several compile in parallel, one measures while they are idle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from autotune.measuring.roofline import Roofline
 from autotune.processes import tasks
-from autotune.processes.confine import SHARE, memory_bytes
+from autotune.processes.resource_limits import MEMORY_SHARE, memory_bytes
 from autotune.processes.worker import TaskFailed, Worker
 from tiles.compiler.compile import Artifact, compile_kernel
 from tiles.errors import BadInput
@@ -22,24 +22,23 @@ from tiles.target import Target
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-MOST_COMPILERS = 8
-"""Schedules that are compiled at a time: a search learns nothing from one before all of them are measured."""
+MAX_COMPILERS = 8
+"""Schedules compiled at a time: a search learns nothing from one before all of them are measured."""
 
-COMPILER_BYTES = 4 << 30
-"""Memory that a compiler shall have at least where more than two share it."""
+MIN_COMPILER_BYTES = 4 << 30
+"""Least memory of a compiler where more than two share it."""
 
 Job = tuple[Problem, Any, Target]
-"""What is compiled: a problem, a schedule of its kernel, and for what."""
+"""A compile job: a problem, a schedule of its kernel, and the target."""
 
 
 class Workers:
     """Compile and measure kernels in processes that stay alive from one problem to the next.
 
-    A kernel that takes longer than `compile_seconds` or `measure_seconds` is given up, and so is one that needs more
-    than `memory` bytes, by default `confine.SHARE` of what there is; those that compile side by side share them: as
-    many as have two cores each, or two. Kernels run on this machine's CPU or, for the `kind` cuda, on its current GPU.
-    They are measured with `threads` threads, by default as many as torch has in this process. As a context manager it
-    ends them on leaving.
+    A kernel fails that takes longer than `compile_seconds` or `measure_seconds`, or needs more than `memory` bytes, by
+    default `MEMORY_SHARE` of the machine's, which parallel compilers divide. There is a compiler for every two cores,
+    at least two. Kernels run on this machine's CPU or, for the `kind` cuda, on its current GPU, with `threads` host
+    threads, by default those of torch in this process. A context manager: leaving it ends the processes.
     """
 
     compiler: Callable[[Problem, Any, Target], Artifact] = staticmethod(compile_kernel)
@@ -59,17 +58,17 @@ class Workers:
         self.threads = threads or torch.get_num_threads()
         self._compile_seconds = compile_seconds
         self._measure_seconds = measure_seconds
-        memory = memory or int(SHARE * memory_bytes())
-        # All temporary files are in here, those of compilers that were killed as well.
+        memory = memory or int(MEMORY_SHARE * memory_bytes())
+        # Holds all temporary files, also those of compilers that were killed.
         self._scratch = tempfile.TemporaryDirectory(prefix="mhc-tune-", ignore_cleanup_errors=True)
         folder = Path(self._scratch.name)
-        self.compilers = max(2, min(MOST_COMPILERS, len(os.sched_getaffinity(0)) // 2, memory // COMPILER_BYTES))
-        """How many schedules are compiled at a time."""
+        self.compilers = max(2, min(MAX_COMPILERS, len(os.sched_getaffinity(0)) // 2, memory // MIN_COMPILER_BYTES))
+        """Number of schedules compiled at a time."""
         self._compilers = [Worker(memory=memory // self.compilers, folder=folder) for _ in range(self.compilers)]
         self._measurer = Worker(memory=memory, folder=folder)
         self._roofline: Roofline | None = None
         self.conditions: Mapping[str, float] = {}
-        """What the device said of itself when it was last measured (`stopwatch.Stopwatch`)."""
+        """The device's state during the last measurement (`Stopwatch.conditions`)."""
 
     def __enter__(self) -> Self:
         return self
@@ -86,11 +85,11 @@ class Workers:
         self._scratch.cleanup()
 
     def compile(self, problem: Problem, schedules: Sequence[Any], target: Target) -> list[Artifact | TaskFailed]:
-        """Compile every schedule; a failure takes the artifact's place."""
+        """Compile every schedule: an artifact or a failure for each."""
         return list(self.compile_each([(problem, schedule, target) for schedule in schedules]))
 
     def compile_each(self, jobs: Sequence[Job]) -> Iterator[Artifact | TaskFailed]:
-        """What becomes of every job, in order."""
+        """The artifact or failure of every job, in order."""
         for first in range(0, len(jobs), self.compilers):
             yield from self._compile_some(jobs[first : first + self.compilers])
 
@@ -112,7 +111,7 @@ class Workers:
         return done
 
     def roofline(self) -> Roofline:
-        """What this machine can do, measured once."""
+        """The roofline of this machine, measured once."""
         if self._roofline is None:
             self._roofline = self._measure(1, tasks.roofline, self._kind)
         assert self._roofline
@@ -138,12 +137,12 @@ class Workers:
         return self._timed(2, tasks.compare_separate, problem, self._file(fused), paths, seed)
 
     def _timed(self, kernels: int, function: Callable[..., Any], *arguments: Any) -> dict[str, list[float]]:
-        timed: tasks.Timed = self._measure(kernels, function, *arguments)
+        timed: tasks.Timings = self._measure(kernels, function, *arguments)
         self.conditions = timed.conditions
         return timed.times
 
     def _measure(self, kernels: int, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run a task that has so many `kernels` to measure."""
+        """Run a task that measures so many `kernels`, each with its own time limit."""
         return self._measurer.call(kernels * self._measure_seconds, function, *arguments, self.threads)
 
     def _file(self, binary: bytes) -> Path:

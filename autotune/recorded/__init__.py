@@ -1,1 +1,1 @@
-"""Recorded spaces: measuring and reading them, replaying searches against them, and how good a search was."""
+"""Recorded spaces: exhaustive measurement, file formats, replay of searches, and their score."""

@@ -1,4 +1,4 @@
-"""Recorded spaces of any kind, read from a file: ours, Kernel Tuner's cache files, and T4, told apart by content."""
+"""Readers of recorded spaces: our files, Kernel Tuner's cache files and T4, told apart by content."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from typing import Any
 
 from autotune.recorded.spaces import FORMAT, RecordedSpace, milliseconds, space_from
 from autotune.search.pool import Pool
-from tiles.errors import BadInput
+from tiles.errors import BadInput, one_line
 
 MOST_BYTES = 512 * 2**20
-"""Of JSON in a file: ten times what the largest spaces in the benchmark hub take."""
+"""Limit of a file's JSON: ten times the largest spaces in the benchmark hub."""
 
 GZIP, XZ = b"\x1f\x8b", b"\xfd7zXZ\x00"
 
 NEVER_MS = 1e15
-"""Kernel Tuner's older cache files note a failure as a time beyond any that is measured."""
+"""Kernel Tuner's older cache files mark a failure with a time above this."""
 
 
 def read_space(path: Path) -> RecordedSpace:
-    """The space in a file, plain or compressed with gzip or xz; raises `BadInput`, one line, for any other content.
+    """Read a file, plain or compressed with gzip or xz; raises `BadInput` for any other content.
 
-    Times are the file's own objective in milliseconds. Kernel Tuner's and T4 files know no default configuration, so
-    `has_default` is False for them. Of a configuration that is listed twice the last entry counts.
+    Times are the file's objective in milliseconds. Kernel Tuner's and T4 files have no default configuration, so
+    `has_default` is False for them. Of duplicate configurations the last entry counts.
     """
     try:
         data = json.loads(_text(path))
@@ -51,7 +51,7 @@ def read_space(path: Path) -> RecordedSpace:
 
 
 def _refused(path: Path, what: str) -> BadInput:
-    said = " ".join(what.split())[:200]
+    said = one_line(what)[:200]
     return BadInput(
         "a recorded space must be a file of mhc-tune record, a Kernel Tuner cache file or a T4 file, "
         f"got {path} ({said}): check the path, or record it anew"
@@ -66,7 +66,7 @@ def _text(path: Path) -> str:
     if len(content) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES >> 20} MiB of JSON")
     text = content.decode("utf-8").rstrip()
-    # Kernel Tuner closes a cache file at the end of a run only: one that was stopped ends behind an entry.
+    # Kernel Tuner closes a cache file only at the end of a run: an interrupted one ends after an entry.
     return text.removesuffix(",") + "}}" if text.endswith(",") else text
 
 
@@ -85,7 +85,7 @@ def _space(data: Mapping[str, Any], name: str) -> RecordedSpace:
 
 
 def _kernel_tuner(data: Mapping[str, Any], name: str) -> RecordedSpace:
-    """`cache` maps configurations to what was measured; the time of one that failed is the error's name."""
+    """`cache` maps configurations to measurements; the time of a failed one is the error's name."""
     names = [str(key) for key in data["tune_params_keys"]]
     objective = str(data.get("objective", "time"))
     found = []
@@ -127,7 +127,7 @@ def _gathered(
     listed: Mapping[str, list[Any]],
     about: Mapping[str, Any],
 ) -> RecordedSpace:
-    """A space of (configuration, its time, why it has none)."""
+    """Build a space from (configuration, time, reason without a time)."""
     distinct = {tuple(configuration[key] for key in names): (value, why) for configuration, value, why in found}
     space = {}
     for at, key in enumerate(names):
@@ -147,5 +147,5 @@ def _gathered(
 
 
 def _natural(value: Any) -> tuple[bool, Any]:
-    """Numbers first, in their order, then texts."""
+    """A sort key: numbers by value, then texts."""
     return (False, value) if isinstance(value, int | float) else (True, str(value))

@@ -1,4 +1,4 @@
-"""Replay: searches against recorded spaces, over several seeds side by side, and what they came to."""
+"""Replay of searches on recorded spaces, over several seeds in parallel, with summaries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from autotune.recorded.spaces import RecordedSpace
 
 @dataclass(frozen=True)
 class Run:
-    """One search with one seed: the member of each trial (None where it was in no pool), and how long it thought."""
+    """One search with one seed: the member of each trial (None outside of the pool), and the sampler's seconds."""
 
     members: tuple[int | None, ...]
     seconds: float
@@ -45,7 +45,7 @@ def replay(space: RecordedSpace, sampler: str, trials: int, seed: int) -> Run:
 def replay_all(
     files: Sequence[Path], samplers: Sequence[str], trials: int, seeds: int, on_run: Callable[[], None] | None = None
 ) -> list[dict[str, Any]]:
-    """Replay every sampler on every file with the seeds 0, 1, ... in a process for each core; summaries, plain data.
+    """Replay every sampler on every file with the seeds 0, 1, ... in a process per core; summaries, plain data.
 
     `on_run` is called after each run. Raises `BadInput` for a file that holds no space.
     """
@@ -55,7 +55,7 @@ def replay_all(
     context = get_context("spawn")  # torch does not survive a fork
     with (
         _one_thread_each(),
-        ProcessPoolExecutor(min(os.cpu_count() or 1, len(jobs)), context, _leave_interrupts_to_owner) as processes,
+        ProcessPoolExecutor(min(os.cpu_count() or 1, len(jobs)), context, _ignore_interrupts) as processes,
     ):
         waiting = {processes.submit(_replay_file, files[job[0]].resolve(), job[1], trials, job[2]): job for job in jobs}
         try:
@@ -74,9 +74,9 @@ def replay_all(
 
 
 def summary(space: RecordedSpace, sampler: str, runs: Sequence[Run], trials: int) -> dict[str, Any]:
-    """What several seeds came to. Times are shares of the optimum, 1 the best there is.
+    """Summary over several seeds. Times are multiples of the optimum's.
 
-    `found` are the quartiles after all trials; `to_95` and `to_99` the median trial that reached so much of the
+    `found` are the quartiles after all trials; `to_95` and `to_99` the median trial that reached that percentage of the
     optimum's speed, None where half of the seeds did not. `curve` is the median after each trial, `random_curve` the
     expectation of random search; `score` is `score.score`. `outside` counts trials outside of the pool.
     """
@@ -122,13 +122,13 @@ def _replay_file(path: Path, sampler: str, trials: int, seed: int) -> Run:
     return replay(_space(path), sampler, trials, seed)
 
 
-def _leave_interrupts_to_owner() -> None:
+def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Processes started meanwhile compute with one thread each: they are as many as there are cores."""
+    """Start processes with one compute thread each, as there is one process per core."""
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))

@@ -1,4 +1,4 @@
-"""Searches that replay recorded spaces: ours, and what others offer, each as a user of it would write it down."""
+"""Searches on recorded spaces: ours and baselines, each as its users would write it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Search = Callable[[RecordedSpace, int, int], list[int | None]]
 
 
 def start(space: RecordedSpace, seed: int) -> int:
-    """Where a search begins: at the space's default, or at a random member where it knows none."""
+    """The first member of a search: the space's default, or a random member where there is none."""
     return space.pool.default if space.has_default else random.Random(f"start {seed}").randrange(len(space.pool))
 
 
@@ -41,29 +41,29 @@ def ours(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
 
 
 def tpe(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
-    """Optuna's TPE as it comes, numbers as ordinal integers: what it repeats, or what is no member, costs a trial."""
-    return _stock(TPESampler(seed=seed), space, trials, seed)
+    """Optuna's TPE with its defaults, on ordinal integers: repeated and invalid configurations cost trials."""
+    return _optuna_search(TPESampler(seed=seed), space, trials, seed)
 
 
 def gp(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
-    """Optuna's Gaussian process as it comes, on the same ordinal integers. Raises `BadInput` without SciPy."""
+    """Optuna's Gaussian process with its defaults, on the same integers. Raises `BadInput` without SciPy."""
     if find_spec("scipy") is None:
         raise BadInput("Optuna's GPSampler needs SciPy, which is not installed: pip install scipy")
-    return _stock(GPSampler(seed=seed), space, trials, seed)
+    return _optuna_search(GPSampler(seed=seed), space, trials, seed)
 
 
-def chance(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
-    """Random members, none twice."""
+def random_search(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
+    """Random search without repetition."""
     first = start(space, seed)
     others = [member for member in range(len(space.pool)) if member != first]
     drawn = random.Random(seed).sample(others, min(trials - 1, len(others)))
     return [first, *drawn]
 
 
-def local(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
-    """Hill climbing with restarts: go to the first better member that differs in one tunable, tried in random order.
+def hill_climbing(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
+    """Hill climbing with random restarts: move to the first better neighbour, tried in random order.
 
-    Where there is none, it begins anew at a random member. What it meets again costs no trial.
+    Members that were tried before cost no trial.
     """
     draw, tried = random.Random(seed), dict[int, float]()
     trials = min(trials, len(space.pool))
@@ -77,9 +77,9 @@ def local(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
     here = start(space, seed)
     time_of(here)
     while len(tried) < trials:
-        beside = neighbours(space.pool, here)
-        draw.shuffle(beside)
-        better = next((member for member in beside if time_of(member) < tried[here]), None)
+        nearby = neighbours(space.pool, here)
+        draw.shuffle(nearby)
+        better = next((member for member in nearby if time_of(member) < tried[here]), None)
         if better is None:
             better = draw.choice([member for member in range(len(space.pool)) if member not in tried] or [here])
             time_of(better)
@@ -95,10 +95,16 @@ def neighbours(pool: Pool, member: int) -> list[int]:
     return [other for other in found if other is not None]
 
 
-SAMPLERS: Mapping[str, Search] = {"ours": ours, "tpe": tpe, "random": chance, "local": local, "gp": gp}
+SAMPLERS: Mapping[str, Search] = {
+    "ours": ours,
+    "tpe": tpe,
+    "random": random_search,
+    "local": hill_climbing,
+    "gp": gp,
+}
 
 
-def _stock(sampler: BaseSampler, space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
+def _optuna_search(sampler: BaseSampler, space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
     study, pool = _study(sampler), space.pool
     ordinal = {name: _is_number(values) for name, values in pool.space.items()}
     distributions: dict[str, BaseDistribution] = {

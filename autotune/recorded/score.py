@@ -1,4 +1,4 @@
-"""How good a search is, against a random search that is calculated instead of drawn.
+"""Score of a search, against a random search that is calculated instead of drawn.
 
 After Willemsen et al., "A methodology for comparing optimization algorithms for auto-tuning" (2024).
 """
@@ -15,8 +15,8 @@ def calculated_random_search(space: RecordedSpace, trials: int) -> list[float]:
     """The expected best milliseconds after 1, 2, ... `trials` random trials without repetition, exactly.
 
     Of N members, sorted by time, the k-th fastest (from 0) is the best of t drawn ones with probability
-    C(N-1-k, t-1) / C(N, t). Where nothing that was drawn ran, the slowest member that runs stands in. A space that has
-    a default begins with it, as our search does: one trial is spent, and no result is worse.
+    C(N-1-k, t-1) / C(N, t). Where nothing that was drawn runs, the slowest member that runs stands in. In a space that
+    has a default the search begins with it, as ours does: one trial is spent, and no result is worse.
     """
     failed = sum(ms is None for ms in space.ms)
     times = sorted(ms for ms in space.ms if ms is not None) + [space.worst] * failed
@@ -47,7 +47,7 @@ def _expected_least(times: Sequence[float], drawn: int) -> float:
 def best_so_far(space: RecordedSpace, members: Sequence[int | None]) -> list[float]:
     """The least milliseconds after each trial; None is a trial that tried no member.
 
-    The slowest member that runs stands in until one that runs was tried.
+    Until one that runs was tried, the slowest member that runs stands in.
     """
     found, least = [], space.worst
     for member in members:

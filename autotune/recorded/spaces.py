@@ -1,4 +1,4 @@
-"""Recorded spaces: what every member of a pool was measured to take, in memory and in our own file format."""
+"""Recorded spaces: the measured time of every member of a pool, in memory and in our file format."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class RecordedSpace:
 
     Fields:
         name: for people.
-        pool: the members. Its default counts only where `has_default`: other tools' files know none.
+        pool: the members. Its default counts only where `has_default`: other tools' files have none.
         ms: per member the median milliseconds, or None where it failed.
         reasons: {member: why it failed}.
-        spread: per member (low, high) of its rounds, as shares of the median, or None where that is not known.
-        sources: per member the SHA-256 of its generated code, or None where that is not known.
-        about: device, problem, versions: what else its maker said, plain data.
+        spread: per member the quartiles (low, high) of its rounds, over the median, or None where unknown.
+        sources: per member the SHA-256 of its generated code, or None where unknown.
+        about: device, problem, versions and other metadata, plain data.
     """
 
     name: str
@@ -47,7 +47,7 @@ class RecordedSpace:
 
     @property
     def worst(self) -> float:
-        """The most milliseconds of the members that ran."""
+        """The most milliseconds of all members that run."""
         return max(ms for ms in self.ms if ms is not None)
 
     def starting_at(self, member: int) -> Pool:
@@ -56,7 +56,7 @@ class RecordedSpace:
 
 
 def write_space(space: RecordedSpace, path: Path) -> None:
-    """Write the space as gzipped JSON, in one step: a reader sees the whole file or none."""
+    """Write the space as gzipped JSON, atomically."""
     data = {
         "format": FORMAT,
         "version": VERSION,
@@ -76,7 +76,7 @@ def write_space(space: RecordedSpace, path: Path) -> None:
 
 
 def space_from(data: Mapping[str, Any]) -> RecordedSpace:
-    """The space in an object that `write_space` wrote; raises ValueError, TypeError or LookupError for another one."""
+    """The space of an object written by `write_space`; raises ValueError, TypeError or LookupError for any other."""
     if data["version"] != VERSION:
         raise ValueError(f"version {data['version']!r} of the format")
     tunables = {str(name): tuple(values) for name, values in data["tunables"].items()}
@@ -107,7 +107,7 @@ def space_from(data: Mapping[str, Any]) -> RecordedSpace:
 
 
 def milliseconds(value: Any) -> float:
-    """A time that was measured; raises ValueError for what cannot be one."""
+    """A measured time; raises ValueError for what cannot be one."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"the time {value!r}")
     return float(value)

@@ -1,4 +1,4 @@
-"""Recording a space: every member of a pool is compiled, verified and timed, whatever happens in between."""
+"""Recording of a space: every member of a pool is compiled, verified and timed, across interruptions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from autotune.processes.tasks import DEFAULT, TUNED
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Workers
 from autotune.recorded.spaces import RecordedSpace, write_space
-from autotune.search.case import digest
 from autotune.search.pool import Pool, enumerate_pool
+from autotune.search.tuning_case import source_digest
 from autotune.study.provenance import provenance
 from tiles.cache.cache import Key
 from tiles.compiler.compile import Artifact
@@ -27,7 +27,7 @@ from tiles.kernels.spec import KernelSpec, Problem
 from tiles.target import Device
 
 Line = dict[str, Any]
-"""What was found of one member: `reason`, or `ratio`, `default_ms`, `low`, `high`, `rounds` and `source`."""
+"""The finding of one member: `reason`, or `ratio`, `default_ms`, `low`, `high`, `rounds` and `source`."""
 
 
 def record(
@@ -38,11 +38,11 @@ def record(
     *,
     on_member: Callable[[int, int, int], None] | None = None,
 ) -> RecordedSpace:
-    """Measure the whole pool of a problem and write it to `out`; `on_member(done, failed, all)` is told of each member.
+    """Measure the whole pool of a problem and write it to `out`; calls `on_member(done, failed, all)` for each member.
 
     Members are timed against the default schedule in interleaved rounds, those of equal generated code once. A member's
-    milliseconds are the default's, in the median over the whole sweep, divided by the paired ratio: what slows the
-    machine for a while slows both. Findings are appended to `out`.part one by one; the same call goes on from there.
+    milliseconds are the default's median over the whole sweep divided by the paired ratio, which cancels the machine's
+    drift. Findings are appended to `out`.part one by one; the same call resumes from there.
 
     Raises:
         BadInput: `out` is there already or cannot be written, or its part was begun for something else.
@@ -62,8 +62,8 @@ def record(
         raise BadInput(f"a recorded space must go to a new file, {out} exists: move it away or choose another name")
     part = out.with_name(f"{out.name}.part")
     try:
-        with _begin(part, {"pool": pool.digest, **about}) as file:
-            found = _read(file, pool)
+        with _open_findings(part, {"pool": pool.digest, **about}) as file:
+            found = _read_findings(file, pool)
             _Sweep(problem, spec, pool, device, workers, file, found, on_member or (lambda *_: None)).run()
         space = _space(problem, pool, found, about)
         write_space(space, out)
@@ -76,8 +76,8 @@ def record(
     return space
 
 
-def _begin(part: Path, header: Mapping[str, Any]) -> IO[bytes]:
-    """The open file of findings behind its header, without what a killed process left of a last line."""
+def _open_findings(part: Path, header: Mapping[str, Any]) -> IO[bytes]:
+    """Open the file of findings behind its header, and cut off a partial last line."""
     first = json.dumps(header).encode() + b"\n"
     file = part.open("a+b")
     try:
@@ -86,10 +86,10 @@ def _begin(part: Path, header: Mapping[str, Any]) -> IO[bytes]:
         file.truncate(content.rfind(b"\n") + 1)
         if b"\n" not in content:
             file.write(first)
-            _keep(file)
+            _flush(file)
         elif not content.startswith(first):
             raise BadInput(
-                f"{part} must be the begin of this very sweep, it is of another problem, device, pool, thread count or "
+                f"{part} must belong to this sweep, it is of another problem, device, pool, thread count or "
                 "version: move it away to begin anew"
             )
         file.seek(len(first))
@@ -99,7 +99,7 @@ def _begin(part: Path, header: Mapping[str, Any]) -> IO[bytes]:
     return file
 
 
-def _read(file: IO[bytes], pool: Pool) -> dict[int, Line]:
+def _read_findings(file: IO[bytes], pool: Pool) -> dict[int, Line]:
     found = {}
     for line in file:
         try:
@@ -112,7 +112,7 @@ def _read(file: IO[bytes], pool: Pool) -> dict[int, Line]:
     return found
 
 
-def _keep(file: IO[bytes]) -> None:
+def _flush(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
 
@@ -136,11 +136,11 @@ class _Sweep:
         self.by_source = {said["source"]: said for said in found.values() if "source" in said}
 
     def run(self) -> None:
-        """Find out what is missing, the default first."""
+        """Measure what is missing, the default first."""
         pool = self.pool
         left = [pool.default, *(member for member in range(len(pool)) if member != pool.default)]
         left = [member for member in left if member not in self.found]
-        self._tell()
+        self._report_progress()
         if not left:
             return
         default = self._compile([pool.default])[0]
@@ -150,17 +150,17 @@ class _Sweep:
         for first in range(0, len(left), together):
             members = left[first : first + together]
             for member, built in zip(members, self._compile(members), strict=True):
-                self._note(member, self._look_at(member, built, default))
+                self._append(member, self._evaluate(member, built, default))
 
     def _compile(self, members: Sequence[int]) -> list[Artifact | TaskFailed]:
         schedules = [self.spec.schedule_from(self.pool.values(member)) for member in members]
         return self.workers.compile(self.problem, schedules, self.device.target)
 
-    def _look_at(self, member: int, built: Artifact | TaskFailed, default: Artifact) -> Line:
+    def _evaluate(self, member: int, built: Artifact | TaskFailed, default: Artifact) -> Line:
         try:
             if isinstance(built, TaskFailed):
                 raise built
-            source = digest(built)
+            source = source_digest(built)
             return self.by_source.get(source) or self._time(member, built, default, source)
         except TaskFailed as failure:
             if member == self.pool.default:
@@ -181,13 +181,13 @@ class _Sweep:
         }
         return self.by_source[source]
 
-    def _note(self, member: int, said: Line) -> None:
+    def _append(self, member: int, said: Line) -> None:
         self.file.write(json.dumps({"member": member, **said}).encode() + b"\n")
-        _keep(self.file)
+        _flush(self.file)
         self.found[member] = said
-        self._tell()
+        self._report_progress()
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         failed = sum("reason" in said for said in self.found.values())
         self.on_member(len(self.found), failed, len(self.pool))
 
@@ -209,7 +209,7 @@ def _space(problem: Problem, pool: Pool, found: Mapping[int, Line], about: Mappi
 
 
 def _commit() -> str:
-    """The commit of this project's checkout, or nothing where there is none."""
+    """The commit of this project's checkout, or an empty text without one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         said = subprocess.run(command, check=False, capture_output=True, text=True)

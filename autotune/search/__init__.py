@@ -1,1 +1,1 @@
-"""What a search chooses from, what it has seen, and what it tries next."""
+"""The search space of schedules, the trials of a study, and the sampler that chooses the next one."""

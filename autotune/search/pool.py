@@ -1,4 +1,4 @@
-"""The schedules that a search may choose from, enumerated before it starts."""
+"""The pool of valid schedules that a search chooses from, enumerated before it starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiles.target import Target
 
 @dataclass(frozen=True)
 class Pool:
-    """Every valid choice of the tunables, in a fixed order.
+    """Every valid configuration of the tunables, in a fixed order.
 
     Fields:
         space: {tunable: values in natural order}.
@@ -49,13 +49,13 @@ class Pool:
         }
 
     def member(self, values: Mapping[str, Any]) -> int | None:
-        """The member with these tunables, or None where they are not all there, not valid or not in the space."""
+        """The member with these tunables, or None where some are missing, invalid or not in the space."""
         if not values.keys() >= self.space.keys():
             return None
         return self._index.get(tuple(values[name] for name in self.space))
 
     def nearest(self, values: Mapping[str, Any], among: Iterable[int]) -> list[int]:
-        """The members of `among` that are the fewest index steps away from `values`, summed over tunables."""
+        """The members of `among` with the least L1 distance from `values` in index steps."""
         candidates = sorted(among)
         at = [choices.index(values[name]) for name, choices in self.space.items()]
         steps = numpy.abs(self._steps[candidates] - at).sum(axis=1)
@@ -63,7 +63,7 @@ class Pool:
 
     @cached_property
     def digest(self) -> str:
-        """Equal for equal pools only."""
+        """A hash of the pool: 12 hex digits of SHA-256."""
         text = json.dumps([dict(self.space), self.members, self.default])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -1,4 +1,4 @@
-"""What the measured members of a pool say about the others: a Gaussian process over the tunables.
+"""A Gaussian process over the tunables, the surrogate model of measured schedules.
 
 Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006): the regression is their equations 2.23 and
 2.24, the marginal likelihood and its gradient 5.8 and 5.9. The covariance is Matérn 5/2 with one length scale per
@@ -19,10 +19,10 @@ Array = numpy.ndarray[Any, Any]
 
 JITTER = 1e-6
 STEPS = 30
-"""Of the ascent to the most likely parameters."""
+"""Steps of the search for the parameters of maximum a posteriori density (MAP)."""
 
-MOST_FITTED = 200
-"""Observations that parameters are fitted to; all of them count in predictions."""
+MAX_FITTED = 200
+"""Observations that the parameters are fitted to; predictions use all."""
 
 # Log-normal priors of the parameters, as (mean, deviation) of the logarithm. Features span [0, 1] and values have unit
 # variance, so one choice serves all pools: 1/length² around e, a signal of variance 1, noise far below it.
@@ -32,9 +32,9 @@ INVERSE_SQUARED_LENGTH, SIGNAL, NOISE = (1.0, 1.0), (0.0, 1.0), (math.log(1e-3),
 def encode(pool: Pool) -> Array:
     """Features [members, features] of all members, each within [0, 1].
 
-    A number is its logarithm and, where that is something else, how many times two divides it: vector lanes, cache
-    lines and banks come in powers of two, so 96 is nearer to 128 in size and nearer to 32 in what it divides.
-    Two values of any kind are 0 and 1, several texts are one feature each. A tunable that never varies has none.
+    A number is encoded as its logarithm and, where that differs, as the power of two in it: vector lanes, cache lines
+    and banks come in powers of two, so 96 is near 128 in size and near 32 in alignment. Two values of any kind are 0
+    and 1, three or more texts are one-hot. A tunable that never varies has no feature.
     """
     steps = numpy.array(pool.members, dtype=numpy.int64).reshape(len(pool), len(pool.space))
     columns: list[Array] = []
@@ -46,14 +46,14 @@ def encode(pool: Pool) -> Array:
         if len(used) == 2:
             columns.append(rank.astype(float))
         elif all(isinstance(value, int | float) and math.isfinite(value) for value in chosen):
-            columns += [feature[rank] for feature in _of_numbers(chosen)]
+            columns += [feature[rank] for feature in _number_features(chosen)]
         else:
-            # Two texts are a distance of 1 apart.
+            # One-hot texts are a distance of 1 apart.
             columns += [(rank == other) / math.sqrt(2) for other in range(len(used))]
     return numpy.array(columns).T.reshape(len(pool), len(columns))
 
 
-def _of_numbers(values: list[Any]) -> list[Array]:
+def _number_features(values: list[Any]) -> list[Array]:
     lowest = min(values)
     size = numpy.arange(len(values)) if lowest < 0 else numpy.log2(numpy.array(values, float) + (lowest == 0))
     features = [size]
@@ -64,11 +64,11 @@ def _of_numbers(values: list[Any]) -> list[Array]:
     return [(feature - feature.min()) / numpy.ptp(feature) for feature in features]
 
 
-def bent_logarithms(times: Array) -> Array:
-    """Positive times [n] as values [n] of mean 0 and variance 1, for a broad view.
+def compressed_logs(times: Array) -> Array:
+    """Positive times [n] as values [n] of mean 0 and variance 1: logarithms, compressed above the median.
 
-    The logarithm, in units of the distance from the best to the median; above the median once more the logarithm, as
-    how slow a slow schedule is says little about the fast ones.
+    In units of the distance from the best to the median; above the median log1p once more, as differences between slow
+    schedules say little about the fast ones.
     """
     logs = numpy.log(times)
     middle = numpy.median(logs)
@@ -76,8 +76,8 @@ def bent_logarithms(times: Array) -> Array:
     return _standardized(numpy.where(scaled > 0, numpy.log1p(numpy.maximum(scaled, 0)), scaled))
 
 
-def rates(times: Array) -> Array:
-    """Positive times [n] as values [n] of mean 0 and variance 1: minus the speed, which tells the fastest apart."""
+def speeds(times: Array) -> Array:
+    """Positive times [n] as values [n] of mean 0 and variance 1: minus the speed, which resolves the fastest ones."""
     return _standardized(-times.min() / times)
 
 
@@ -87,9 +87,9 @@ def _standardized(values: Array) -> Array:
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A Gaussian process that has seen values [n] at features [n, d].
+    """A Gaussian process conditioned on values [n] at features [n, d].
 
-    `scale` [d] divides features by their length scales, `signal` and `noise` are variances.
+    `scale` [d] is 1/length scale of each feature; `signal` and `noise` are variances.
     """
 
     features: Array
@@ -100,53 +100,53 @@ class Surrogate:
 
     @classmethod
     def fitted(cls, features: Array, values: Array) -> Surrogate:
-        """With the parameters of the greatest posterior density."""
+        """The process with MAP parameters."""
         some = numpy.argsort(values, kind="stable")
-        if len(some) > MOST_FITTED:
-            some = some[numpy.linspace(0, len(some) - 1, MOST_FITTED).astype(int)]
-        parameters = _most_likely(features[some], values[some])
+        if len(some) > MAX_FITTED:
+            some = some[numpy.linspace(0, len(some) - 1, MAX_FITTED).astype(int)]
+        parameters = _map_parameters(features[some], values[some])
         scale = numpy.exp(parameters[:-2] / 2)
         return cls(features, values, scale, math.exp(parameters[-2]), math.exp(parameters[-1]) + JITTER)
 
-    def believing(self, features: Array) -> Surrogate:
-        """The same process after it has seen its own predictions at `features` [m, d]: what is still being measured."""
+    def with_pending(self, features: Array) -> Surrogate:
+        """The process conditioned on its own predictions for pending trials at `features` [m, d] (kriging believer)."""
         mean, _ = self.predict(features)
         together = numpy.concatenate([self.features, features]), numpy.concatenate([self.values, mean])
         return Surrogate(*together, self.scale, self.signal, self.noise)
 
     def predict(self, features: Array) -> tuple[Array, Array]:
         """Mean [m] and standard deviation [m] of the signal at `features` [m, d]."""
-        own = self.signal * self.closeness(self.features, self.features)
+        own = self.signal * self.correlation(self.features, self.features)
         own[numpy.diag_indices(len(own))] += self.noise
         inverse = numpy.linalg.inv(own)
-        across = self.signal * self.closeness(features, self.features)
+        across = self.signal * self.correlation(features, self.features)
         variance = self.signal - ((across @ inverse) * across).sum(axis=1)
         return across @ (inverse @ self.values), numpy.sqrt(numpy.maximum(variance, 1e-12))
 
-    def closeness(self, left: Array, right: Array) -> Array:
+    def correlation(self, left: Array, right: Array) -> Array:
         """Correlation [l, r] of the signal between `left` [l, d] and `right` [r, d]."""
         scaled, other = left * self.scale, right * self.scale
         return _matern(squared_distances(scaled, other))
 
 
 def squared_distances(left: Array, right: Array) -> Array:
-    """Between all rows of `left` [l, d] and of `right` [r, d], as [l, r]."""
+    """Squared Euclidean distances [l, r] between the rows of `left` [l, d] and of `right` [r, d]."""
     squares = (left**2).sum(axis=1)[:, None] + (right**2).sum(axis=1) - 2 * left @ right.T
     return numpy.maximum(squares, 0)
 
 
 def expected_improvement(mean: Array, deviation: Array, best: float) -> Array:
-    """How far below `best` a value falls on average, values above it counting as 0 (Jones et al. 1998, equation 15)."""
+    """E[max(best - value, 0)], the expected improvement of a minimum (Jones et al. 1998, equation 15)."""
     gain = (best - mean) / deviation
     density = numpy.exp(-(gain**2) / 2) / math.sqrt(2 * math.pi)
     return deviation * numpy.maximum(gain * _normal_below(gain) + density, 0)
 
 
-def chance_to_work(features: Array, worked: Array, at: Array) -> Array:
-    """The probability [m] that a member at `at` [m, d] works, where `worked` [n] says which at `features` [n, d] did.
+def probability_of_feasibility(features: Array, worked: Array, at: Array) -> Array:
+    """The probability [m] that members at `at` [m, d] run, given `worked` [n], which at `features` [n, d] did.
 
     Least-squares classification (Rasmussen and Williams, section 6.5): a process over the standardized outcomes, and
-    the probability that it lies above their middle. Where nothing is near, that is about the share that worked.
+    the probability that it lies above their middle; far from all features that is about the share that worked.
     """
     share, spread = worked.mean(), worked.std()
     mean, deviation = Surrogate.fitted(features, (worked - share) / spread).predict(at)
@@ -163,18 +163,18 @@ def _matern(squared: Array) -> Array:
     return (1 + root + root**2 / 3) * numpy.exp(-root)
 
 
-def _most_likely(features: Array, values: Array) -> Array:
-    """Logarithms [d + 2] of the inverse squared lengths, the signal's and the noise's variance.
+def _map_parameters(features: Array, values: Array) -> Array:
+    """Logarithms [d + 2] of the MAP parameters: inverse squared lengths, signal variance and noise variance.
 
-    Climbs the posterior by the signs of its gradient, with a step for each parameter that grows while the sign lasts
-    and halves when it turns (Rprop, Riedmiller and Braun 1993): no line search, and always the same work.
+    Rprop (Riedmiller and Braun 1993): a step for each parameter, which grows while the gradient keeps its sign and
+    halves when that changes; no line search, and always the same work.
     """
     apart = ((features[:, None] - features) ** 2).transpose(2, 0, 1).copy()
     prior = numpy.array([INVERSE_SQUARED_LENGTH] * len(apart) + [SIGNAL, NOISE])
     at, step, before = prior[:, 0], numpy.full(len(prior), 0.3), numpy.zeros(len(prior))
     least, best = math.inf, at
     for _ in range(STEPS + 1):
-        loss, slope = _loss(at, apart, values, prior)
+        loss, slope = _negative_log_posterior(at, apart, values, prior)
         if loss < least:
             least, best = loss, at
         turned = numpy.sign(slope * before)
@@ -183,7 +183,7 @@ def _most_likely(features: Array, values: Array) -> Array:
     return best
 
 
-def _loss(at: Array, apart: Array, values: Array, prior: Array) -> tuple[float, Array]:
+def _negative_log_posterior(at: Array, apart: Array, values: Array, prior: Array) -> tuple[float, Array]:
     """Minus the logarithm of the posterior density, up to a constant, and its gradient; `apart` is [d, n, n]."""
     weights, signal, noise = numpy.exp(at[:-2]), math.exp(at[-2]), math.exp(at[-1])
     root = numpy.sqrt(5 * numpy.tensordot(weights, apart, 1))

@@ -1,6 +1,6 @@
-"""What earlier searches found for other shapes and devices, as first schedules of a new search.
+"""Transfer learning: schedules tuned for other shapes and devices warm-start a new search.
 
-They are tried and timed like any other: a neighbour that misleads costs its trials and decides nothing.
+They are tried and timed like any other: a misleading neighbour costs its trials and decides nothing.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from autotune.search.pool import Pool
 from tiles.cache.record import Key
 from tiles.kernels.spec import DTYPE_BYTES, KernelSpec
 
-MOST = 4
-"""So many schedules of neighbours start a search at most."""
+MAX_SEEDS = 4
+"""At most so many schedules of neighbours start a search."""
 
-SHARE = 4
-"""And no more than one in this many of its trials."""
+TRIALS_PER_SEED = 4
+"""And at most one in this many of its trials."""
 
 
 class Neighbour(Protocol):
-    """A schedule that was measured somewhere: a cache's record, or one that ships with the package."""
+    """A tuned schedule: a cache's record, or one that ships with the package."""
 
     @property
     def key(self) -> Key:
-        """For what and where."""
+        """The problem and the device that it was tuned for."""
 
     @property
     def schedule(self) -> dict[str, Any]:
@@ -34,13 +34,13 @@ class Neighbour(Protocol):
 
 
 def seeds(spec: KernelSpec, key: Key, pool: Pool, neighbours: Iterable[Neighbour], *, trials: int) -> list[int]:
-    """The members of `pool` to try first, of the nearest neighbour first; at most `MOST`, and `trials` / `SHARE`.
+    """The members of `pool` to try first, nearest neighbour first, at most `MAX_SEEDS` and `trials`/`TRIALS_PER_SEED`.
 
-    Neighbours of the same op and direction on a device of the same kind count. Their schedules are data: those of other
-    sources and toolchains serve too, as long as the tunables have the same names. One that kept its default schedule
-    advises the default, which every search tries anyway.
+    Only neighbours of the same op and direction on a device of the same kind count. Their schedules are data: other
+    sources and toolchains serve too, as long as the tunables have the same names. A neighbour that kept its default is
+    left out, as every search tries the default anyway.
     """
-    most, members = min(MOST, trials // SHARE), dict[int, None]()
+    most, members = min(MAX_SEEDS, trials // TRIALS_PER_SEED), dict[int, None]()
     same_kernel = (neighbour for neighbour in neighbours if _same_kernel(neighbour.key, key))
     for neighbour in sorted(same_kernel, key=lambda neighbour: distance(neighbour.key, key)):
         if len(members) >= most:
@@ -52,9 +52,9 @@ def seeds(spec: KernelSpec, key: Key, pool: Pool, neighbours: Iterable[Neighbour
 
 
 def distance(other: Key, key: Key) -> tuple[bool, bool, float, bool, str]:
-    """Sorts nearer neighbours first: this device, its architecture, then how many times the shape doubles or halves.
+    """A sort key, nearer neighbours first: this device, its architecture, then by how many doublings the shapes differ.
 
-    Of two at the same distance, one of today's sources comes first.
+    Of two at the same distance, one of the current sources comes first.
     """
     doublings = sum(
         abs(math.log2(max(1, there) / max(1, here)))
@@ -72,8 +72,8 @@ def distance(other: Key, key: Key) -> tuple[bool, bool, float, bool, str]:
 def nearest_member(pool: Pool, schedule: dict[str, Any]) -> int | None:
     """The member nearest to a schedule of another problem, or None where its tunables are not this pool's.
 
-    A value that does not exist here moves to the nearest in log scale; where the values together are not valid, the
-    member the fewest steps away stands for them.
+    A value that is not in this pool moves to the nearest in log scale; where the combination is invalid, the member the
+    fewest steps away is taken.
     """
     if set(schedule) != set(pool.space):
         return None
@@ -87,7 +87,7 @@ def nearest_member(pool: Pool, schedule: dict[str, Any]) -> int | None:
 
 
 def _octaves(left: float, right: float) -> float:
-    """How far apart two tunables are in log scale; one is added because some may be 0, and none should be less."""
+    """The distance of two tunables in log2 scale, of 1 + value, as some are 0; negative values count as 0."""
     return abs(math.log2((1 + max(0, left)) / (1 + max(0, right))))
 
 

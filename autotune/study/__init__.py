@@ -1,1 +1,1 @@
-"""What is stored and survives kill -9: trials, who works on which, and what studies and records say of themselves."""
+"""Stored state that survives kill -9: trials, their leases, and the metadata of studies and records."""

@@ -1,4 +1,4 @@
-"""Trials in a database that several machines share, through Optuna's own storage; a server may go away for a while."""
+"""Optuna's database storage with retries: trials that several machines share outlast a restart of the server."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from sqlalchemy.exc import (
 from autotune.study.redact import without_password
 from tiles.errors import BadInput, first_line
 
-PATIENCE = 60.0
-"""Seconds for which a database that does not answer is tried again: a server's restart takes less."""
+RETRY_SECONDS = 60.0
+"""Seconds for which a call to a database that does not answer is retried: a server's restart takes less."""
 
-PAUSE = 0.5
-"""Seconds between two tries."""
+RETRY_PAUSE = 0.5
+"""Seconds between two attempts."""
 
 CONNECT_SECONDS = 10
 
-LOST = (OperationalError, InterfaceError, PendingRollbackError)
-"""What a lost connection looks like; the last where Optuna went on in the same transaction."""
+CONNECTION_LOST = (OperationalError, InterfaceError, PendingRollbackError)
+"""Exceptions of a lost connection; the last where Optuna went on in the same transaction."""
 
-_OPENING_TRIES = 5
+_OPEN_ATTEMPTS = 5
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @functools.cache
 def open_database(url: str) -> RDBStorage:
-    """The database at `url`, an SQLAlchemy URL; its tables are made where it has none. One a process and URL.
+    """Open the database at `url` (SQLAlchemy), with its tables made where it has none; one object per process and URL.
 
-    Raises `BadInput` for a URL that names no database, a driver that is missing and a server that does not let us in.
+    Raises `BadInput` for a URL that names no database, a missing driver and a server that refuses the connection.
     """
     try:
-        return _opened(url)
+        return _open(url)
     except ModuleNotFoundError as error:
         raise BadInput(_missing_driver(url, error.name or "")) from error
     except ImportError as error:
@@ -59,26 +59,26 @@ def open_database(url: str) -> RDBStorage:
         ) from error
 
 
-def _opened(url: str) -> RDBStorage:
-    for tried in range(_OPENING_TRIES):
+def _open(url: str) -> RDBStorage:
+    for attempt in range(_OPEN_ATTEMPTS):
         try:
             return Database(url, engine_kwargs=_engine_options(url))
-        except (IntegrityError, ProgrammingError):  # another worker makes the tables this moment
-            if tried == _OPENING_TRIES - 1:
+        except (IntegrityError, ProgrammingError):  # another worker is making the tables
+            if attempt == _OPEN_ATTEMPTS - 1:
                 raise
             time.sleep(random.uniform(0.1, 0.5))
     raise AssertionError
 
 
 def _engine_options(url: str) -> dict[str, Any]:
-    """A connection that hangs is given up. None is tried before it is used: one that was lost is met with patience."""
+    """Timeouts for connections that hang. None is pinged before use: calls on a lost one are retried."""
     try:
         driver = make_url(url).get_dialect().driver
     except NoSuchModuleError:
         return {}
     if not driver.startswith("psycopg"):
         return {}
-    # libpq's names: without them a host that vanished holds a call for many minutes.
+    # libpq's names: without them a host that vanished blocks a call for many minutes.
     limits = {"connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": 1000 * CONNECT_SECONDS}
     # A server that was set up without an encoding would answer in bytes.
     return {"connect_args": {**limits, "client_encoding": "utf8"}}
@@ -91,8 +91,8 @@ def _missing_driver(url: str, module: str) -> str:
     )
 
 
-def _patient(method: Method) -> Method:
-    """Each method of a storage is one transaction: one that was lost with its connection is run again."""
+def _retrying(method: Method) -> Method:
+    """Retry a storage's method, which is one transaction, when it was lost with its connection."""
 
     @functools.wraps(method)
     def call(self: Database, *arguments: Any, **named: Any) -> Any:
@@ -103,39 +103,39 @@ def _patient(method: Method) -> Method:
             except UpdateFinishedTrialError:
                 if deadline is None or method.__name__ != "set_trial_state_values":
                     raise
-                return True  # the transaction had gone through; only the answer was lost
+                return True  # the transaction was committed; only the answer was lost
             except StorageInternalError as error:
-                if not isinstance(error.__cause__, LOST):
+                if not isinstance(error.__cause__, CONNECTION_LOST):
                     raise
-                deadline = deadline or time.monotonic() + PATIENCE
+                deadline = deadline or time.monotonic() + RETRY_SECONDS
                 if time.monotonic() > deadline:
                     raise BadInput(
                         f"the database must answer, got {without_password(first_line(error.__cause__))} from "
-                        f"{without_password(self.url)} for {PATIENCE:g} s: what was finished is kept there; "
+                        f"{without_password(self.url)} for {RETRY_SECONDS:g} s: what was finished is kept there; "
                         "run the same command again when it does"
                     ) from error
-                time.sleep(PAUSE)
+                time.sleep(RETRY_PAUSE)
 
     return cast("Method", call)
 
 
 class Database(RDBStorage):
-    """Optuna's storage, patient with a server that is away; gives up with `BadInput` after `PATIENCE` seconds."""
+    """Optuna's storage with retries; raises `BadInput` after `RETRY_SECONDS` without an answer."""
 
-    create_new_study = _patient(RDBStorage.create_new_study)
-    get_study_id_from_name = _patient(RDBStorage.get_study_id_from_name)
-    get_study_name_from_id = _patient(RDBStorage.get_study_name_from_id)
-    get_study_directions = _patient(RDBStorage.get_study_directions)
-    get_study_user_attrs = _patient(RDBStorage.get_study_user_attrs)
-    get_study_system_attrs = _patient(RDBStorage.get_study_system_attrs)
-    set_study_user_attr = _patient(RDBStorage.set_study_user_attr)
-    get_all_studies = _patient(RDBStorage.get_all_studies)
-    set_trial_state_values = _patient(RDBStorage.set_trial_state_values)
-    set_trial_user_attr = _patient(RDBStorage.set_trial_user_attr)
-    set_trial_system_attr = _patient(RDBStorage.set_trial_system_attr)
-    get_trial = _patient(RDBStorage.get_trial)
-    get_trial_id_from_study_id_trial_number = _patient(RDBStorage.get_trial_id_from_study_id_trial_number)
-    # What Optuna's cache in front of a database calls.
-    _create_new_trial = _patient(RDBStorage._create_new_trial)
-    _set_trial_param = _patient(RDBStorage._set_trial_param)
-    _get_trials = _patient(RDBStorage._get_trials)
+    create_new_study = _retrying(RDBStorage.create_new_study)
+    get_study_id_from_name = _retrying(RDBStorage.get_study_id_from_name)
+    get_study_name_from_id = _retrying(RDBStorage.get_study_name_from_id)
+    get_study_directions = _retrying(RDBStorage.get_study_directions)
+    get_study_user_attrs = _retrying(RDBStorage.get_study_user_attrs)
+    get_study_system_attrs = _retrying(RDBStorage.get_study_system_attrs)
+    set_study_user_attr = _retrying(RDBStorage.set_study_user_attr)
+    get_all_studies = _retrying(RDBStorage.get_all_studies)
+    set_trial_state_values = _retrying(RDBStorage.set_trial_state_values)
+    set_trial_user_attr = _retrying(RDBStorage.set_trial_user_attr)
+    set_trial_system_attr = _retrying(RDBStorage.set_trial_system_attr)
+    get_trial = _retrying(RDBStorage.get_trial)
+    get_trial_id_from_study_id_trial_number = _retrying(RDBStorage.get_trial_id_from_study_id_trial_number)
+    # Called by Optuna's cache in front of a database.
+    _create_new_trial = _retrying(RDBStorage._create_new_trial)
+    _set_trial_param = _retrying(RDBStorage._set_trial_param)
+    _get_trials = _retrying(RDBStorage._get_trials)

@@ -1,4 +1,4 @@
-"""Trials in a journal file that survives kill -9: one JSON object a line, under a lock that dies with its holder."""
+"""Optuna's journal file, safe against kill -9: one JSON object a line, under a lock that ends with its process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiles.errors import BadInput
 
 
 def open_journal(folder: Path, name: str) -> BaseStorage:
-    """The journal `folder`/`name`.journal, made or repaired; raises `BadInput` where it cannot be read or written."""
+    """Open `folder`/`name`.journal, made or repaired; raises `BadInput` where it cannot be read or written."""
     path = folder.absolute() / f"{name}.journal"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -29,9 +29,9 @@ def open_journal(folder: Path, name: str) -> BaseStorage:
 
 
 def repair(path: Path) -> None:
-    """Cut off what a killed process left of the last line of a journal; raises `BadInput` for damage before that.
+    """Cut off a partial last line, which a killed process leaves; raises `BadInput` for damage before that.
 
-    A line that is missing in the middle would give every later trial another number, so nothing is guessed there.
+    Dropping a line in the middle would renumber every later trial.
     """
     if not path.exists():
         return
@@ -39,7 +39,7 @@ def repair(path: Path) -> None:
     lock.acquire()
     try:
         lines = path.read_bytes().splitlines(keepends=True)
-        bad = next((number for number, line in enumerate(lines) if not _complete(line)), len(lines))
+        bad = next((number for number, line in enumerate(lines) if not _is_whole(line)), len(lines))
         if bad < len(lines) - 1:
             raise BadInput(
                 f"a journal must hold one JSON object a line, {path} does not in line {bad + 1}: "
@@ -52,11 +52,11 @@ def repair(path: Path) -> None:
 
 
 class AppendLock(BaseJournalFileLock):
-    """Lets one process at a time append to a journal, after whole lines only.
+    """An exclusive lock to append to a journal, after whole lines only.
 
-    The system lets go of it when its holder dies; Optuna's lock files stay, and block others for half a minute. A
-    holder that was killed, or whose disk was full, in the middle of a line leaves a part of it: whoever comes next cuts
-    it off, because two lines run together would be lost both.
+    The system releases it when its holder dies; Optuna's lock files stay, and block others for half a minute. A holder
+    that was killed, or whose disk was full, leaves a partial line: the next one cuts it off, because two lines run
+    together would both be lost.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +68,7 @@ class AppendLock(BaseJournalFileLock):
         file = self._path.open("rb+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-            _cut_torn_line(file)
+            _truncate_partial_line(file)
         except BaseException:
             file.close()
             raise
@@ -76,7 +76,7 @@ class AppendLock(BaseJournalFileLock):
         return True
 
     def release(self) -> None:
-        """Let the next one append."""
+        """Release the lock."""
         assert self._file
         self._file.close()
         self._file = None
@@ -98,7 +98,7 @@ class _Journal(JournalFileBackend):
             ) from error
 
 
-def _cut_torn_line(file: IO[bytes]) -> None:
+def _truncate_partial_line(file: IO[bytes]) -> None:
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         return
@@ -108,7 +108,7 @@ def _cut_torn_line(file: IO[bytes]) -> None:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def _complete(line: bytes) -> bool:
+def _is_whole(line: bytes) -> bool:
     if not line.endswith(b"\n"):
         return False
     try:

@@ -1,4 +1,4 @@
-"""What a study says of itself, as attributes of plain data: whoever opens it needs no kernel cache to understand it."""
+"""Metadata of a study, as attributes of plain data that are understood without the kernel cache."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tiles.errors import BadInput
 from tiles.kernels.spec import Problem, Traffic
 from tiles.target import Device
 
-ABOUT = "about"
-"""Study attribute: what is tuned, on what device, with which versions, and the limits of both (`about`)."""
+METADATA = "about"
+"""Study attribute: what is tuned, on what device, with which versions, and the limits of both (`study_metadata`)."""
 
-CONCLUDED = "concluded"
-"""Study attribute: how many trials were settled when the winner was written, why the search had stopped, the winner's
-schedule and measurement, and how all finalists did (`final.standings`)."""
+CONCLUSION = "concluded"
+"""Study attribute: number of evaluated trials when the winner was written, reason to stop, the winner's schedule and
+measurement, and the finalists (`significance.finalist_results`)."""
 
 
-def about(
+def study_metadata(
     problem: Problem, device: Device, pool: Pool, traffic: Traffic, roofline: Roofline, threads: int
 ) -> dict[str, Any]:
-    """The value of `ABOUT`; rates are in 1e9 a second."""
+    """The value of `METADATA`; rates are in 1e9 a second."""
     return {
         "problem": asdict(problem),
         "device": device.as_dict(),
@@ -42,9 +42,9 @@ def about(
 
 
 def check_same_search(name: str, stored: Mapping[str, Any] | None, mine: Mapping[str, Any]) -> None:
-    """Raise `BadInput` where a study says of itself (`stored`, None for a new one) that it is another search's.
+    """Raise `BadInput` where a study's `stored` metadata (None for a new study) is another search's.
 
-    Its name tells them apart, so this is a study that was renamed or copied by hand.
+    Studies' names differ by search, so such a study was renamed or copied by hand.
     """
     for field in ("problem", "device", "threads", "pool_digest"):
         if stored is not None and field in stored and stored[field] != mine[field]:

@@ -1,4 +1,4 @@
-"""What a record says of itself: how fast its kernel was, and where and when it was made."""
+"""Measurement and provenance of a record: how fast its kernel is, and where and when it was made."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def measurement(
     trials: int,
     default_kept: bool,
 ) -> dict[str, Any]:
-    """A record's measurement. `ratio` is default/tuned, the median of pairs; rates are in 1e9 a second.
+    """The measurement of a record. `ratio` is default/tuned, the median of pairs; rates are in 1e9 a second.
 
     `percent_of_copy` compares the bytes with copy bandwidth, `percent_of_limit` the time with the roofline's.
     """
@@ -52,7 +52,7 @@ def measurement(
 
 
 def provenance(**more: str | int) -> dict[str, Any]:
-    """Where and when a record was made, and `more` that its maker knows."""
+    """Where, when and with which versions a record is made, and `more` fields."""
     command = without_password(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""Redaction of passwords in what is shown and kept."""
+"""Redaction of passwords in text that is shown or stored."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import re
 
 
 def without_password(text: str) -> str:
-    """The text, such as a URL or a command, as it may be shown and kept."""
+    """The text, such as a URL or a command, with the passwords of its URLs as `***`."""
     return re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)

@@ -1,7 +1,7 @@
-"""The trials of a study as one of its workers sees them: who works on what, what is settled, what is left.
+"""The trials of a study that several workers share: asking, telling, and the state of the search.
 
-Several workers, on any number of machines, may share a study. None waits for a lock: each asks, and where two took the
-same member, both see it and the lower trial number keeps it.
+Workers may run on any number of machines. None waits for a lock: where two ask for the same member, both see it and the
+lower trial number keeps it.
 """
 
 from __future__ import annotations
@@ -18,126 +18,125 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from autotune.search.pool import Pool
-from autotune.search.trials import FOUND, REASON, Found, fastest_first, settled, taken, unseen
-from autotune.study.heartbeat import OWNER, Lease
+from autotune.search.trials import REASON, RESULT, TrialResult, claimed, evaluated, fastest_first, member_of, unclaimed
+from autotune.study.heartbeat import OWNER, Leases
 from tiles.errors import BadInput
 
-LOOK_SECONDS = 0.02
-"""Between two looks at a trial whose owner is choosing this moment."""
+POLL_SECONDS = 0.02
+"""Between two polls of a trial whose owner is choosing its tunables."""
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Where a search stands.
+class SearchState:
+    """The state of a search.
 
     Fields:
-        measured: the trials that were measured, the fastest first.
-        news: what other workers have settled since the last look.
-        left: how many members no trial has settled and nobody is at work on.
-        room: how many more trials the budget allows, those at work counted.
-        elsewhere: how many trials other workers are at work on.
+        measured: the measured trials, the fastest first.
+        new: trials that other workers have evaluated since the last poll.
+        remaining: number of members that no trial has evaluated or is running.
+        budget_left: how many more trials the budget allows; running ones count as spent.
+        running_elsewhere: number of trials that other workers are running.
     """
 
     measured: list[FrozenTrial]
-    news: list[FrozenTrial]
-    left: int
-    room: int
-    elsewhere: int
+    new: list[FrozenTrial]
+    remaining: int
+    budget_left: int
+    running_elsewhere: int
 
 
-class Ledger:
-    """Asks for members that nobody else has, and tells what became of them. `close` frees what was not told."""
+class SharedTrials:
+    """Asks for members that no other worker has claimed, and tells their results. `close` frees what was not told."""
 
     def __init__(self, study: Study, pool: Pool, budget: int) -> None:
         self.study = study
         self._pool = pool
         self._budget = budget
-        self._lease = Lease()
-        self._known = {trial.number for trial in self.settled()}
-        study.sampler = _Owned(study.sampler, self._lease.owner)
+        self._leases = Leases()
+        self._known = {trial.number for trial in self.evaluated()}
+        study.sampler = _OwnerSampler(study.sampler, self._leases.owner)
 
     def close(self) -> None:
-        """Let others have at once what this run was at work on."""
-        for trial in self._lease.held:
-            with suppress(BadInput):  # a storage that fails has been told of: others will see that we are gone
-                self.give_up(trial)
-        self._lease.close()
+        """Release this run's trials, for others to ask at once."""
+        for trial in self._leases.held:
+            with suppress(BadInput):  # a storage that fails was reported already; others will see the lease expire
+                self.release_trial(trial)
+        self._leases.close()
 
-    def settled(self) -> list[FrozenTrial]:
-        """The trials that say something about their schedule."""
-        return [trial for trial in self._trials() if settled(trial)]
+    def evaluated(self) -> list[FrozenTrial]:
+        """The trials that were measured or failed for a reason."""
+        return [trial for trial in self._trials() if evaluated(trial)]
 
     def measured(self) -> list[FrozenTrial]:
-        """The trials that were measured, the fastest first."""
+        """The measured trials, the fastest first."""
         return fastest_first(self._trials())
 
-    def look(self) -> Standing:
-        """Where the search stands; trials whose owner is gone are freed first."""
+    def poll(self) -> SearchState:
+        """The state of the search; trials whose lease has expired are freed first."""
         trials = self._trials()
-        gone = [trial for trial in trials if self._gone(trial)]
+        gone = [trial for trial in trials if self._abandoned(trial)]
         for trial in gone:
             self._set_state(trial.number, TrialState.FAIL)
         if gone:
             trials = self._trials()
-        news = [trial for trial in trials if settled(trial) and trial.number not in self._known]
-        self._known |= {trial.number for trial in news}
+        new = [trial for trial in trials if evaluated(trial) and trial.number not in self._known]
+        self._known |= {trial.number for trial in new}
         running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-        return Standing(
+        return SearchState(
             measured=fastest_first(trials),
-            news=news,
-            left=len(unseen(self._pool, trials)),
-            room=self._budget - sum(taken(trial) for trial in trials),
-            elsewhere=sum(not self._lease.mine(trial) for trial in running),
+            new=new,
+            remaining=len(unclaimed(self._pool, trials)),
+            budget_left=self._budget - sum(claimed(trial) for trial in trials),
+            running_elsewhere=sum(not self._leases.holds(trial) for trial in running),
         )
 
     def ask(self) -> tuple[Trial, int] | None:
-        """A trial and its member, which nobody else is at work on; None where others took all that was left."""
+        """A trial and its member, which no other worker runs; None where others have claimed all that was left."""
         while True:
             trial = self.study.ask(dict(self._pool.distributions))
-            self._lease.hold(trial)
-            member = self._pool.member(trial.params)
-            assert member is not None, "the sampler proposes members, and the study's name tells the pool"
-            before = self._before(trial)
+            self._leases.acquire(trial)
+            member = member_of(trial, self._pool)
+            before = self._claimed_before(trial)
             if before is not None and len(before) < self._budget and member not in before:
                 return trial, member
-            self.give_up(trial)
-            standing = self.look()
-            if standing.left == 0 or standing.room <= 0:
+            self.release_trial(trial)
+            state = self.poll()
+            if state.remaining == 0 or state.budget_left <= 0:
                 return None
 
-    def complete(self, trial: Trial, found: Found) -> bool:
-        """Tell what was found; False where the trial is no longer ours (we were silent for too long)."""
-        return self._tell(trial, {FOUND: found.as_dict()}, TrialState.COMPLETE, 1 / found.ratio)
+    def complete(self, trial: Trial, found: TrialResult) -> bool:
+        """Tell a result; False where the trial is no longer ours, as its lease has expired."""
+        return self._tell(trial, {RESULT: found.as_dict()}, TrialState.COMPLETE, 1 / found.ratio)
 
     def fail(self, trial: Trial, reason: str) -> bool:
-        """Tell why its schedule does not work, so that it is never asked again; False as in `complete`."""
+        """Tell why the schedule failed, so that it is never asked again; False as in `complete`."""
         return self._tell(trial, {REASON: reason}, TrialState.FAIL)
 
-    def give_up(self, trial: Trial) -> bool:
-        """Tell that nothing was found out: the trial counts nowhere, and its schedule may be asked again."""
+    def release_trial(self, trial: Trial) -> bool:
+        """Tell a trial without a result: it counts nowhere, and its schedule may be asked again."""
         return self._tell(trial, {}, TrialState.FAIL)
 
     def _trials(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
 
-    def _before(self, trial: Trial) -> list[int | None] | None:
-        """The members of all that stood before our trial did, the same whoever asks; None where ours was freed."""
+    def _claimed_before(self, trial: Trial) -> list[int | None] | None:
+        """The members claimed before our trial, the same for every worker; None where ours was freed."""
         while True:
             trials = self._trials()
-            before = [other for other in trials[: trial.number] if taken(other) and not self._gone(other)]
-            # One without all its tunables may yet become ours.
+            before = [other for other in trials[: trial.number] if claimed(other) and not self._abandoned(other)]
+            # One that still lacks tunables may claim our member.
             if all(len(other.params) == len(self._pool.space) for other in before):
                 break
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
         if trials[trial.number].state != TrialState.RUNNING:
-            return None  # others took us for dead
+            return None  # our lease had expired
         return [self._pool.member(other.params) for other in before]
 
-    def _gone(self, trial: FrozenTrial) -> bool:
-        return trial.state == TrialState.RUNNING and not self._lease.mine(trial) and self._lease.abandoned(trial)
+    def _abandoned(self, trial: FrozenTrial) -> bool:
+        return trial.state == TrialState.RUNNING and not self._leases.holds(trial) and self._leases.expired(trial)
 
     def _tell(self, trial: Trial, attributes: dict[str, Any], state: TrialState, value: float | None = None) -> bool:
-        self._lease.let_go(trial)
+        self._leases.release(trial)
         self._known.add(trial.number)
         try:
             for name, given in attributes.items():
@@ -149,13 +148,13 @@ class Ledger:
     def _set_state(self, number: int, state: TrialState, value: float | None = None) -> bool:
         try:
             told = self.study.tell(number, value, state=state, skip_if_finished=True)
-        except UpdateFinishedTrialError:  # another worker freed it this moment
+        except UpdateFinishedTrialError:  # another worker has just freed it
             return False
         return told.state == state and (value is None or told.value == value)
 
 
-class _Owned(BaseSampler):
-    """A sampler whose trials carry their owner from the first moment, before they have tunables."""
+class _OwnerSampler(BaseSampler):
+    """A sampler whose trials carry their owner from the start, before they have tunables."""
 
     def __init__(self, sampler: BaseSampler, owner: dict[str, Any]) -> None:
         self._sampler, self._owner = sampler, owner

@@ -1,4 +1,4 @@
-"""Where trials are kept: a journal file per study, or a database that several machines share."""
+"""Storage of studies: a journal file each, or a database that several machines share."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from autotune.study.journal import open_journal
 
 
 def open_study(name: str, folder: Path, url: str | None, sampler: BaseSampler) -> Study:
-    """The study of this name, created or resumed.
+    """Create or resume the study of this name.
 
-    Kept in the journal `folder`/`name`.journal, or in the database at `url`, an SQLAlchemy URL that may serve several
-    machines. Raises `BadInput` for a storage that does not open.
+    It is stored in the journal `folder`/`name`.journal, or in the database at `url`, an SQLAlchemy URL, which several
+    machines may share. Raises `BadInput` for a storage that does not open.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what it warns of, we say ourselves
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # we report these conditions ourselves
     if url is None:
         storage = open_journal(folder, name)
     else:

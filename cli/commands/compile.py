@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import track
 
-from autotune.measuring.resource_check import look, why_cannot_win
+from autotune.measuring.resource_check import resource_usage, why_rejected
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Job, Workers
 from autotune.search.pool import enumerate_pool
@@ -109,12 +109,12 @@ def _told(problem: Problem, artifact: Artifact) -> Row:
     """What the compiler made. `bytes_per_token` is what the kernel must move, whatever its schedule."""
     traffic = kernel_spec(problem.op, problem.direction).traffic
     moved = traffic(problem, 1025).bytes - traffic(problem, 1).bytes
-    seen = look(artifact)
+    seen = resource_usage(artifact)
     return {"code_bytes": len(artifact.binary), "bytes_per_token": moved / 1024} | (asdict(seen) if seen else {})
 
 
 def _dropped(artifact: Artifact | TaskFailed, others: Sequence[Artifact]) -> Row:
-    why = why_cannot_win(artifact, others) if isinstance(artifact, Artifact) else None
+    why = why_rejected(artifact, others) if isinstance(artifact, Artifact) else None
     return {"dropped": why} if why else {}
 
 

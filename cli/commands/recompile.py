@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-from autotune.processes.confine import SHARE, memory_bytes
+from autotune.processes.resource_limits import MEMORY_SHARE, memory_bytes
 from autotune.processes.worker import TaskFailed, Worker
 from cli.ui.output import say
 from tiles.cache.record import Record
@@ -22,7 +22,7 @@ def recompile(records: Sequence[Record]) -> Iterator[Artifact | Exception]:
         return
     say(f"compiling {len(records)} kernels, some seconds each")
     count = min(len(records), os.cpu_count() or 1)
-    workers = [Worker(memory=int(SHARE * memory_bytes()) // count) for _ in range(count)]
+    workers = [Worker(memory=int(MEMORY_SHARE * memory_bytes()) // count) for _ in range(count)]
     try:
         for first in range(0, len(records), count):
             some = records[first : first + count]

@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from autotune.buckets.choose import groups
-from autotune.buckets.choose import serve as serve_buckets
-from autotune.events import BucketsServed, Event, ProblemFinished, ProblemStarted
+from autotune.buckets.choose import choose_schedules, group_by_tokens
+from autotune.events import BucketSchedulesChosen, Event, ProblemFinished, ProblemStarted
 from autotune.measuring.roofline import Roofline
 from autotune.processes.workers import Workers
 from autotune.tuner import TuneFailed, TuneResult
@@ -108,7 +107,7 @@ class _Run:
         self.todo, self.device, self.cache = todo, device, cache
         self.finished: list[ProblemFinished] = []
         self.failed: dict[str, str] = {}
-        self.served: list[BucketsServed] = []
+        self.served: list[BucketSchedulesChosen] = []
         self.begun = 0
         self.interrupted = False
         self.roofline: Roofline | None = None
@@ -125,7 +124,7 @@ class _Run:
                     display(event)
 
                 options |= {"on_event": on_event, "workers": workers, "advice": shipped_records()}
-                for group in groups(self.todo):
+                for group in group_by_tokens(self.todo):
                     self._tune_buckets(group, deadline, options)
         except KeyboardInterrupt:
             self.interrupted = True
@@ -145,7 +144,7 @@ class _Run:
         if len(results) > 1:
             try:
                 shared = {name: options[name] for name in ("workers", "seed", "on_event")}
-                serve_buckets(results, self.device, self.cache, **shared)
+                choose_schedules(results, self.device, self.cache, **shared)
             except TuneFailed as error:
                 self._remember_failure(group[0], error)
 
@@ -191,7 +190,7 @@ class _Run:
             self.roofline = event.roofline
         if isinstance(event, ProblemFinished):
             self.finished.append(event)
-        if isinstance(event, BucketsServed):
+        if isinstance(event, BucketSchedulesChosen):
             self.served.append(event)
             newer = {record.key: record for record in event.records}
             self.finished = [

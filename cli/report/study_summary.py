@@ -12,8 +12,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.processes.reasons import by_kind, kind_of
-from autotune.search.trials import FOUND, REASON
-from autotune.study.metadata import ABOUT, CONCLUDED
+from autotune.search.trials import REASON, RESULT
+from autotune.study.metadata import CONCLUSION, METADATA
 from cli.report.studies import Found
 from tiles.cache.record import Record
 from tiles.errors import BadInput
@@ -47,7 +47,7 @@ def findings(found: Found) -> dict[str, Any]:
 
 def _findings(study: Study, record: Record | None) -> dict[str, Any]:
     attributes = study.user_attrs
-    about = _about(attributes[ABOUT]) if ABOUT in attributes else _about_from(record)
+    about = _about(attributes[METADATA]) if METADATA in attributes else _about_from(record)
     trials = [_trial(trial, about) for trial in study.get_trials(deepcopy=False)]
     reasons = [trial["reason"] for trial in trials if trial["state"] == "failed"]
     return {
@@ -57,7 +57,7 @@ def _findings(study: Study, record: Record | None) -> dict[str, Any]:
         "measured": sum(trial["state"] == "measured" for trial in trials),
         "failed": by_kind(reasons),
         "running": sum(trial["state"] == "running" for trial in trials),
-        "conclusion": _conclusion(attributes.get(CONCLUDED), record),
+        "conclusion": _conclusion(attributes.get(CONCLUSION), record),
         "in_cache": record.schedule if record else None,
         "importance": _importance(study, trials),
         "trials": trials,
@@ -91,7 +91,7 @@ def _about_from(record: Record | None) -> dict[str, Any] | None:
 def _trial(trial: FrozenTrial, about: Mapping[str, Any] | None) -> dict[str, Any]:
     row: dict[str, Any] = {"number": trial.number, "schedule": dict(trial.params)}
     if trial.state == TrialState.COMPLETE:
-        return row | {"state": "measured"} | _timing(trial.user_attrs[FOUND], about)
+        return row | {"state": "measured"} | _timing(trial.user_attrs[RESULT], about)
     reason = trial.user_attrs.get(REASON)
     if trial.state == TrialState.FAIL and reason is not None:
         return row | {"state": "failed", "reason": str(reason), "kind": kind_of(str(reason))}

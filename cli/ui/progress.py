@@ -10,8 +10,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from autotune.buckets.choose import WITHIN
-from autotune.events import BucketsServed, Event, ProblemFinished
+from autotune.buckets.choose import MAX_SLOWDOWN
+from autotune.events import BucketSchedulesChosen, Event, ProblemFinished
 from cli.ui.output import messages, say
 from cli.ui.progress_stats import Tally, failures
 from cli.ui.render import number
@@ -64,7 +64,7 @@ class TuneProgress:
             self._spoke = self._spoke or isinstance(event, ProblemFinished)
         if isinstance(event, ProblemFinished):
             self._print(finished_line(event))
-        elif isinstance(event, BucketsServed):
+        elif isinstance(event, BucketSchedulesChosen):
             self._print(served_line(event))
 
     def _print(self, line: str) -> None:
@@ -99,12 +99,12 @@ class TuneProgress:
         return f"{tally.current.problem.describe()}: {'; '.join(filter(None, here))}"
 
 
-def served_line(event: BucketsServed) -> str:
+def served_line(event: BucketSchedulesChosen) -> str:
     """How many schedules serve several token counts, on one line."""
     first, count = event.problems[0], event.schedules
     shape, tokens = first.describe().rpartition(" T=")[0], ", ".join(str(problem.tokens) for problem in event.problems)
     # More than that is a default schedule's alone, where nothing beats it beyond the noise.
-    noise = ", which is within the noise" if event.worst > WITHIN else ""
+    noise = ", which is within the noise" if event.worst > MAX_SLOWDOWN else ""
     return (
         f"{shape}: {count} schedule{'s' if count > 1 else ''} for T={tokens}, "
         f"at most {100 * (event.worst - 1):.1f}% slower than the best at each{noise} ({event.seconds:.0f} s)"

@@ -6,7 +6,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from autotune.events import BucketsMeet, Event, FinalistsMeet, ProblemFinished, ProblemStarted, TrialDone, TrialFailed
+from autotune.events import (
+    BucketShootoutStarted,
+    Event,
+    ProblemFinished,
+    ProblemStarted,
+    ShootoutStarted,
+    TrialDone,
+    TrialFailed,
+)
 from autotune.processes.reasons import kind_of
 from cli.ui.render import number
 
@@ -44,15 +52,15 @@ class Tally:
         elif isinstance(event, TrialFailed):
             self.done += 1
             self._reasons[kind_of(event.reason)] += 1
-        elif isinstance(event, FinalistsMeet):
+        elif isinstance(event, ShootoutStarted):
             self._finalists = len(event.schedules)
         elif isinstance(event, ProblemFinished):
             if self.current is None:  # finished before: nothing was started
                 self.finished += 1
             self._close()
-        elif isinstance(event, BucketsMeet):
+        elif isinstance(event, BucketShootoutStarted):
             self._meeting = f"comparing {event.schedules} schedules at {len(event.problems)} token counts"
-        if not isinstance(event, BucketsMeet):
+        if not isinstance(event, BucketShootoutStarted):
             self._meeting = ""
 
     @property
@@ -63,7 +71,7 @@ class Tally:
     @property
     def settled(self) -> int:
         """How many trials of the current problem are done, those of earlier runs included."""
-        return min(self.trials, self.current.settled + self.done) if self.current else 0
+        return min(self.trials, self.current.evaluated + self.done) if self.current else 0
 
     def per_minute(self) -> float | None:
         """Trials a minute of the current problem."""
@@ -122,7 +130,7 @@ class Tally:
     def _close(self) -> None:
         if self.current is not None:
             # A search that stops early did a problem's worth of work, less what earlier runs had done.
-            self._worked += max(self._share(self.done), 1 - self._share(self.current.settled))
+            self._worked += max(self._share(self.done), 1 - self._share(self.current.evaluated))
             self.finished += 1
             self.current = None
 

@@ -1,4 +1,4 @@
-"""Makes the helpers of this folder importable, here and in worker processes."""
+"""Path set-up: makes the helpers of this folder importable, here and in worker processes."""
 
 import sys
 from pathlib import Path

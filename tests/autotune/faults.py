@@ -1,4 +1,4 @@
-"""Kernels that misbehave, as real shared objects: a schedule is the name of a fault, compiled it is faulty code.
+"""Faulty kernels as real shared objects: a schedule names a fault, and compiles to code with it.
 
 All claim to be aggregate forward at n = 2, C = 64.
 """

@@ -1,4 +1,4 @@
-"""A script: runs the tuner again and again on the toy kernel, kills it at random moments, and looks at what is left.
+"""A script that runs the tuner repeatedly on the toy kernel, kills it at random moments, and checks what is stored.
 
     python killing.py FOLDER KILLS SEED
 
@@ -21,12 +21,12 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from autotune import tuner
-from autotune.search.trials import settled
-from autotune.study import heartbeat as lease
+from autotune.search.trials import evaluated
+from autotune.study import heartbeat
 from tiles.cache.cache import KernelCache, Key
 
-PHASES = ("starts", "searches", "holds the final", "writes the cache", "ends")
-LONGEST = {"starts": 0.01, "searches": 0.15, "holds the final": 0.003, "writes the cache": 0.003, "ends": 0.003}
+PHASES = ("starts", "searches", "shootout", "writes the cache", "ends")
+MAX_DELAY = {"starts": 0.01, "searches": 0.15, "shootout": 0.003, "writes the cache": 0.003, "ends": 0.003}
 """Seconds after the beginning of a phase within which the kill falls."""
 
 WEIGHTS = (1, 3, 1, 2, 1)
@@ -58,7 +58,7 @@ def tune_once(folder: Path, phase: mmap.mmap) -> None:
 
 
 def kept(folder: Path, problems: list[str]) -> dict[int, object]:
-    """The settled trials in the study, read by Optuna alone, and a look at the cache."""
+    """The evaluated trials in the study, read by Optuna alone; also checks the cache."""
     cache = KernelCache(folder)
     cache.get(toy.key_of(toy.PROBLEM, toy.DEVICE))
     cache.records()
@@ -69,12 +69,12 @@ def kept(folder: Path, problems: list[str]) -> dict[int, object]:
         storage = JournalStorage(JournalFileBackend(str(journal)))
         for name in optuna.get_all_study_names(storage):
             trials = optuna.load_study(study_name=name, storage=storage).trials
-            found |= {trial.number: [trial.params, trial.value] for trial in trials if settled(trial)}
+            found |= {trial.number: [trial.params, trial.value] for trial in trials if evaluated(trial)}
     return found
 
 
-def ending(folder: Path) -> object:
-    """What a finished search left: the record in the cache, and its settled trials."""
+def outcome(folder: Path) -> object:
+    """The outcome of a finished search: the record in the cache, and its evaluated trials."""
     record = KernelCache(folder).get(toy.key_of(toy.PROBLEM, toy.DEVICE))
     trials = sorted(json.dumps(trial) for trial in kept(folder, []).values())
     return [record and [record.schedule, record.measurement], trials]
@@ -83,12 +83,12 @@ def ending(folder: Path) -> object:
 def main(folder: Path, kills: int, seed: int) -> None:
     tuner.kernel_spec = lambda op, direction: toy.SPEC
     Key.of = toy.key_of
-    lease.SILENT_SECONDS, lease.BEAT_SECONDS = 0.3, 0.1
+    heartbeat.LEASE_SECONDS, heartbeat.HEARTBEAT_SECONDS = 0.3, 0.1
     os.fsync = lambda descriptor: None  # it guards against power cuts, which a kill is not, and takes most of the time
     draw, phase = random.Random(seed), mmap.mmap(-1, 1)
     killed = dict.fromkeys(PHASES, 0)
     problems: list[str] = []
-    endings: list[object] = []
+    outcomes: list[object] = []
     search, before = 0, {}
     while sum(killed.values()) < kills:
         place, (at,) = folder / str(search), draw.choices(range(len(PHASES)), WEIGHTS)
@@ -106,7 +106,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
             done, status = os.waitpid(child, os.WNOHANG)
             time.sleep(0.0002)
         if done == 0:
-            time.sleep(draw.uniform(0, LONGEST[PHASES[at]]))
+            time.sleep(draw.uniform(0, MAX_DELAY[PHASES[at]]))
             reached = phase[0]
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
@@ -124,10 +124,15 @@ def main(folder: Path, kills: int, seed: int) -> None:
             problems.append(f"search {search} failed")
             break
         else:
-            endings.append(ending(place))
+            outcomes.append(outcome(place))
             search, before = search + 1, {}
     tune_once(folder / "undisturbed", phase)
-    seen = {"killed": killed, "problems": problems, "endings": endings, "undisturbed": ending(folder / "undisturbed")}
+    seen = {
+        "killed": killed,
+        "problems": problems,
+        "outcomes": outcomes,
+        "undisturbed": outcome(folder / "undisturbed"),
+    }
     json.dump(seen, sys.stdout)
 
 

@@ -1,4 +1,4 @@
-"""A real problem, tiny: compiled by TileLang, verified, timed, stored, resumed, interrupted and killed."""
+"""A tiny real problem: compiled by TileLang, verified, timed, stored, resumed, interrupted and killed."""
 
 import os
 import re
@@ -103,7 +103,7 @@ def test_a_run_that_is_ended_keeps_what_it_finished(workers, tmp_path, sent, cod
         (record,) = cache.records()
         assert cache.binary_path(record).stat().st_size == record.size
     tune(PROBLEM, DEVICE, cache, trials=done + 1, workers=workers, on_event=events.append)
-    assert [event.settled for event in events if isinstance(event, ProblemStarted)] == [done]
+    assert [event.evaluated for event in events if isinstance(event, ProblemStarted)] == [done]
     assert sum(isinstance(event, TrialDone) for event in events) == 1
     assert cache.complaints == []
     assert len(cache.records()) == 1

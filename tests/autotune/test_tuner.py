@@ -1,4 +1,4 @@
-"""The tuner's loop on a recorded table of times: what it asks, keeps, resumes and writes."""
+"""The tuner's loop on the toy kernel: asking, storing, resuming and writing records."""
 
 from dataclasses import asdict
 
@@ -6,13 +6,13 @@ import pytest
 import toy
 
 from autotune import tuner
-from autotune.events import FinalistsMeet, ProblemFinished, ProblemStarted, TrialDone, TrialFailed
+from autotune.events import ProblemFinished, ProblemStarted, ShootoutStarted, TrialDone, TrialFailed
 from autotune.measuring.roofline import Roofline
 from autotune.processes.worker import TaskFailed
 from autotune.search.pool import enumerate_pool
 from autotune.search.sampler import PoolSampler
-from autotune.search.trials import Found
-from autotune.study.shared_trials import Ledger
+from autotune.search.trials import TrialResult
+from autotune.study.shared_trials import SharedTrials
 from autotune.study.storage import open_study
 from autotune.tuner import TuneFailed, tune
 from tiles.cache.cache import KernelCache, Key
@@ -104,7 +104,7 @@ def test_equal_code_is_timed_once(cache):
 def test_finalists_are_different_code_and_not_the_defaults(cache):
     workers = toy.ToyWorkers()
     _, events = run(cache, workers, trials=100)
-    (met,) = of_kind(events, FinalistsMeet)
+    (met,) = of_kind(events, ShootoutStarted)
     codes = {toy.code(toy.ToySchedule(**schedule)) for schedule in met.schedules}
     assert len(codes) == len(met.schedules) == 3
     assert toy.code(toy.DEFAULT_SCHEDULE) not in codes
@@ -144,7 +144,7 @@ def test_a_larger_budget_goes_on_and_measures_nothing_twice(cache):
     run(cache, first, trials=10)
     result, events = run(cache, second, trials=18)
     assert result.trials == 18
-    assert of_kind(events, ProblemStarted)[0].settled == 10
+    assert of_kind(events, ProblemStarted)[0].evaluated == 10
     assert first.unverified == []
     assert not set(first.assessed) & set(second.assessed)
     assert len(of_kind(events, TrialDone)) == 8
@@ -186,7 +186,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_next_run_goes_on(cache):
     assert result.record.schedule == asdict(toy.BEST)
 
 
-def test_ctrl_c_in_the_final_keeps_the_best_trial_and_the_final_is_held_again(cache):
+def test_ctrl_c_in_the_shootout_keeps_the_best_trial_and_the_shootout_is_repeated(cache):
     workers = toy.ToyWorkers()
 
     def interrupt(*given):
@@ -319,7 +319,7 @@ def test_what_the_device_said_of_itself_is_kept_with_the_measurement(cache):
     assert (measured["sm_mhz"], measured["throttled"]) == (1980.0, 0.0)
 
 
-def test_a_finalist_that_fails_in_the_final_is_left_out(cache):
+def test_a_finalist_that_fails_in_the_shootout_is_left_out(cache):
     workers = toy.ToyWorkers()
     compare = workers.compare
 
@@ -367,7 +367,7 @@ def test_a_full_disk_blames_no_schedule(cache):
         run(cache, workers, trials=100)
     result, events = run(cache, toy.ToyWorkers(), trials=100)
     assert of_kind(events, TrialFailed) == []
-    assert of_kind(events, ProblemStarted)[0].settled > 0
+    assert of_kind(events, ProblemStarted)[0].evaluated > 0
     assert result.record.schedule == asdict(toy.BEST)
 
 
@@ -392,7 +392,7 @@ def test_a_record_older_than_the_trials_of_others_is_not_the_end(cache, tmp_path
     assert result.record.schedule == stored(cache).schedule == asdict(toy.BEST)
 
 
-def test_what_other_workers_find_is_told_and_counts(cache, tmp_path):
+def test_results_of_other_workers_are_reported_and_count(cache, tmp_path):
     """Another worker takes a trial in the middle of our batch and ends it in the middle of the next."""
     ours, theirs = toy.ToyWorkers(), []
     assess = ours.assess
@@ -402,11 +402,11 @@ def test_what_other_workers_find_is_told_and_counts(cache, tmp_path):
         pool = enumerate_pool(toy.SPEC, toy.PROBLEM, toy.DEVICE.target)
         if len(ours.assessed) == 4:
             sampler = PoolSampler(pool, budget=100, seed=5)
-            other = Ledger(open_study(name, cache.folder / "studies", None, sampler), pool, 100)
+            other = SharedTrials(open_study(name, cache.folder / "studies", None, sampler), pool, 100)
             theirs.append((other, *other.ask()))
         if len(ours.assessed) == 8:
             other, trial, _ = theirs[0]
-            assert other.complete(trial, Found(0.1, 7.0, 70.0, 69.0, 71.0, toy.code(toy.BEST)))
+            assert other.complete(trial, TrialResult(0.1, 7.0, 70.0, 69.0, 71.0, toy.code(toy.BEST)))
         return assess(*given)
 
     ours.assess = assess_beside_another

@@ -1,4 +1,4 @@
-"""A kernel that exists as a table of times: the tuner's loop runs on it in milliseconds."""
+"""A toy kernel, which is a table of times: the tuner's loop runs on it in milliseconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A script: the command `mhc-tune` on the toy kernel, whose measurements take as long as TOY_SECONDS says.
+"""A script: the command `mhc-tune` on the toy kernel, with measurements of TOY_SECONDS each.
 
 So that the whole command runs, in processes of its own, without a compiler.
 """
@@ -11,8 +11,7 @@ from pathlib import Path
 import toy
 
 from autotune import tuner
-from autotune.study import database
-from autotune.study import heartbeat as lease
+from autotune.study import database, heartbeat
 from cli import main
 from cli.commands import tune as command
 from tiles.cache.cache import Key
@@ -59,8 +58,8 @@ def patch() -> None:
     command.why_no_compiler = lambda target: None
     command.shipped_records = lambda: ()
     command.Workers = Workers
-    lease.BEAT_SECONDS, lease.SILENT_SECONDS = 0.5, 5.0
-    database.PATIENCE = float(os.environ.get("TOY_PATIENCE", "60"))
+    heartbeat.HEARTBEAT_SECONDS, heartbeat.LEASE_SECONDS = 0.5, 5.0
+    database.RETRY_SECONDS = float(os.environ.get("TOY_PATIENCE", "60"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Few schedules for many token counts: the smallest cover, what is measured for it, what the records say after it."""
+"""Schedules for several token buckets: the smallest cover, its measurements, and the rewritten records."""
 
 import itertools
 import random
@@ -8,13 +8,13 @@ import pytest
 import toy
 
 from autotune import tuner
-from autotune.buckets import choose as serving
-from autotune.buckets.choose import WITHIN, Measured, groups, serve
-from autotune.buckets.cover import choose
-from autotune.events import BucketsMeet, BucketsServed
+from autotune.buckets import choose
+from autotune.buckets.choose import MAX_SLOWDOWN, BucketMeasurement, choose_schedules, group_by_tokens
+from autotune.buckets.cover import smallest_cover
+from autotune.events import BucketSchedulesChosen, BucketShootoutStarted
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Workers as RealWorkers
-from autotune.search.case import TuneFailed
+from autotune.search.tuning_case import TuneFailed
 from autotune.tuner import TuneResult, tune
 from cli.ui.options import problems
 from tiles.cache.cache import KernelCache, Key, token_bucket
@@ -32,25 +32,25 @@ FLAT = [1.0] * 12
 # --- the cover
 
 
-def test_one_that_serves_all_is_taken_by_all():
+def test_one_that_covers_all_is_taken_by_all():
     serving = [{"a": 1.0, "c": 1.015}, {"b": 1.0, "c": 1.01}, {"c": 1.0}]
-    assert choose(serving, ["d", "d", "d"]) == ["c", "c", "c"]
+    assert smallest_cover(serving, ["d", "d", "d"]) == ["c", "c", "c"]
 
 
-def test_where_none_serves_all_as_few_as_possible_do():
+def test_where_none_covers_all_as_few_as_possible_do():
     """Taking the one that serves most first, c, would need three."""
     left, right, most = {0, 1, 2}, {3, 4, 5}, {1, 2, 3, 4}
     serving = [{name: 1.0 for name, of in zip("abc", (left, right, most), strict=True) if at in of} for at in range(6)]
-    assert choose(serving, ["d"] * 6) == ["a", "a", "a", "b", "b", "b"]
+    assert smallest_cover(serving, ["d"] * 6) == ["a", "a", "a", "b", "b", "b"]
 
 
-def test_ties_go_to_what_serves_most_then_to_the_default_then_to_the_fastest():
-    assert choose([{"a": 1.0, "b": 1.01}, {"c": 1.0, "b": 1.02}, {"z": 1.0}], ["d"] * 3) == ["b", "b", "z"]
-    assert choose([{"a": 1.0, "d": 1.02}, {"a": 1.0, "d": 1.01}], ["d", "d"]) == ["d", "d"]
-    assert choose([{"a": 1.01, "b": 1.0}, {"a": 1.0, "b": 1.005}], ["d", "d"]) == ["b", "b"]
+def test_ties_go_to_the_widest_cover_then_to_the_default_then_to_the_fastest():
+    assert smallest_cover([{"a": 1.0, "b": 1.01}, {"c": 1.0, "b": 1.02}, {"z": 1.0}], ["d"] * 3) == ["b", "b", "z"]
+    assert smallest_cover([{"a": 1.0, "d": 1.02}, {"a": 1.0, "d": 1.01}], ["d", "d"]) == ["d", "d"]
+    assert smallest_cover([{"a": 1.01, "b": 1.0}, {"a": 1.0, "b": 1.005}], ["d", "d"]) == ["b", "b"]
     # Both of the cover serve the second bucket and as many buckets in all.
-    assert choose([{"a": 1.0}, {"a": 1.01, "b": 1.0}, {"b": 1.0}], ["x"] * 3) == ["a", "b", "b"]
-    assert choose([{"a": 1.0}, {"a": 1.01, "b": 1.0}, {"b": 1.0}], ["x", "a", "x"]) == ["a", "a", "b"]
+    assert smallest_cover([{"a": 1.0}, {"a": 1.01, "b": 1.0}, {"b": 1.0}], ["x"] * 3) == ["a", "b", "b"]
+    assert smallest_cover([{"a": 1.0}, {"a": 1.01, "b": 1.0}, {"b": 1.0}], ["x", "a", "x"]) == ["a", "a", "b"]
 
 
 def test_it_is_the_smallest_of_all_sets():
@@ -60,7 +60,7 @@ def test_it_is_the_smallest_of_all_sets():
         serving = [
             {name: draw.uniform(1, 1.02) for name in draw.sample(names, draw.randint(1, 4))} for _ in range(count)
         ]
-        chosen = choose(serving, [draw.choice(names) for _ in range(count)])
+        chosen = smallest_cover(serving, [draw.choice(names) for _ in range(count)])
         assert all(name in of for name, of in zip(chosen, serving, strict=True))
         smallest = next(
             size
@@ -70,19 +70,19 @@ def test_it_is_the_smallest_of_all_sets():
         assert len(set(chosen)) == smallest
 
 
-def test_a_bucket_is_served_within_two_percent_and_no_slower_than_its_default():
+def test_a_bucket_is_covered_within_two_percent_and_no_slower_than_its_default():
     times = {"default": [1.0] * 12, "fast": [0.8] * 12, "close": [0.8 * 1.019] * 12, "far": [0.8 * 1.021] * 12}
-    assert set(Measured(times, "default", kept=True).serving()) == {"fast", "close"}
+    assert set(BucketMeasurement(times, "default", kept=True).acceptable()) == {"fast", "close"}
     best = {"default": [1.0] * 12, "slower": [1.01] * 12, "noisy": [0.97, 1.04] * 6}
-    assert set(Measured(best, "default", kept=False).serving()) == {"default", "noisy"}
+    assert set(BucketMeasurement(best, "default", kept=False).acceptable()) == {"default", "noisy"}
     luck = {"default": [1.0, 1.06] * 6, "luckier": [1.03, 1.0] * 6, "worse": [1.1] * 12}
-    assert Measured(luck, "default", kept=True).serving() == pytest.approx(
+    assert BucketMeasurement(luck, "default", kept=True).acceptable() == pytest.approx(
         {"default": 1.015, "luckier": 1.0}, abs=0.003
     )
     luck["default"] = [1.0, 1.10] * 6
-    assert set(Measured(luck, "default", kept=True).serving()) == {"default", "luckier"}
-    assert Measured(luck, "default", kept=True).losses()["default"] > WITHIN
-    assert set(Measured(luck, "default", kept=False).serving()) == {"luckier"}
+    assert set(BucketMeasurement(luck, "default", kept=True).acceptable()) == {"default", "luckier"}
+    assert BucketMeasurement(luck, "default", kept=True).slowdowns()["default"] > MAX_SLOWDOWN
+    assert set(BucketMeasurement(luck, "default", kept=False).acceptable()) == {"luckier"}
 
 
 # --- which problems belong together
@@ -90,18 +90,18 @@ def test_a_bucket_is_served_within_two_percent_and_no_slower_than_its_default():
 
 def test_problems_that_differ_in_tokens_are_a_group_that_starts_at_the_median():
     shape = problems([2, 4], [64], [32, 2048, 64, 512, 1], ["float32", "bfloat16"], ["merge"])
-    grouped = groups(shape)
+    grouped = group_by_tokens(shape)
     assert len(grouped) == 8
     assert all([problem.tokens for problem in group] == [64, 32, 512, 1, 2048] for group in grouped)
     assert all(len({replace(problem, tokens=0) for problem in group}) == 1 for group in grouped)
     assert sorted(map(str, itertools.chain(*grouped))) == sorted(map(str, shape))
 
 
-def test_all_parts_of_a_shape_are_tuned_and_served_before_what_is_fused_of_them():
+def test_all_parts_of_a_shape_are_tuned_and_covered_before_what_is_fused_of_them():
     for tokens in ([64], [32, 64, 128]):
         order = [
             problem
-            for group in groups(problems([2, 4], [64, 128], tokens, ["float32", "bfloat16"]))
+            for group in group_by_tokens(problems([2, 4], [64, 128], tokens, ["float32", "bfloat16"]))
             for problem in group
         ]
         for at, problem in enumerate(order):
@@ -123,7 +123,7 @@ def key_of(problem, device):
 def toy_kernel(monkeypatch, request):
     if "cache" in request.fixturenames:
         monkeypatch.setattr(tuner, "kernel_spec", lambda op, direction: toy.SPEC)
-        monkeypatch.setattr(serving, "kernel_spec", lambda op, direction: toy.SPEC)
+        monkeypatch.setattr(choose, "kernel_spec", lambda op, direction: toy.SPEC)
         monkeypatch.setattr(Key, "of", key_of)
         monkeypatch.setitem(toy.SPACE, "unroll", (1,))
         monkeypatch.setitem(toy.SPACE, "packed", (False,))
@@ -170,9 +170,9 @@ def tuned(cache, workers, trials=100, problems=BUCKETS):
     return {problem: tune(problem, toy.DEVICE, cache, trials=trials, workers=workers) for problem in problems}
 
 
-def served(cache, workers, results):
+def choose_and_check(cache, workers, results):
     events = []
-    records = serve(results, toy.DEVICE, cache, workers, on_event=events.append)
+    records = choose_schedules(results, toy.DEVICE, cache, workers, on_event=events.append)
     assert records == tuple(cache.get(record.key) for record in records)
     return records, events
 
@@ -181,19 +181,19 @@ def blocks(records):
     return [record.schedule["block"] for record in records]
 
 
-def test_one_schedule_serves_all_buckets_where_it_is_within_two_percent(cache):
+def test_one_schedule_covers_all_buckets_where_it_is_within_two_percent(cache):
     workers = Workers({64: 8, 256: 16, 1024: 32}, step=0.015)
     results = tuned(cache, workers)
     assert blocks(result.record for result in results.values()) == [8, 16, 32]
     workers.compared.clear()
-    records, events = served(cache, workers, results)
+    records, events = choose_and_check(cache, workers, results)
     assert blocks(records) == [16, 16, 16]
     assert len({record.sha256 for record in records}) == 1
     assert [record.key.tokens for record in records] == [64, 256, 1024]
     assert len(workers.compared) == 3
     meet, done = events
-    assert meet == BucketsMeet(BUCKETS, len(workers.compared[0]))
-    assert isinstance(done, BucketsServed)
+    assert meet == BucketShootoutStarted(BUCKETS, len(workers.compared[0]))
+    assert isinstance(done, BucketSchedulesChosen)
     assert (done.problems, done.records, done.schedules) == (BUCKETS, records, 1)
     assert done.worst == pytest.approx(1.015, abs=0.003)
 
@@ -201,7 +201,7 @@ def test_one_schedule_serves_all_buckets_where_it_is_within_two_percent(cache):
 def test_records_say_what_was_measured_in_their_bucket(cache):
     workers = Workers({64: 8, 256: 16, 1024: 32}, step=0.015)
     before = tuned(cache, workers)
-    for (problem, result), record in zip(before.items(), served(cache, workers, before)[0], strict=True):
+    for (problem, result), record in zip(before.items(), choose_and_check(cache, workers, before)[0], strict=True):
         found, old = record.measurement, result.record.measurement
         assert set(found) == {*old, "best_ms"}
         scale, away = problem.tokens / 64, 0 if problem == MIDDLE else 1
@@ -210,7 +210,7 @@ def test_records_say_what_was_measured_in_their_bucket(cache):
         assert found["tuned_ms"] == pytest.approx(scale * (1 + 0.015 * away), rel=0.002)
         assert found["default_ms"] == pytest.approx(scale * (1 + 0.015 * default_away), rel=0.002)
         assert found["ratio"] == pytest.approx(found["default_ms"] / found["tuned_ms"], rel=0.002)
-        assert found["tuned_ms"] <= WITHIN * found["best_ms"]
+        assert found["tuned_ms"] <= MAX_SLOWDOWN * found["best_ms"]
         assert (found["trials"], found["default_kept"]) == (old["trials"], False)
         assert record.provenance["study"] == result.record.provenance["study"]
         assert record.provenance["buckets"] == "64 256 1024"
@@ -222,14 +222,14 @@ def test_every_candidate_is_verified_in_every_bucket(cache):
     results = tuned(cache, workers)
     workers.unverified.clear()
     workers.compared.clear()
-    served(cache, workers, results)
+    choose_and_check(cache, workers, results)
     assert len(workers.unverified) == sum(map(len, workers.compared)) >= 3 * 4
 
 
 def test_buckets_keep_their_own_where_the_others_are_worse(cache):
     workers = Workers({64: 1, 256: 8, 1024: 32})
     results = tuned(cache, workers)
-    assert blocks(served(cache, workers, results)[0]) == [1, 8, 32]
+    assert blocks(choose_and_check(cache, workers, results)[0]) == [1, 8, 32]
 
 
 def test_a_schedule_that_is_slower_than_a_buckets_default_does_not_serve_it(cache):
@@ -241,38 +241,38 @@ def test_a_schedule_that_is_slower_than_a_buckets_default_does_not_serve_it(cach
         lambda schedule: {64: {4: 1.0, 8: 1.01}, 1024: {4: 1.2, 8: 1.0}}[problem.tokens].get(schedule.block, 3.0),
     )
     results = tuned(cache, workers, problems=(SMALL, LARGE))
-    records, _ = served(cache, workers, results)
+    records, _ = choose_and_check(cache, workers, results)
     assert blocks(records) == [4, 8]
     assert [record.measurement["default_kept"] for record in records] == [True, False]
     assert records[0].measurement["ratio"] == 1.0
 
 
-def test_the_default_serves_where_it_is_as_good(cache):
+def test_the_default_is_chosen_where_it_is_as_good(cache):
     workers = Workers({64: 8, 256: 8, 1024: 8}, step=0.015)
-    records, _ = served(cache, workers, tuned(cache, workers))
+    records, _ = choose_and_check(cache, workers, tuned(cache, workers))
     assert blocks(records) == [4, 4, 4]
     assert all(record.measurement["default_kept"] for record in records)
 
 
 def test_a_second_call_does_nothing(cache):
     workers = Workers({64: 8, 256: 16, 1024: 32}, step=0.015)
-    first, _ = served(cache, workers, tuned(cache, workers))
+    first, _ = choose_and_check(cache, workers, tuned(cache, workers))
     again = Workers({64: 8, 256: 16, 1024: 32}, step=0.015)
     results = tuned(cache, again)
     assert {result.stopped for result in results.values()} == {"finished before"}
-    assert served(cache, again, results) == (first, [])
+    assert choose_and_check(cache, again, results) == (first, [])
     some = {problem: results[problem] for problem in (SMALL, LARGE)}
-    assert served(cache, again, some) == ((first[0], first[2]), [])
+    assert choose_and_check(cache, again, some) == ((first[0], first[2]), [])
     assert (again.compiled, again.assessed, again.compared) == ([], [], [])
 
 
-def test_records_of_two_choices_are_served_again(cache):
+def test_records_of_two_choices_are_chosen_again(cache):
     """They may hold two schedules where one is enough."""
     workers = Workers({64: 8, 256: 16, 1024: 32}, step=0.015)
-    first, _ = served(cache, workers, tuned(cache, workers))
+    first, _ = choose_and_check(cache, workers, tuned(cache, workers))
     made = first[0].provenance | {"buckets": "64 256 1024 4096"}
     cache.put(first[0].key, first[0].schedule, b"code", "source", first[0].measurement, made)
-    records, events = served(cache, workers, tuned(cache, workers))
+    records, events = choose_and_check(cache, workers, tuned(cache, workers))
     assert len(events) == 2
     assert {record.provenance["buckets"] for record in records} == {"64 256 1024"}
 
@@ -281,16 +281,16 @@ def test_one_bucket_alone_is_left_as_it_is(cache):
     workers = Workers({64: 8, 60: 8})
     results = tuned(cache, workers, problems=(SMALL, replace(SMALL, tokens=60)))
     workers.compared.clear()
-    assert served(cache, workers, results) == ((results[SMALL].record,), [])
+    assert choose_and_check(cache, workers, results) == ((results[SMALL].record,), [])
     assert workers.compared == []
 
 
-def test_a_bucket_that_is_searched_further_is_served_again(cache):
+def test_a_bucket_that_is_searched_further_is_chosen_again(cache):
     workers = Workers({64: 8, 256: 16, 1024: 32}, step=0.015)
-    served(cache, workers, tuned(cache, workers, trials=4))
+    choose_and_check(cache, workers, tuned(cache, workers, trials=4))
     results = tuned(cache, workers, trials=100)
     assert all("buckets" not in result.record.provenance for result in results.values())
-    assert blocks(served(cache, workers, results)[0]) == [16, 16, 16]
+    assert blocks(choose_and_check(cache, workers, results)[0]) == [16, 16, 16]
 
 
 @pytest.mark.parametrize("killed_at", range(3))
@@ -309,11 +309,11 @@ def test_cut_short_at_any_record_it_is_done_again_from_the_same_candidates(cache
     with monkeypatch.context() as patched:
         patched.setattr(KernelCache, "put", killed)
         with pytest.raises(KeyboardInterrupt):
-            serve(results, toy.DEVICE, cache, workers)
+            choose_schedules(results, toy.DEVICE, cache, workers)
     first = workers.compared[-1]
     assert len(cache.records()) == 3
     again = Workers(best, step=0.015)
-    records, events = served(cache, again, tuned(cache, again))
+    records, events = choose_and_check(cache, again, tuned(cache, again))
     assert again.assessed == []
     assert len(again.compared[-1]) == len(first)
     assert blocks(records) == [16, 16, 16]
@@ -325,7 +325,7 @@ def test_one_that_is_wrong_in_a_bucket_does_not_serve_it(cache):
     workers = Workers(best, step=0.015)
     results = tuned(cache, workers)
     workers.broken = {1024: toy.code(toy.ToySchedule(16, 1, False))}
-    records, _ = served(cache, workers, results)
+    records, _ = choose_and_check(cache, workers, results)
     assert blocks(records) == [16, 16, 32]
 
 
@@ -335,10 +335,10 @@ def test_nothing_is_written_where_a_default_fails(cache):
     before = cache.records()
     workers.broken = {1024: toy.code(toy.DEFAULT_SCHEDULE)}
     with pytest.raises(TuneFailed, match=r"^toy forward .* T=1024: .* cannot be compared: WrongResult: y is wrong$"):
-        serve(results, toy.DEVICE, cache, workers)
+        choose_schedules(results, toy.DEVICE, cache, workers)
     workers.not_compiling = {toy.DEFAULT_SCHEDULE}
     with pytest.raises(TuneFailed, match=r"cannot be compared: CompileError: no$"):
-        serve(results, toy.DEVICE, cache, workers)
+        choose_schedules(results, toy.DEVICE, cache, workers)
     assert cache.records() == before
 
 
@@ -351,32 +351,32 @@ def test_a_full_disk_is_no_fault_of_a_kernel(cache):
 
     workers.assess = workers.compare = full
     with pytest.raises(BadInput, match=r"tuning needs room .* T=64: .* No space left on device: what was finished is"):
-        serve(results, toy.DEVICE, cache, workers)
+        choose_schedules(results, toy.DEVICE, cache, workers)
 
 
 def test_one_that_does_not_compile_any_more_is_left_out(cache):
     workers = Workers({64: 8, 256: 16, 1024: 32}, step=0.015)
     results = tuned(cache, workers)
     workers.not_compiling = {toy.ToySchedule(16, 1, False)}
-    assert 16 not in blocks(served(cache, workers, results)[0])
+    assert 16 not in blocks(choose_and_check(cache, workers, results)[0])
 
 
 def test_a_fused_kernel_with_another_schedule_is_weighed_against_its_parts_again(cache, monkeypatch):
     spec = replace(toy.SPEC, separate=Separate(lambda run: (), ()))
     weighed = []
 
-    def weigh(problem, fused, *given):
+    def compare_with_separate(problem, fused, *given):
         weighed.append(problem.tokens)
         return {"separate_ms": 1.0, "separate_ratio": 0.5, "separate_wins": len(weighed) > 3}
 
-    monkeypatch.setattr("autotune.decision.conclude.weigh", weigh)
-    monkeypatch.setattr(serving, "weigh", weigh)
-    for module in (tuner, serving):
+    monkeypatch.setattr("autotune.decision.conclude.compare_with_separate", compare_with_separate)
+    monkeypatch.setattr(choose, "compare_with_separate", compare_with_separate)
+    for module in (tuner, choose):
         monkeypatch.setattr(module, "kernel_spec", lambda op, direction: spec)
     workers = Workers({64: 8, 256: 16, 1024: 32}, step=0.015)
     results = tuned(cache, workers)
     assert weighed == [64, 256, 1024]
-    records, _ = served(cache, workers, results)
+    records, _ = choose_and_check(cache, workers, results)
     assert weighed[3:] == [64, 1024]
     assert [record.measurement["separate_wins"] for record in records] == [True, False, True]
 
@@ -389,10 +389,10 @@ def test_real_kernels_are_compared_and_one_choice_is_written(tmp_path):
     with RealWorkers() as workers:
         for tokens, schedule in ((16, ApplySchedule(64, 0)), (128, ApplySchedule(128, 0))):
             problem = Problem("aggregate", "forward", 2, 128, tokens=tokens)
-            (built,) = workers.compile(problem, [schedule], device.target)
-            record = cache.put(Key.of(problem, device), asdict(schedule), built.binary, built.source, {}, {})
+            (compiled,) = workers.compile(problem, [schedule], device.target)
+            record = cache.put(Key.of(problem, device), asdict(schedule), compiled.binary, compiled.source, {}, {})
             results[problem] = TuneResult(record, 1, 0, "trials")
-        records = serve(results, device, cache, workers)
+        records = choose_schedules(results, device, cache, workers)
     assert cache.records() == sorted(records, key=lambda record: record.key.digest)
     assert [record.provenance["buckets"] for record in records] == ["16 128"] * 2
     for problem, record in zip(results, records, strict=True):

@@ -1,4 +1,4 @@
-"""Fused against separate kernels: what is timed, with whose code, and what the record says."""
+"""Fused against separate kernels: the code that is timed, and the fields of the record."""
 
 from dataclasses import asdict, replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mhc
-from autotune.decision import fused_vs_separate as rival
+from autotune.decision import fused_vs_separate as separate
 from autotune.processes.tasks import FUSED, SEPARATE
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Workers
@@ -44,7 +44,7 @@ class Recorded:
 @pytest.mark.parametrize(("separate_ms", "wins"), [([1.0] * 12, True), ([1.99] * 12, False), ([3.0] * 12, False)])
 def test_separate_kernels_win_beyond_the_noise_only(tmp_path, separate_ms, wins):
     workers = Recorded([2.0] * 12, separate_ms)
-    said = rival.weigh(PROBLEM, b"fused", KernelCache(tmp_path), DEVICE, workers, 0)
+    said = separate.compare_with_separate(PROBLEM, b"fused", KernelCache(tmp_path), DEVICE, workers, 0)
     assert said == {
         "separate_ms": separate_ms[0],
         "separate_ratio": pytest.approx(2 / separate_ms[0]),
@@ -53,7 +53,7 @@ def test_separate_kernels_win_beyond_the_noise_only(tmp_path, separate_ms, wins)
 
 
 @pytest.mark.parametrize("at", ["compile", "compare_separate"])
-def test_separate_kernels_that_fail_are_no_rival(tmp_path, monkeypatch, at):
+def test_separate_kernels_that_fail_are_no_separate(tmp_path, monkeypatch, at):
     workers, failure = Recorded([2.0] * 12, [1.0] * 12), TaskFailed("CompileError: no")
 
     def fails(*arguments):
@@ -62,7 +62,7 @@ def test_separate_kernels_that_fail_are_no_rival(tmp_path, monkeypatch, at):
         raise failure
 
     monkeypatch.setattr(workers, at, fails)
-    assert rival.weigh(PROBLEM, b"fused", KernelCache(tmp_path), DEVICE, workers, 0) == {}
+    assert separate.compare_with_separate(PROBLEM, b"fused", KernelCache(tmp_path), DEVICE, workers, 0) == {}
 
 
 def test_rivals_are_the_tuned_kernels_where_there_are_some(tmp_path):
@@ -71,7 +71,7 @@ def test_rivals_are_the_tuned_kernels_where_there_are_some(tmp_path):
     schedule = asdict(kernel_spec("aggregate", "backward").default(part, DEVICE.target))
     cache.put(Key.of(part, DEVICE), schedule, b"tuned aggregate.backward", "source", {}, {})
     workers = Recorded([1.0] * 12, [1.0] * 12)
-    rival.weigh(PROBLEM, b"fused", cache, DEVICE, workers, 0)
+    separate.compare_with_separate(PROBLEM, b"fused", cache, DEVICE, workers, 0)
     assert workers.parts == {
         ("coefficients", "forward"): b"default coefficients.forward",
         ("aggregate", "backward"): b"tuned aggregate.backward",

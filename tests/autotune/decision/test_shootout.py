@@ -1,4 +1,4 @@
-"""The last comparison: who fails in it is left out, and the default has to hold."""
+"""The shootout: kernels that fail in it are left out, but the default must not fail."""
 
 import pytest
 
@@ -24,7 +24,7 @@ class Workers:
         return {name: [1.0] for name in binaries}
 
 
-def test_all_meet_once_where_none_fails():
+def test_all_are_compared_once_where_none_fails():
     workers = Workers()
     assert set(shootout(PROBLEM, BINARIES, "default", ["a"], workers, 1)) == set(BINARIES)
     assert workers.compared == [(list(BINARIES), ["a"])]

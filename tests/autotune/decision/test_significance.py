@@ -1,4 +1,4 @@
-"""The last decision: the default ships unless it is beaten beyond the noise."""
+"""Significance: the default stays unless it is beaten beyond the noise."""
 
 import math
 import random
@@ -8,7 +8,15 @@ import pytest
 import toy
 
 from autotune.decision import significance as final
-from autotune.decision.significance import PICKING, at_floor, decide, floor_ms, judging, picking, standings
+from autotune.decision.significance import (
+    SELECTION_STRIDE,
+    decide,
+    finalist_results,
+    judging_rounds,
+    lower_bound_ms,
+    near_lower_bound,
+    selection_rounds,
+)
 from autotune.measuring.roofline import Roofline
 from autotune.measuring.timing import Ratio
 from autotune.search.pool import enumerate_pool
@@ -22,7 +30,7 @@ def times(ms, *, noise=0.02, seed=0, rounds=40):
 
 def test_a_clear_winner_wins_and_is_measured_by_the_rounds_that_did_not_pick_it():
     tuned = times(2.0, seed=1)
-    tuned[::PICKING] = [1.0] * 14  # lucky in the rounds that pick
+    tuned[::SELECTION_STRIDE] = [1.0] * 14  # lucky in the rounds that pick
     name, tuned_ms, default_ms, ratio = decide("default", {"default": times(4.0), "3": tuned, "4": times(3, seed=2)})
     assert name == "3"
     assert tuned_ms == pytest.approx(2.0, rel=0.02)
@@ -68,8 +76,8 @@ def test_what_is_a_little_slower_never_wins():
 
 def test_rounds_pick_or_judge():
     rounds = list(range(10))
-    assert list(picking(rounds)) == [0, 3, 6, 9]
-    assert sorted([*picking(rounds), *judging(rounds)]) == rounds
+    assert list(selection_rounds(rounds)) == [0, 3, 6, 9]
+    assert sorted([*selection_rounds(rounds), *judging_rounds(rounds)]) == rounds
 
 
 @pytest.mark.parametrize(
@@ -84,12 +92,12 @@ def test_rounds_pick_or_judge():
     ],
 )
 def test_nothing_is_left_where_the_cautious_end_reaches_the_floor(ratio, stop):
-    assert at_floor(4.0, ratio, floor=2.0, noise=0.02) is stop
+    assert near_lower_bound(4.0, ratio, floor=2.0, noise=0.02) is stop
 
 
 def test_luck_in_the_picking_rounds_alone_is_not_enough():
     lucky = times(4.0)
-    lucky[::PICKING] = [1.0] * 14
+    lucky[::SELECTION_STRIDE] = [1.0] * 14
     assert decide("default", {"default": times(4.0, seed=1), "3": lucky}) == (
         "default",
         pytest.approx(4.0, rel=0.02),
@@ -109,21 +117,21 @@ def test_the_default_alone_is_kept():
 
 def test_floor_is_bytes_over_bandwidth_and_lower_for_what_mostly_reads():
     roofline = Roofline(10.0, 50.0)
-    assert floor_ms(Traffic(500_000, 500_000, 0), roofline) == pytest.approx(0.1)
-    assert floor_ms(Traffic(1_000_000, 0, 0), roofline) == pytest.approx(0.1 / 1.5)
-    assert floor_ms(Traffic(0, 1_000_000, 0), roofline) == pytest.approx(0.1)
+    assert lower_bound_ms(Traffic(500_000, 500_000, 0), roofline) == pytest.approx(0.1)
+    assert lower_bound_ms(Traffic(1_000_000, 0, 0), roofline) == pytest.approx(0.1 / 1.5)
+    assert lower_bound_ms(Traffic(0, 1_000_000, 0), roofline) == pytest.approx(0.1)
 
 
 def test_floor_is_the_operations_where_they_take_longer_than_the_bytes():
     roofline = Roofline(10.0, 50.0)
-    assert floor_ms(Traffic(500_000, 500_000, 4_000_000), roofline) == pytest.approx(0.1)
-    assert floor_ms(Traffic(500_000, 500_000, 20_000_000), roofline) == pytest.approx(0.4)
+    assert lower_bound_ms(Traffic(500_000, 500_000, 4_000_000), roofline) == pytest.approx(0.1)
+    assert lower_bound_ms(Traffic(500_000, 500_000, 20_000_000), roofline) == pytest.approx(0.4)
 
 
-def test_standings_of_few_rounds_have_no_bounds():
+def test_finalist_results_of_few_rounds_have_no_bounds():
     pool = enumerate_pool(toy.SPEC, toy.PROBLEM, toy.DEVICE.target)
     other = 0 if pool.default else 1
-    rows = standings(pool, {str(pool.default): [2.0] * 6, str(other): [1.0] * 6})
+    rows = finalist_results(pool, {str(pool.default): [2.0] * 6, str(other): [1.0] * 6})
     assert [(row["default"], row["ratio"], row["low"], row["high"]) for row in rows] == [
         (True, 1.0, None, None),
         (False, 2.0, None, None),

@@ -1,4 +1,4 @@
-"""What a look at compiled CUDA code drops before it runs: that look alone, then the tuner, then a real compiler."""
+"""The resource check of compiled CUDA code: alone, in the tuner, and with a real compiler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import toy
 
 from autotune import tuner
 from autotune.events import ProblemFinished, TrialDone, TrialFailed
-from autotune.measuring.resource_check import Look, look, why_cannot_win
+from autotune.measuring.resource_check import ResourceUsage, resource_usage, why_rejected
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Workers
 from autotune.tuner import tune
@@ -33,8 +33,8 @@ def compiled(
     return Artifact(target, text, text.encode(), details)
 
 
-def test_a_look_adds_up_what_the_compiler_said():
-    assert look(compiled(registers=128, spilled=8, static=1000, dynamic=3000)) == Look(
+def test_resource_usage_adds_up_what_the_compiler_reports():
+    assert resource_usage(compiled(registers=128, spilled=8, static=1000, dynamic=3000)) == ResourceUsage(
         threads=128,
         registers=128,
         spilled_bytes=16,
@@ -45,10 +45,10 @@ def test_a_look_adds_up_what_the_compiler_said():
     )
 
 
-def test_nothing_is_seen_of_code_for_a_cpu():
+def test_code_for_a_cpu_has_no_resource_usage():
     cpu = Artifact(Target("cpu", "x86-64-v3"), "", b"")
-    assert look(cpu) is None
-    assert why_cannot_win(cpu, [cpu]) is None
+    assert resource_usage(cpu) is None
+    assert why_rejected(cpu, [cpu]) is None
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_nothing_is_seen_of_code_for_a_cpu():
     ids=["registers", "sm_90a", "sm_80", "sm_89"],
 )
 def test_what_does_not_fit_a_multiprocessor_cannot_win(given, limit):
-    why = why_cannot_win(given, [])
+    why = why_rejected(given, [])
     assert why is not None
     assert why.startswith("DoesNotFit: ")
     assert why.endswith(f"too much {limit}")
@@ -71,22 +71,22 @@ def test_what_does_not_fit_a_multiprocessor_cannot_win(given, limit):
 
 @pytest.mark.parametrize("given", [compiled(threads=1024, registers=64), compiled(dynamic=227 * 1024)])
 def test_what_just_fits_may_win(given):
-    assert why_cannot_win(given, [given]) is None
+    assert why_rejected(given, [given]) is None
 
 
 def test_spilling_is_held_against_a_schedule_only_where_another_does_without():
     spills, clean, unfit = compiled(spilled=4), compiled(), compiled(dynamic=2**20)
-    assert why_cannot_win(spills, []) is None
-    assert why_cannot_win(spills, [spills, compiled(spilled=400)]) is None
-    assert why_cannot_win(spills, [unfit]) is None
-    assert why_cannot_win(clean, [clean, spills]) is None
-    why = why_cannot_win(spills, [spills, clean])
+    assert why_rejected(spills, []) is None
+    assert why_rejected(spills, [spills, compiled(spilled=400)]) is None
+    assert why_rejected(spills, [unfit]) is None
+    assert why_rejected(clean, [clean, spills]) is None
+    why = why_rejected(spills, [spills, clean])
     assert why is not None
     assert why.startswith("Spills: 8 bytes ")
     assert "64 registers a thread" in why
 
 
-class LookedAt(toy.ToyWorkers):
+class CheckedWorkers(toy.ToyWorkers):
     """The toy's kernels as if for a GPU: `details_of` says what the compiler reports of a schedule."""
 
     def __init__(self, details_of):
@@ -124,8 +124,8 @@ def of_kind(events, kind):
     return [event for event in events if isinstance(event, kind)]
 
 
-def test_the_tuner_drops_what_cannot_win_unmeasured_and_says_why(search):
-    workers = LookedAt(large_blocks_fail)
+def test_the_tuner_rejects_what_cannot_win_unmeasured_and_says_why(search):
+    workers = CheckedWorkers(large_blocks_fail)
     result, events = search(workers, trials=100)
     failed = {toy.ToySchedule(**event.schedule): event.reason for event in of_kind(events, TrialFailed)}
     assert {schedule for schedule, why in failed.items() if why.startswith("Spills: 200 bytes")} == {
@@ -141,19 +141,19 @@ def test_the_tuner_drops_what_cannot_win_unmeasured_and_says_why(search):
     assert ended.reasons == {"spills registers": 6, "does not fit": 4}
 
 
-def test_what_was_dropped_is_not_asked_again_by_the_next_call(search):
-    search(LookedAt(large_blocks_fail), trials=20)
-    again = LookedAt(large_blocks_fail)
+def test_rejected_schedules_are_not_asked_again_by_the_next_call(search):
+    search(CheckedWorkers(large_blocks_fail), trials=20)
+    again = CheckedWorkers(large_blocks_fail)
     result, events = search(again, trials=100)
     assert result.failed == 10
     assert len(of_kind(events, TrialFailed) + of_kind(events, TrialDone)) == 34 - 20
 
 
-def test_the_default_is_never_dropped(search):
+def test_the_default_is_never_rejected(search):
     def only_the_default_spills(schedule):
         return compiled(spilled=100 if schedule == toy.DEFAULT_SCHEDULE else 0)
 
-    workers = LookedAt(only_the_default_spills)
+    workers = CheckedWorkers(only_the_default_spills)
     result, events = search(workers, trials=100)
     assert of_kind(events, TrialFailed) == []
     assert toy.code(toy.DEFAULT_SCHEDULE) in workers.assessed
@@ -161,23 +161,23 @@ def test_the_default_is_never_dropped(search):
 
 
 def test_where_all_schedules_spill_all_are_measured(search):
-    result, events = search(LookedAt(lambda schedule: compiled(spilled=100)), trials=100)
+    result, events = search(CheckedWorkers(lambda schedule: compiled(spilled=100)), trials=100)
     assert of_kind(events, TrialFailed) == []
     assert result.record.schedule == asdict(toy.BEST)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-def test_a_compile_worker_hands_over_what_the_look_needs():
+def test_a_compile_worker_reports_the_resources():
     """The code comes from another process than the one that looks; no GPU is there."""
     problem, spec = Problem("merge", "forward", 2, 64, "bfloat16"), kernel_spec("merge", "forward")
     with Workers() as workers:
         (artifact,) = workers.compile(problem, [spec.default(problem, HOPPER)], HOPPER)
     assert isinstance(artifact, Artifact)
-    seen = look(artifact)
+    seen = resource_usage(artifact)
     assert seen is not None
     assert (seen.threads, seen.spilled_bytes) == (spec.default(problem, HOPPER).threads, 0)
     assert 16 <= seen.registers <= 255
     assert seen.resident_blocks >= 1
-    assert why_cannot_win(artifact, [artifact]) is None
+    assert why_rejected(artifact, [artifact]) is None
     spilling = replace(artifact, details=artifact.details | {"spill_stores": 40})
-    assert "40 bytes of registers" in str(why_cannot_win(spilling, [spilling, artifact]))
+    assert "40 bytes of registers" in str(why_rejected(spilling, [spilling, artifact]))

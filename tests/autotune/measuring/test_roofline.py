@@ -1,4 +1,4 @@
-"""What the limits of this machine are measured from, and what they say of a kernel's traffic."""
+"""The roofline: its measurement, and the time limit of a kernel's traffic."""
 
 import itertools
 from types import SimpleNamespace
@@ -37,10 +37,10 @@ def test_a_busy_machine_is_not_kept_long(monkeypatch):
     monkeypatch.setattr(roofline, "time", SimpleNamespace(perf_counter=lambda: next(instants)))
     calls = []
     assert roofline._fastest(lambda: calls.append(1), 100) == 1.0
-    assert len(calls) == 1 + roofline.LEAST_REPEATS
-    monkeypatch.setattr(roofline, "LONGEST", 50.0)
+    assert len(calls) == 1 + roofline.MIN_REPEATS
+    monkeypatch.setattr(roofline, "MAX_SECONDS", 50.0)
     roofline._fastest(lambda: calls.append(1), 100)
-    assert len(calls) == 1 + roofline.LEAST_REPEATS + 1 + 50
+    assert len(calls) == 1 + roofline.MIN_REPEATS + 1 + 50
 
 
 def test_a_roofline_is_measured_in_giga():

@@ -1,4 +1,4 @@
-"""Stopwatches: what they run before and between the calls they time. CUDA's order of work is checked on a fake."""
+"""Stopwatches: the work before and between timed calls. CUDA's order of work is checked on a fake."""
 
 import contextlib
 import itertools
@@ -16,7 +16,7 @@ from autotune.measuring.stopwatch import (
     CudaStopwatch,
     QueuedStopwatch,
     last_level_cache_bytes,
-    parsed,
+    parse_conditions,
     queued_stopwatch_for,
     stopwatch_for,
 )
@@ -59,7 +59,7 @@ def test_tensors_say_which_stopwatch():
     ],
 )
 def test_what_nvidia_smi_says(said, conditions):
-    assert parsed(said) == conditions
+    assert parse_conditions(said) == conditions
 
 
 class FakeCuda:

@@ -1,4 +1,4 @@
-"""Timing: what is called how often, and what a difference is worth."""
+"""Timing: order and number of calls, and confidence intervals of ratios."""
 
 import math
 import random

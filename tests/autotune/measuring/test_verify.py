@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from autotune.measuring.verify import GUARD_TOKENS, ODD_TOKENS, Guarded, WrongResult, give_updated, verify
+from autotune.measuring.verify import GUARD_TOKENS, ODD_TOKENS, GuardedTensor, WrongResult, init_updated, verify
 from tiles.kernels.spec import TOKENS, Argument, Problem
 
 TOKEN_COUNT = 64
@@ -146,12 +146,12 @@ def test_each_fault_is_found(fault, said):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_results_start_as_nan_that_no_arithmetic_leaves_as_it_is(dtype):
-    guarded = Guarded(Argument("y", (TOKENS, 8), dtype, "output"), 3, 1)
+    guarded = GuardedTensor(Argument("y", (TOKENS, 8), dtype, "output"), 3, 1)
     assert guarded.tensor.isnan().all()
     assert guarded.tensor.shape == (3, 8)
     assert guarded.intact()
     for change in (lambda guard: guard.add_(0), lambda guard: guard.mul_(-1), lambda guard: guard.fill_(torch.nan)):
-        guarded = Guarded(Argument("y", (TOKENS, 8), dtype, "output"), 3, 1)
+        guarded = GuardedTensor(Argument("y", (TOKENS, 8), dtype, "output"), 3, 1)
         change(neighbour(guarded.tensor, 1))
         assert not guarded.intact()
 
@@ -159,6 +159,6 @@ def test_results_start_as_nan_that_no_arithmetic_leaves_as_it_is(dtype):
 def test_what_a_kernel_updates_starts_as_it_is_given():
     arguments = (*ARGUMENTS, Argument("dx", (TOKENS, 8), "float32", "updated"))
     given, results = {"dx": torch.arange(16.0).view(2, 8)}, {"dx": torch.empty(2, 8), "y": torch.zeros(2, 8)}
-    give_updated(SimpleNamespace(arguments=arguments), given, results)
+    init_updated(SimpleNamespace(arguments=arguments), given, results)
     assert torch.equal(results["dx"], given["dx"])
     assert not results["y"].any()

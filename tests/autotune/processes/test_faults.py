@@ -1,4 +1,4 @@
-"""Whole searches over kernels that misbehave: each fault is a reason, and nothing of it is left."""
+"""Whole searches over faulty kernels: each fault gives its reason, and no process or file is left."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Workers: what a task may do to its process without harm to the owner."""
+"""Worker processes: crashes, hangs and other misbehaviour of tasks do not harm the owner."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import worker_tasks as tasks
 
-from autotune.processes import confine
+from autotune.processes import resource_limits
 from autotune.processes.worker import REASON_LENGTH, TaskFailed, Worker
 
 PATIENCE = 60.0
@@ -38,7 +38,7 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
-def test_one_process_of_its_own_session_serves_all_tasks(worker):
+def test_one_process_of_its_own_session_runs_all_tasks(worker):
     assert worker.call(PATIENCE, tasks.add, 2, 3) == 5
     process, session = worker.call(PATIENCE, tasks.process_and_session)
     assert process == session != os.getpid()
@@ -132,7 +132,7 @@ def test_several_that_hang_are_all_ended_in_the_time_of_one():
 def test_memory_is_limited_for_it_and_what_it_starts():
     worker = Worker(memory=3 * 2**30)
     try:
-        assert worker.call(PATIENCE, tasks.limits) == (3 * 2**30, confine.MOST_OUTPUT, 1000)
+        assert worker.call(PATIENCE, tasks.limits) == (3 * 2**30, resource_limits.MAX_FILE_BYTES, 1000)
         assert worker.call(PATIENCE, tasks.child_limit) == 3 * 2**30
         process = worker.call(PATIENCE, tasks.process_and_session)
         with pytest.raises(TaskFailed, match=r"^out of memory: MemoryError$"):
@@ -147,12 +147,12 @@ def test_memory_is_limited_for_it_and_what_it_starts():
 
 def test_memory_is_limited_by_what_there_is(worker):
     limit, _, _ = worker.call(PATIENCE, tasks.limits)
-    assert limit == int(confine.SHARE * confine.memory_bytes())
+    assert limit == int(resource_limits.MEMORY_SHARE * resource_limits.memory_bytes())
 
 
-def test_the_systems_own_kill_for_memory_is_told_as_such(worker, tmp_path, monkeypatch):
+def test_an_oom_kill_is_reported_as_such(worker, tmp_path, monkeypatch):
     kills = iter([7, 8])
-    monkeypatch.setattr("autotune.processes.worker.kills_for_memory", lambda: next(kills))
+    monkeypatch.setattr("autotune.processes.worker.oom_kills", lambda: next(kills))
     with pytest.raises(TaskFailed, match=r"^out of memory: the system ended the process of die_once$"):
         worker.call(PATIENCE, tasks.die_once, str(tmp_path), signal.SIGKILL)
     assert len(list(tmp_path.iterdir())) == 1

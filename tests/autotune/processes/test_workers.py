@@ -1,4 +1,4 @@
-"""Real processes and real binaries: bad kernels are a reason and never a crash of the tuner."""
+"""Real processes and binaries: bad kernels give a reason for failure and never a crash of the tuner."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ import torch
 import worker_tasks
 from faults import HEADER, PROBLEM, RIGHT, built
 
-from autotune.processes.tasks import DEFAULT, TUNED, Timed
+from autotune.processes.tasks import DEFAULT, TUNED, Timings
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Workers
 from tiles.errors import BadInput
@@ -120,7 +120,7 @@ def test_a_full_disk_is_said_and_leaves_no_half_kernel(tmp_path, monkeypatch):
 
 def test_conditions_are_those_of_the_last_measurement(tmp_path):
     with Workers() as workers:
-        workers._measurer.call = lambda *task: Timed({"a": [1.0]}, {"sm_mhz": 1980.0})
+        workers._measurer.call = lambda *task: Timings({"a": [1.0]}, {"sm_mhz": 1980.0})
         assert workers.compare(PROBLEM, {"a": b"code"}, [], seed=1) == {"a": [1.0]}
         assert workers.conditions == {"sm_mhz": 1980.0}
 

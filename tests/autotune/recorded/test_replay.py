@@ -1,4 +1,4 @@
-"""Replay: every sampler on a small space, what is summed up, and the spaces recorded by others."""
+"""Replay: every sampler on a small space, the summaries, and recorded spaces of other tools."""
 
 import json
 import statistics

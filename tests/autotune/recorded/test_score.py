@@ -1,4 +1,4 @@
-"""The score, against what it is defined to be."""
+"""The score, against its definition."""
 
 import itertools
 import random

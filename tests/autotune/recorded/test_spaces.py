@@ -1,4 +1,4 @@
-"""Recorded spaces: our own files and those of other tools, and what is refused."""
+"""Recorded spaces: our files, those of other tools, and refused ones."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ def test_our_own_format_comes_back_whole(tmp_path):
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress])
-def test_kernel_tuner_caches_are_told_by_content(tmp_path, pack):
+def test_kernel_tuner_caches_are_recognised_by_content(tmp_path, pack):
     path = tmp_path / "no-suffix"
     path.write_bytes(pack(toy_space.text(toy_space.kernel_tuner())))
     space = read_space(path)

@@ -1,4 +1,4 @@
-"""Recording a space: what is measured, what is kept, and what another file is refused for."""
+"""Recording of a space: measurements, resumption, and refused files."""
 
 import json
 from dataclasses import replace
@@ -90,7 +90,7 @@ def test_what_was_measured_is_kept_and_the_same_call_goes_on(tmp_path):
     assert not part.exists()
 
 
-def test_a_default_that_fails_is_told_and_nothing_is_lost(tmp_path):
+def test_a_default_that_fails_is_reported_and_nothing_is_lost(tmp_path):
     workers = toy.ToyWorkers()
     workers.wrong.add(toy.code(toy.DEFAULT_SCHEDULE))
     with pytest.raises(TaskFailed, match="y is wrong"):
@@ -102,7 +102,7 @@ def test_a_default_that_fails_is_told_and_nothing_is_lost(tmp_path):
 def test_a_part_of_something_else_is_refused_and_left_alone(tmp_path, content):
     part = tmp_path / "toy.json.gz.part"
     part.write_bytes(content)
-    with pytest.raises(BadInput, match="must be the begin of this very sweep"):
+    with pytest.raises(BadInput, match="must belong to this sweep"):
         recorded(tmp_path / "toy.json.gz", toy.ToyWorkers())
     assert part.read_bytes() == content
 

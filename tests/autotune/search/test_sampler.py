@@ -1,4 +1,4 @@
-"""The sampler: what it proposes, and that it finds more than chance does."""
+"""The sampler: its proposals, and that it beats random search."""
 
 import math
 import random
@@ -14,7 +14,7 @@ from autotune.search import surrogate
 from autotune.search.pool import Pool, enumerate_pool
 from autotune.search.sampler import PoolSampler
 from autotune.search.surrogate import Surrogate, encode
-from autotune.search.trials import REASON, settled, unseen
+from autotune.search.trials import REASON, evaluated, unclaimed
 from tiles.target import Target
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -90,11 +90,11 @@ def test_running_trials_and_failures_with_a_reason_are_not_asked_again_but_cut_s
     failed.set_user_attr(REASON, "does not compile")
     study.tell(failed, state=TrialState.FAIL)
     study.tell(cut_short, state=TrialState.FAIL)
-    left = unseen(pool, study.trials)
+    left = unclaimed(pool, study.trials)
     assert pool.member(running.params) not in left
     assert pool.member(failed.params) not in left
     assert pool.member(cut_short.params) in left
-    assert [settled(trial) for trial in study.trials] == [False, True, False]
+    assert [evaluated(trial) for trial in study.trials] == [False, True, False]
 
 
 def test_goes_on_where_all_that_ran_has_failed():
@@ -132,8 +132,8 @@ def test_a_search_that_is_resumed_goes_on_as_if_it_had_not_stopped():
 def test_what_is_asked_together_is_not_all_in_one_place(monkeypatch):
     """A trial that runs counts with its expected time, so the next one does not crowd it."""
     pool, believed = wide_pool(), []
-    believing = Surrogate.believing
-    monkeypatch.setattr(Surrogate, "believing", lambda self, at: believed.append(len(at)) or believing(self, at))
+    with_pending = Surrogate.with_pending
+    monkeypatch.setattr(Surrogate, "with_pending", lambda self, at: believed.append(len(at)) or with_pending(self, at))
     study = optuna.create_study()
     search(pool, valley, 24, study=study)
     asked = [pool.member(study.ask(pool.distributions).params) for _ in range(6)]
@@ -145,7 +145,7 @@ def test_a_believed_observation_changes_no_expectation_but_the_doubt():
     x = numpy.linspace(0, 1, 9)[:, None]
     model = Surrogate.fitted(x, numpy.sin(6 * x[:, 0]))
     between = numpy.array([[0.31], [0.55]])
-    before, after = model.predict(between), model.believing(between[:1]).predict(between)
+    before, after = model.predict(between), model.with_pending(between[:1]).predict(between)
     assert after[0] == pytest.approx(before[0], abs=1e-3)
     assert after[1][0] < 0.7 * before[1][0]
 
@@ -205,11 +205,11 @@ def test_gradients_of_the_posterior_are_those_of_its_differences():
     apart = ((x[:, None] - x) ** 2).transpose(2, 0, 1)
     prior = numpy.array([(1.0, 1.0), (1.0, 1.0), (0.0, 1.0), (-7.0, 1.5)])
     at = numpy.array([0.5, 1.5, 0.3, -3.0])
-    _, gradient = surrogate._loss(at, apart, y, prior)
+    _, gradient = surrogate._negative_log_posterior(at, apart, y, prior)
     for which in range(4):
         step = numpy.eye(4)[which] * 1e-5
-        above, _ = surrogate._loss(at + step, apart, y, prior)
-        below, _ = surrogate._loss(at - step, apart, y, prior)
+        above, _ = surrogate._negative_log_posterior(at + step, apart, y, prior)
+        below, _ = surrogate._negative_log_posterior(at - step, apart, y, prior)
         assert gradient[which] == pytest.approx((above - below) / 2e-5, rel=1e-4, abs=1e-6)
 
 

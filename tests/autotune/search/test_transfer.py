@@ -1,4 +1,4 @@
-"""Neighbours' schedules as first trials: which neighbours, where their schedules land, what it is worth."""
+"""Warm starts by neighbours' schedules: the order of neighbours, the nearest members, and the gain."""
 
 import statistics
 from dataclasses import asdict, replace
@@ -10,7 +10,7 @@ import toy
 from autotune import tuner
 from autotune.search.pool import Pool, enumerate_pool
 from autotune.search.sampler import PoolSampler
-from autotune.search.transfer import MOST, nearest_member, seeds
+from autotune.search.transfer import MAX_SEEDS, nearest_member, seeds
 from autotune.tuner import tune
 from tiles.cache.cache import KernelCache, Key, Record
 from tiles.target import Device
@@ -134,7 +134,7 @@ def test_an_invalid_schedule_moves_to_the_nearest_that_is_valid():
 def test_few_and_each_once():
     blocks = [1, 2, 8, 16, 32]
     many = [neighbour(block, tokens=64 << far) for far, block in enumerate(blocks)]
-    assert len(first(*many)) == MOST == 4
+    assert len(first(*many)) == MAX_SEEDS == 4
     assert len(first(*many, trials=11)) == 2
     assert first(*many, trials=3) == []
     assert first(neighbour(2), neighbour(2, width=128), neighbour(8, width=256)) == [(2, 1, True), (8, 1, True)]
@@ -195,7 +195,7 @@ def test_a_search_starts_from_what_the_cache_holds(toy_kernel, tmp_path):
     assert result.trials == 4
 
 
-def test_a_search_starts_from_what_it_is_told(toy_kernel, tmp_path):
+def test_a_search_is_warm_started_by_advice(toy_kernel, tmp_path):
     workers = toy.ToyWorkers()
     told = [neighbour(16, 2, width=512), neighbour(2, 1, device=OTHER)]
     tune(toy.PROBLEM, toy.DEVICE, KernelCache(tmp_path), trials=8, advice=told, workers=workers)

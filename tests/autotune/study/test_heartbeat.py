@@ -1,4 +1,4 @@
-"""Whose a running trial is: owners that died are seen, at once on this machine and by their silence elsewhere."""
+"""Trial leases: a dead owner is detected, at once on this machine and by missing heartbeats elsewhere."""
 
 import os
 import subprocess
@@ -13,13 +13,13 @@ from optuna.trial import TrialState
 
 from autotune.search.pool import enumerate_pool
 from autotune.search.sampler import PoolSampler
-from autotune.search.trials import REASON, Found
-from autotune.study import heartbeat as lease
-from autotune.study.heartbeat import BEAT, OWNER, Lease
-from autotune.study.shared_trials import Ledger
+from autotune.search.trials import REASON, TrialResult
+from autotune.study import heartbeat
+from autotune.study.heartbeat import HEARTBEAT, OWNER, Leases
+from autotune.study.shared_trials import SharedTrials
 from autotune.study.storage import open_study
 
-FOUND = Found(1.0, 2.0, 2.0, 1.9, 2.1, "code")
+RESULT = TrialResult(1.0, 2.0, 2.0, 1.9, 2.1, "code")
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def study(tmp_path):
     return open_study("toy", tmp_path, None, RandomSampler(seed=0))
 
 
-def ledger_of(folder, pool, budget=100, seed=0):
+def shared_trials_of(folder, pool, budget=100, seed=0):
     """A worker's: each has a storage of its own."""
-    return Ledger(open_study("toy", folder, None, PoolSampler(pool, budget=budget, seed=seed)), pool, budget)
+    return SharedTrials(open_study("toy", folder, None, PoolSampler(pool, budget=budget, seed=seed)), pool, budget)
 
 
 def running(study, owner):
@@ -54,82 +54,82 @@ def process(code):
 
 
 def owner_of(process_id, **other):
-    return Lease().owner | {"process": process_id, "started": lease._started(process_id)} | other
+    return Leases().owner | {"process": process_id, "started": heartbeat._process_start(process_id)} | other
 
 
-def test_a_process_that_ended_owns_nothing(study):
+def test_the_lease_of_a_process_that_ended_has_expired(study):
     with process("input()") as other:
         trial = running(study, owner_of(other.pid))
-        watching = Lease()
-        assert not watching.abandoned(seen(study, trial))
+        watching = Leases()
+        assert not watching.expired(seen(study, trial))
         other.kill()
-        while lease._started(other.pid) is not None:  # a zombie has ended, too
+        while heartbeat._process_start(other.pid) is not None:  # a zombie has ended, too
             time.sleep(0.01)
-        assert watching.abandoned(seen(study, trial))
+        assert watching.expired(seen(study, trial))
 
 
 def test_another_process_with_the_same_id_is_not_the_owner(study):
     with process("input()") as other:
         trial = running(study, owner_of(other.pid, started="1"))
-        assert Lease().abandoned(seen(study, trial))
+        assert Leases().expired(seen(study, trial))
         other.communicate()
 
 
-def test_an_earlier_run_of_this_process_owns_nothing_once_it_is_closed(study):
-    first = Lease()
+def test_the_lease_of_an_earlier_run_of_this_process_expires_when_it_is_closed(study):
+    first = Leases()
     trial = running(study, first.owner)
-    assert not Lease().abandoned(seen(study, trial))
+    assert not Leases().expired(seen(study, trial))
     first.close()
-    assert Lease().abandoned(seen(study, trial))
+    assert Leases().expired(seen(study, trial))
 
 
 @pytest.mark.parametrize(
     "owner",
     [{"host": "another", "process": 1, "started": "1", "run": "a"}, None, ["another", 1]],
-    ids=["elsewhere", "killed before it put its name down", "of an older version"],
+    ids=["elsewhere", "killed before its owner was written", "of an older version"],
 )
-def test_an_owner_that_cannot_be_looked_at_is_given_time_while_somebody_looks(study, monkeypatch, owner):
+def test_the_lease_of_an_owner_elsewhere_expires_after_observed_silence(study, monkeypatch, owner):
     now = [1000.0]
-    monkeypatch.setattr(lease.time, "monotonic", lambda: now[0])
-    trial, watching = running(study, owner), Lease()
-    assert not watching.abandoned(seen(study, trial))
-    now[0] += 3600  # nobody looked: that says little
-    assert not watching.abandoned(seen(study, trial))
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
+    trial, watching = running(study, owner), Leases()
+    assert not watching.expired(seen(study, trial))
+    now[0] += 3600  # nobody polled: that adds little
+    assert not watching.expired(seen(study, trial))
     for beat in range(20):
         now[0] += 4
         if owner:
-            trial.set_user_attr(BEAT, beat)
-            assert not watching.abandoned(seen(study, trial))
+            trial.set_user_attr(HEARTBEAT, beat)
+            assert not watching.expired(seen(study, trial))
     for _ in range(7):
         now[0] += 4
-        last = watching.abandoned(seen(study, trial))
+        last = watching.expired(seen(study, trial))
     assert last is (owner is None)
     now[0] += 4
-    assert watching.abandoned(seen(study, trial))
+    assert watching.expired(seen(study, trial))
 
 
-def test_a_stopped_process_keeps_its_trials_for_a_while_only(study, monkeypatch):
+def test_the_lease_of_a_stopped_process_expires(study, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(lease.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
     with process("input()") as other:
-        trial, watching = running(study, owner_of(other.pid)), Lease()
+        trial, watching = running(study, owner_of(other.pid)), Leases()
         silent = []
         for _ in range(9):
             now[0] += 4
-            silent.append(watching.abandoned(seen(study, trial)))
+            silent.append(watching.expired(seen(study, trial)))
         other.communicate()
     assert silent == [False] * 8 + [True]
 
 
-def test_what_is_held_is_renewed_until_it_is_let_go(study, monkeypatch):
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.02)
-    held, trial = Lease(), running(study, None)
-    held.hold(trial)
+def test_a_lease_is_renewed_until_it_is_released(study, monkeypatch):
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.02)
+    held, trial = Leases(), running(study, None)
+    held.acquire(trial)
     deadline = time.monotonic() + 60
-    while seen(study, trial).user_attrs.get(BEAT, 0) < 3:
+    while seen(study, trial).user_attrs.get(HEARTBEAT, 0) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    held.let_go(trial)
+    held.release(trial)
     study.tell(trial, 1.0)
     held.close()
     assert seen(study, trial).state == TrialState.COMPLETE
@@ -137,29 +137,29 @@ def test_what_is_held_is_renewed_until_it_is_let_go(study, monkeypatch):
 
 def test_trials_carry_their_owner_from_the_first_moment(tmp_path, pool):
     """So that a run that is killed while it chooses holds up nobody."""
-    ledger = ledger_of(tmp_path, pool)
+    shared = shared_trials_of(tmp_path, pool)
 
     def killed(*given):
         raise SystemExit
 
-    ledger.study.sampler._sampler.sample_relative = killed
+    shared.study.sampler._sampler.sample_relative = killed
     with pytest.raises(SystemExit):
-        ledger.ask()
-    (trial,) = ledger.study.trials
+        shared.ask()
+    (trial,) = shared.study.trials
     assert trial.params == {}
     assert trial.user_attrs[OWNER]["process"] == os.getpid()
-    ledger.close()
-    other = ledger_of(tmp_path, pool)
+    shared.close()
+    other = shared_trials_of(tmp_path, pool)
     start = time.monotonic()
     assert other.ask() is not None
     assert time.monotonic() - start < 20
-    other.look()
+    other.poll()
     assert other.study.trials[0].state == TrialState.FAIL
 
 
-def test_of_two_that_took_the_same_member_the_first_keeps_it(tmp_path, pool):
-    first, second = ledger_of(tmp_path, pool), ledger_of(tmp_path, pool)
-    theirs = first.study.ask(dict(pool.distributions))  # has chosen, and has not looked yet
+def test_of_two_that_claim_the_same_member_the_first_keeps_it(tmp_path, pool):
+    first, second = shared_trials_of(tmp_path, pool), shared_trials_of(tmp_path, pool)
+    theirs = first.study.ask(dict(pool.distributions))  # has chosen, and has not polled yet
     assert pool.member(theirs.params) == pool.default
     second.study.sampler._sampler._first = (pool.default, 3, 5)
     asked, member = second.ask()
@@ -169,59 +169,59 @@ def test_of_two_that_took_the_same_member_the_first_keeps_it(tmp_path, pool):
     second.study.sampler._sampler._next = lambda others: next(choices)
     _, member = second.ask()
     assert member == 7
-    assert pool.default not in first._before(theirs)
+    assert pool.default not in first._claimed_before(theirs)
     withdrawn = [trial for trial in first.study.trials if trial.state == TrialState.FAIL]
     assert [pool.member(trial.params) for trial in withdrawn] == [3, pool.default]
     assert all(REASON not in trial.user_attrs for trial in withdrawn)
-    assert first.look().room == 100 - 3
-    assert asked.number in {trial.number for trial in second._lease.held}
+    assert first.poll().budget_left == 100 - 3
+    assert asked.number in {trial.number for trial in second._leases.held}
 
 
-def test_one_that_is_still_choosing_is_waited_for(tmp_path, pool, monkeypatch):
+def test_a_trial_without_its_tunables_is_waited_for(tmp_path, pool, monkeypatch):
     """It may choose the same member, and its number is the lower one."""
-    first, second = ledger_of(tmp_path, pool), ledger_of(tmp_path, pool)
+    first, second = shared_trials_of(tmp_path, pool), shared_trials_of(tmp_path, pool)
     choosing = first.study._storage.create_new_trial(first.study._study_id)
-    first.study._storage.set_trial_user_attr(choosing, OWNER, first._lease.owner)
-    looks = []
+    first.study._storage.set_trial_user_attr(choosing, OWNER, first._leases.owner)
+    polls = []
 
-    def look(seconds):
-        looks.append(seconds)
+    def poll(seconds):
+        polls.append(seconds)
         for name, step in zip(pool.space, pool.members[pool.default], strict=True):
             first.study._storage.set_trial_param(choosing, name, step, pool.distributions[name])
 
-    monkeypatch.setattr("autotune.study.shared_trials.time.sleep", look)
+    monkeypatch.setattr("autotune.study.shared_trials.time.sleep", poll)
     _, member = second.ask()
-    assert len(looks) == 1
+    assert len(polls) == 1
     assert member != pool.default
 
 
 def test_the_budget_holds_for_workers_that_ask_at_once(tmp_path, pool):
-    first, second = ledger_of(tmp_path, pool, budget=1), ledger_of(tmp_path, pool, budget=1)
+    first, second = shared_trials_of(tmp_path, pool, budget=1), shared_trials_of(tmp_path, pool, budget=1)
     theirs = first.study.ask(dict(pool.distributions))
     ours = second.study.ask(dict(pool.distributions))
-    assert first._before(theirs) == []
-    assert len(second._before(ours)) == 1
-    second.give_up(ours)
+    assert first._claimed_before(theirs) == []
+    assert len(second._claimed_before(ours)) == 1
+    second.release_trial(ours)
     assert second.ask() is None
 
 
-def test_a_trial_that_was_taken_from_us_says_nothing(tmp_path, pool):
-    ours, theirs = ledger_of(tmp_path, pool), ledger_of(tmp_path, pool)
+def test_a_trial_whose_lease_expired_is_not_told(tmp_path, pool):
+    ours, theirs = shared_trials_of(tmp_path, pool), shared_trials_of(tmp_path, pool)
     trial, member = ours.ask()
-    theirs.study.tell(trial.number, state=TrialState.FAIL)  # we were silent for too long
-    assert ours.complete(trial, FOUND) is False
-    assert ours.settled() == []
+    theirs.study.tell(trial.number, state=TrialState.FAIL)  # our lease had expired
+    assert ours.complete(trial, RESULT) is False
+    assert ours.evaluated() == []
     again, taken = theirs.ask()
     assert taken == member
-    assert theirs.complete(again, FOUND) is True
-    assert [trial.number for trial in ours.look().news] == [again.number]
-    assert ours.look().news == theirs.look().news == []
+    assert theirs.complete(again, RESULT) is True
+    assert [trial.number for trial in ours.poll().new] == [again.number]
+    assert ours.poll().new == theirs.poll().new == []
 
 
-def test_close_frees_what_was_not_told(tmp_path, pool):
-    ours, theirs = ledger_of(tmp_path, pool), ledger_of(tmp_path, pool)
+def test_close_frees_trials_that_were_not_told(tmp_path, pool):
+    ours, theirs = shared_trials_of(tmp_path, pool), shared_trials_of(tmp_path, pool)
     _, member = ours.ask()
-    assert theirs.look().elsewhere == 1
+    assert theirs.poll().running_elsewhere == 1
     ours.close()
-    assert theirs.look().elsewhere == 0
+    assert theirs.poll().running_elsewhere == 0
     assert theirs.ask()[1] == member

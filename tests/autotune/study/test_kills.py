@@ -1,4 +1,4 @@
-"""Runs killed with SIGKILL at random moments, and resumed: nothing is lost, and they end as if nothing had happened."""
+"""Runs killed with SIGKILL at random moments and resumed: nothing is lost, and the result is the same."""
 
 import json
 import subprocess
@@ -21,5 +21,5 @@ def test_runs_that_are_killed_at_random_moments_lose_nothing_and_end_alike(tmp_p
     record, trials = seen["undisturbed"]
     assert record[0] == {"block": toy.BEST.block, "unroll": toy.BEST.unroll, "packed": toy.BEST.packed}
     assert len(trials) == 16
-    assert len(seen["endings"]) > 5
-    assert all(ending == seen["undisturbed"] for ending in seen["endings"])
+    assert len(seen["outcomes"]) > 5
+    assert all(outcome == seen["undisturbed"] for outcome in seen["outcomes"])

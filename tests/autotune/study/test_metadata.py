@@ -1,4 +1,4 @@
-"""What a study says of itself: a reader that has nothing but the study understands it."""
+"""Metadata of a study: understood by a reader with nothing but Optuna."""
 
 import json
 import subprocess

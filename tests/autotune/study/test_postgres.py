@@ -16,7 +16,7 @@ import toy
 from optuna.trial import TrialState
 from sqlalchemy.pool import NullPool
 
-from autotune.search.trials import settled
+from autotune.search.trials import evaluated
 from tiles.cache.cache import KernelCache
 
 pytest.importorskip("psycopg", reason="the driver psycopg is not installed: pip install 'psycopg[binary]'")
@@ -81,8 +81,8 @@ def searched(trials):
     return (max(t.datetime_complete for t in trials) - min(t.datetime_start for t in trials)).total_seconds()
 
 
-def check_that_each_member_was_done_once(trials):
-    done = Counter(json.dumps(trial.params) for trial in trials if settled(trial))
+def check_that_each_member_was_evaluated_once(trials):
+    done = Counter(json.dumps(trial.params) for trial in trials if evaluated(trial))
     assert len(done) == MEMBERS
     assert set(done.values()) == {1}
     assert not [trial for trial in trials if trial.state == TrialState.RUNNING]
@@ -97,7 +97,7 @@ def test_two_workers_take_little_more_than_half_the_time_and_do_nothing_twice(se
     (alone,) = ended(start(server, tmp_path / "alone", seconds=seconds))
     assert alone[0] == 0, alone[2]
     one = trials_of(server)
-    check_that_each_member_was_done_once(one)
+    check_that_each_member_was_evaluated_once(one)
     forget(server)
     workers = [start(server, tmp_path / name, seconds=seconds, gate=gate) for name in ("first", "second")]
     wait_for(lambda: len(list(tmp_path.glob("gate.*"))) == 2)  # importing loads the machine, which measuring does not
@@ -105,8 +105,8 @@ def test_two_workers_take_little_more_than_half_the_time_and_do_nothing_twice(se
     results = ended(*workers)
     assert [code for code, _, _ in results] == [0, 0], results
     two = trials_of(server)
-    check_that_each_member_was_done_once(two)
-    assert len({trial.user_attrs["owner"]["process"] for trial in two if settled(trial)}) == 2
+    check_that_each_member_was_evaluated_once(two)
+    assert len({trial.user_attrs["owner"]["process"] for trial in two if evaluated(trial)}) == 2
     # The code that different members share is timed once, so each worker sleeps about half as often.
     assert searched(one) >= CODES * seconds
     assert searched(two) <= 0.6 * searched(one)
@@ -124,7 +124,7 @@ def test_four_workers_that_start_at_once_make_the_tables_once_and_share_the_tria
     drop_tables(server)
     results = ended(*(start(server, tmp_path / str(worker), "--seed", str(worker)) for worker in range(4)))
     assert [code for code, _, _ in results] == [0] * 4, results
-    check_that_each_member_was_done_once(trials_of(server))
+    check_that_each_member_was_evaluated_once(trials_of(server))
     assert all(record(tmp_path / str(worker)).schedule == toy_best() for worker in range(4))
 
 
@@ -143,7 +143,7 @@ def test_what_a_killed_worker_was_at_is_done_by_the_other(server, tmp_path):
     dies.communicate()
     ((code, _, said),) = ended(lives)
     assert code == 0, said
-    check_that_each_member_was_done_once(trials_of(server))
+    check_that_each_member_was_evaluated_once(trials_of(server))
     assert record(tmp_path / "lives").schedule == toy_best()
 
 
@@ -166,7 +166,7 @@ def test_a_server_that_is_restarted_is_waited_for(server, tmp_path):
     server.start()
     ((code, _, said),) = ended(worker)
     assert code == 0, said
-    check_that_each_member_was_done_once(trials_of(server))
+    check_that_each_member_was_evaluated_once(trials_of(server))
     assert record(tmp_path / "cache").schedule == toy_best()
 
 
@@ -181,12 +181,12 @@ def test_a_server_that_stays_away_is_one_line_and_the_same_command_goes_on(serve
     assert last.startswith("error: the database must answer, got ")
     assert last.endswith("what was finished is kept there; run the same command again when it does")
     assert postgres.PASSWORD not in said
-    before = [trial for trial in trials_of(server) if settled(trial)]
+    before = [trial for trial in trials_of(server) if evaluated(trial)]
     assert len(before) > 3
     ((code, _, said),) = ended(start(server, tmp_path / "cache"))
     assert code == 0, said
     after = trials_of(server)
-    check_that_each_member_was_done_once(after)
+    check_that_each_member_was_evaluated_once(after)
     assert [after[trial.number].values for trial in before] == [trial.values for trial in before]
 
 

@@ -1,4 +1,4 @@
-"""What is written about a kernel: how fast it is, and where and when it was made."""
+"""Measurement and provenance of a record."""
 
 import sys
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from autotune.events import BucketsMeet, BucketsServed, ProblemFinished
-from autotune.search.case import TuneFailed
+from autotune.events import BucketSchedulesChosen, BucketShootoutStarted, ProblemFinished
+from autotune.search.tuning_case import TuneFailed
 from autotune.tuner import TuneResult
 from cli.commands import tune as command
 from cli.main import app
@@ -32,7 +32,7 @@ MEASUREMENT = {
 
 
 class Buckets:
-    """Stands in for the tuner and for `buckets.serve`, which finds that block 2 serves every bucket."""
+    """Stands in for the tuner and for `choose_schedules`, which finds that block 2 serves every bucket."""
 
     def __init__(self) -> None:
         self.order: list[Problem] = []
@@ -48,7 +48,7 @@ class Buckets:
         options["on_event"](ProblemFinished(problem, record, "trials", 0, 0.2))
         return TuneResult(record, 3, 0, "trials")
 
-    def serve(
+    def choose_schedules(
         self,
         results: Mapping[Problem, TuneResult],
         device: Device,
@@ -61,12 +61,12 @@ class Buckets:
         if self.fails:
             raise TuneFailed("the schedules cannot be compared: no")
         self.served.append(tuple(results))
-        on_event(BucketsMeet(tuple(results), 4))
+        on_event(BucketShootoutStarted(tuple(results), 4))
         records = tuple(
             cache.put(result.record.key, {"block": 2}, b"code 2", "text", MEASUREMENT | {"ratio": 3.0}, {})
             for result in results.values()
         )
-        on_event(BucketsServed(tuple(results), records, self.worst, 5.0))
+        on_event(BucketSchedulesChosen(tuple(results), records, self.worst, 5.0))
         return records
 
 
@@ -74,7 +74,7 @@ class Buckets:
 def buckets(monkeypatch: pytest.MonkeyPatch) -> Buckets:
     made = Buckets()
     monkeypatch.setattr(command, "tune_kernel", made.tune)
-    monkeypatch.setattr(command, "serve_buckets", made.serve)
+    monkeypatch.setattr(command, "choose_schedules", made.choose_schedules)
     monkeypatch.setattr(command, "Workers", lambda **_: nullcontext())
     return made
 
@@ -139,7 +139,7 @@ def test_buckets_that_cannot_be_compared_fail_the_run_and_keep_their_records(buc
 
 def test_while_schedules_are_compared_the_display_says_so() -> None:
     tally, problems = Tally(2), tuple(Problem("merge", "forward", 2, 64, tokens=tokens) for tokens in (32, 64))
-    tally.take(BucketsMeet(problems, 4))
+    tally.take(BucketShootoutStarted(problems, 4))
     assert tally.all_line().endswith("; comparing 4 schedules at 2 token counts")
-    tally.take(BucketsServed(problems, (), 1.0, 5.0))
+    tally.take(BucketSchedulesChosen(problems, (), 1.0, 5.0))
     assert "comparing" not in tally.all_line()

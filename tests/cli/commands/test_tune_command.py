@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from autotune.events import FinalistsMeet, ProblemFinished, ProblemStarted, TrialDone, TrialFailed
+from autotune.events import ProblemFinished, ProblemStarted, ShootoutStarted, TrialDone, TrialFailed
 from autotune.measuring.roofline import Roofline
 from autotune.tuner import TuneFailed
 from cli.commands import tune as command
@@ -50,14 +50,14 @@ class Script:
     def __call__(self, problem: Problem, device: Device, cache: KernelCache, **options: Any) -> None:
         self.calls.append((problem, options))
         report: Callable[[Any], None] = options["on_event"]
-        report(ProblemStarted(problem, pool=5, trials=3, settled=0, roofline=Roofline(10.0, 50.0)))
+        report(ProblemStarted(problem, pool=5, trials=3, evaluated=0, roofline=Roofline(10.0, 50.0)))
         if self.raises and len(self.calls) == self.at:
             if isinstance(self.raises, KeyboardInterrupt):
                 report(ProblemFinished(problem, None, "interrupted", 0, 0.1))
             raise self.raises
         report(TrialDone(problem, 0, {}, 1.0, 1.0, 25.0, 37.5, 0.5, 2.0, 50.0, 75.0))
         report(TrialFailed(problem, 1, {}, "does not compile"))
-        report(FinalistsMeet(problem, ({}, {})))
+        report(ShootoutStarted(problem, ({}, {})))
         record = cache.put(Key.of(problem, device), {"block": 1}, b"code", "text", MEASUREMENT, {})
         report(ProblemFinished(problem, record, "trials", 1, 0.2))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from autotune.events import Event, FinalistsMeet, ProblemFinished, ProblemStarted, TrialDone, TrialFailed
+from autotune.events import Event, ProblemFinished, ProblemStarted, ShootoutStarted, TrialDone, TrialFailed
 from autotune.measuring.roofline import Roofline
 from cli.ui.progress import TuneProgress, finished_line
 from cli.ui.progress_stats import Tally, duration
@@ -107,7 +107,7 @@ def test_the_best_so_far_and_the_final(clock: Clock) -> None:
     assert counted.best_line() == "nothing verified yet"
     counted.take(done())
     assert counted.best_line() == "best 0.5 ms, 1.25x the default, 60% of copy bandwidth, 66% of the limit"
-    counted.take(FinalistsMeet(PROBLEM, ({}, {}, {})))
+    counted.take(ShootoutStarted(PROBLEM, ({}, {}, {})))
     assert counted.trials_line() == "2 of 40 trials, 3 finalists meet the default"
     counted.take(started())
     assert counted.best_line() == "nothing verified yet"

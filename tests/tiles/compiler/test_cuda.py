@@ -19,7 +19,7 @@ from itertools import product
 import pytest
 from launching import WORKSPACE, job, launched
 
-from autotune.measuring.resource_check import look
+from autotune.measuring.resource_check import resource_usage
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Workers
 from tiles.compiler.compile import Artifact, compile_kernel
@@ -91,7 +91,7 @@ def test_the_days_sample_of_the_matrix_compiles_and_its_defaults_spill_nothing(s
     (op, direction, n, arch), artifact = case, sampled[case]
     again = f"mhc-tune compile --target cuda:{arch} --op {op} --streams {n} --width {WIDTH} ({direction})"
     assert not isinstance(artifact, TaskFailed), f"{again}: {artifact}"
-    seen = look(artifact)
+    seen = resource_usage(artifact)
     assert seen is not None
     assert seen.spilled_bytes == 0, f"{again}: {seen}"
     assert seen.resident_blocks > 0, f"{again}: {seen}"

@@ -1,11 +1,11 @@
-"""How much memory there is, and how its end is recognised."""
+"""Memory limits, and the recognition of running out of memory."""
 
 import os
 
 import pytest
 
-from autotune.processes import confine
-from autotune.processes.confine import for_want_of_memory, kills_for_memory, memory_bytes
+from autotune.processes import resource_limits
+from autotune.processes.resource_limits import is_out_of_memory, memory_bytes, oom_kills
 
 GIGABYTE = 2**30
 
@@ -31,22 +31,22 @@ def test_control_groups_and_those_above_them_limit_it(tmp_path, groups, files, l
         path = tmp_path / "root" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
-    assert set(confine._group_limits(tmp_path / "groups", tmp_path / "root")) == limits
+    assert set(resource_limits._group_limits(tmp_path / "groups", tmp_path / "root")) == limits
 
 
 def test_a_control_groups_limit_counts(monkeypatch):
-    monkeypatch.setattr(confine, "_group_limits", lambda groups, root: [9223372036854771712, 2 * GIGABYTE])
+    monkeypatch.setattr(resource_limits, "_group_limits", lambda groups, root: [9223372036854771712, 2 * GIGABYTE])
     assert memory_bytes() == min(2 * GIGABYTE, memory_bytes())
-    monkeypatch.setattr(confine, "_group_limits", lambda groups, root: [])
+    monkeypatch.setattr(resource_limits, "_group_limits", lambda groups, root: [])
     assert memory_bytes() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_kills_are_counted_where_the_system_tells(monkeypatch):
-    assert kills_for_memory() >= 0
-    monkeypatch.setattr(confine, "_text", lambda path: "pgfault 12\noom_kill 3\nnuma_hit 4\n")
-    assert kills_for_memory() == 3
-    monkeypatch.setattr(confine, "_text", lambda path: "")
-    assert kills_for_memory() == 0
+    assert oom_kills() >= 0
+    monkeypatch.setattr(resource_limits, "_text", lambda path: "pgfault 12\noom_kill 3\nnuma_hit 4\n")
+    assert oom_kills() == 3
+    monkeypatch.setattr(resource_limits, "_text", lambda path: "")
+    assert oom_kills() == 0
 
 
 @pytest.mark.parametrize(
@@ -63,5 +63,5 @@ def test_kills_are_counted_where_the_system_tells(monkeypatch):
         ("WrongResult: u at 1 tokens in 1 slices: wrote outside of the result", False),
     ],
 )
-def test_the_end_of_memory_is_recognised(reason, is_it):
-    assert for_want_of_memory(reason) is is_it
+def test_out_of_memory_is_recognised(reason, is_it):
+    assert is_out_of_memory(reason) is is_it

@@ -1,4 +1,4 @@
-"""What a worker may take of the machine's memory, and whether the system ended it for want of memory."""
+"""Memory and file limits of worker processes, and how running out of memory is recognised."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import re
 import resource
 from pathlib import Path
 
-SHARE = 0.75
-"""Of the memory there is, what workers may take together: the rest is the tuner's and everybody else's."""
+MEMORY_SHARE = 0.75
+"""Share of the available memory that workers may take together; the rest is the tuner's and everybody else's."""
 
-MOST_OUTPUT = 2**30
-"""Bytes of the largest file that a worker may write: one that prints without end must not fill the disk."""
+MAX_FILE_BYTES = 2**30
+"""Bytes of the largest file that a worker may write: one that prints endlessly must not fill the disk."""
 
-_OUT_OF_MEMORY = re.compile(
+OUT_OF_MEMORY = re.compile(
     "out of memory|can't allocate memory|cannot allocate memory|memory exhausted|MemoryError|bad_alloc"
-    "|Killed signal terminated program",  # g++ of a compiler process that the system ended
+    "|Killed signal terminated program",  # g++, of a cc1plus that the OOM killer ended
     re.IGNORECASE,
 )
 
 
 def memory_bytes() -> int:
-    """The machine's memory, or what the control groups of this process leave of it."""
+    """The machine's memory in bytes, or the least limit of this process's control groups."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(physical, *_group_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")), physical)
 
 
 def _group_limits(groups: Path, root: Path) -> list[int]:
-    """The limits (bytes) of a process's control groups and of all above them, of version 1 and 2.
+    """The limits (bytes) of a process's control groups and their ancestors, of version 1 and 2.
 
-    Inside a container the paths may be those of the host, which do not exist there: its own group is then at `root`.
+    Inside a container the paths may be the host's, which do not exist there: its own group is then at `root`.
     """
     limits = []
     for line in _text(groups).splitlines():
@@ -48,34 +48,34 @@ def _group_limits(groups: Path, root: Path) -> list[int]:
     return limits
 
 
-def confine(limit: int) -> None:
-    """Limit this process, and each that it starts, to `limit` bytes of memory, and have the system end it first.
+def limit_resources(limit: int) -> None:
+    """Limit this process and each that it starts to `limit` bytes of memory, and make it the OOM killer's first choice.
 
-    Counted is what it could write to (RLIMIT_DATA). Its address space (RLIMIT_AS) is no measure: CUDA reserves
-    hundreds of gigabytes of that, and so do allocators and the stacks of threads.
+    RLIMIT_DATA counts writable memory. RLIMIT_AS would count address space, of which CUDA, allocators and the stacks of
+    threads reserve hundreds of gigabytes.
     """
     _lower(resource.RLIMIT_DATA, limit)
-    _lower(resource.RLIMIT_FSIZE, MOST_OUTPUT)
-    with contextlib.suppress(OSError):  # where /proc cannot be written, the system chooses by size
+    _lower(resource.RLIMIT_FSIZE, MAX_FILE_BYTES)
+    with contextlib.suppress(OSError):  # where /proc cannot be written, the OOM killer chooses by size
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
 
 def _lower(kind: int, limit: int) -> None:
-    """Set a limit for good, unless a lower one is set already."""
+    """Lower a limit, soft and hard."""
     _, hard = resource.getrlimit(kind)
     least = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(kind, (least, least))
 
 
-def kills_for_memory() -> int:
-    """How many processes the system has ended for want of memory since it started; 0 where it does not tell."""
+def oom_kills() -> int:
+    """Number of processes that the OOM killer has ended since boot; 0 where the system does not tell."""
     found = re.search(r"^oom_kill (\d+)$", _text(Path("/proc/vmstat")), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
-def for_want_of_memory(reason: str) -> bool:
-    """Whether an error's text says that memory was short."""
-    return _OUT_OF_MEMORY.search(reason) is not None
+def is_out_of_memory(reason: str) -> bool:
+    """Whether an error's text tells of a lack of memory."""
+    return OUT_OF_MEMORY.search(reason) is not None
 
 
 def _text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a search works on: a kernel for a problem on a device, the pool of its schedules, and those compiled so far."""
+"""One tuning case: a kernel for a problem on a device, the pool of its schedules, and those compiled so far."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from optuna.trial import FrozenTrial
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Workers
 from autotune.search.pool import Pool
+from autotune.search.trials import member_of
 from tiles.cache.cache import Key
 from tiles.compiler.canonical_source import stable_form
 from tiles.compiler.compile import Artifact
 from tiles.errors import BadInput
 from tiles.kernels.spec import KernelSpec, Problem, Traffic
 
-NOT_THE_SCHEDULE = ("No space left on device", "Disk quota exceeded", "Read-only file system", "File too large")
-"""What makes any schedule fail: none is to blame, and all are to be asked again when it is mended."""
+MACHINE_FAULTS = ("No space left on device", "Disk quota exceeded", "Read-only file system", "File too large")
+"""Error texts of faults of the machine that fail any schedule: the trials are to be asked again when it is mended."""
 
 
 class TuneFailed(RuntimeError):
-    """The default schedule does not compile, is wrong or does not run, so there is nothing to measure against."""
+    """The default schedule does not compile, is wrong or does not run, so there is no baseline to measure against."""
 
 
 @dataclass
-class Case:
-    """One kernel to tune. `verified` holds the digests of code that was assessed in this call."""
+class TuningCase:
+    """One kernel to tune. `verified` holds the digests of generated code that was verified in this call."""
 
     problem: Problem
     spec: KernelSpec
@@ -39,7 +40,7 @@ class Case:
     _artifacts: dict[int, Artifact | TaskFailed] = field(default_factory=dict)
 
     def compile(self, members: Iterable[int]) -> None:
-        """Compile those that were not compiled before; what fails shows in `artifact`."""
+        """Compile the members that were not compiled before; `artifact` raises what failed."""
         missing = [member for member in dict.fromkeys(members) if member not in self._artifacts]
         schedules = [self.spec.schedule_from(self.pool.values(member)) for member in missing]
         done = self.workers.compile(self.problem, schedules, self.key.device.target)
@@ -62,57 +63,56 @@ class Case:
 
     def member(self, trial: FrozenTrial) -> int:
         """The member of a trial that has all its tunables."""
-        member = self.pool.member(trial.params)
-        assert member is not None, "the sampler proposes members, and the study's name tells the pool"
-        return member
+        return member_of(trial, self.pool)
 
     def default(self) -> Artifact:
         """The default schedule, compiled; raises `TuneFailed`."""
         try:
             return self.artifact(self.pool.default)
         except TaskFailed as failure:
-            raise self.default_fails(failure) from failure
+            raise self.default_failure(failure) from failure
 
-    def default_fails(self, failure: TaskFailed) -> Exception:
+    def default_failure(self, failure: TaskFailed) -> Exception:
         """What to raise when it is the default schedule that fails."""
-        return self.failed(f"the default schedule fails: {failure}")
+        return tuning_error(self.problem, f"the default schedule fails: {failure}")
 
-    def failed(self, what: str) -> Exception:
-        """`TuneFailed`, or `BadInput` where it is not the kernel's fault."""
-        text = f"{self.problem.describe()}: {what}"
-        return BadInput(mend(text)) if is_environment(text) else TuneFailed(text)
-
-    def fresh_seed(self, number: int) -> int:
-        """Every trial draws inputs of its own; the factor keeps searches of different seeds apart."""
+    def input_seed(self, number: int) -> int:
+        """The seed of a trial's inputs, which are its own; the factor keeps searches of different seeds apart."""
         return self.seed * 1_000_003 + number
 
     @property
     def traffic(self) -> Traffic:
-        """Of a call with the problem's tokens."""
+        """The traffic of a call with the problem's tokens."""
         return self.spec.traffic(self.problem, self.problem.tokens)
 
     def percent_of_copy(self, ms: float) -> float:
-        """The rate of the bytes against the device's copy bandwidth."""
+        """The bytes per second as a percentage of the device's copy bandwidth."""
         return 100 * self.traffic.bytes / ms / 1e6 / self.workers.roofline().copy_gb_per_s
 
     def percent_of_limit(self, ms: float) -> float:
-        """The least time that the roofline allows against this one."""
+        """The roofline's least time as a percentage of `ms`."""
         return 100 * self.workers.roofline().limit_ms(self.traffic) / ms
 
 
-def digest(artifact: Artifact) -> str:
-    """SHA-256 of the generated code, the same from whatever process."""
+def source_digest(artifact: Artifact) -> str:
+    """SHA-256 of the generated code in canonical form, the same in every process."""
     return hashlib.sha256(stable_form(artifact.source).encode()).hexdigest()
 
 
-def is_environment(reason: str) -> bool:
-    """Whether a failure says something about the machine and nothing about the schedule."""
-    return any(sign in reason for sign in NOT_THE_SCHEDULE)
+def is_machine_fault(reason: str) -> bool:
+    """Whether a failure is the machine's fault and not the schedule's."""
+    return any(sign in reason for sign in MACHINE_FAULTS)
 
 
-def mend(reason: str) -> str:
-    """The one line for such a failure."""
-    return (
+def machine_fault(reason: str) -> BadInput:
+    """The error for a fault of the machine."""
+    return BadInput(
         f"tuning needs room for temporary files, got {reason}: what was finished is kept; "
         "make room, then run the same command again"
     )
+
+
+def tuning_error(problem: Problem, what: str) -> Exception:
+    """`TuneFailed`, or `BadInput` where the machine is at fault."""
+    text = f"{problem.describe()}: {what}"
+    return machine_fault(text) if is_machine_fault(text) else TuneFailed(text)
