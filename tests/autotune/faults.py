@@ -82,13 +82,15 @@ class Fault:
     name: str
 
 
-SPEC = replace(
-    kernel_spec("aggregate", "forward"),
-    schedules=(Fault,),
-    default=lambda problem, target: Fault("slow"),
-    space=lambda problem, target: {"name": tuple(BODIES)},
-    why_invalid=lambda problem, schedule, target: None,
-)
+def spec_of(names):
+    """The kernel whose schedules are these faults; the default is `slow`."""
+    return replace(
+        kernel_spec("aggregate", "forward"),
+        schedules=(Fault,),
+        default=lambda problem, target: Fault("slow"),
+        space=lambda problem, target: {"name": names},
+        why_invalid=lambda problem, schedule, target: None,
+    )
 
 
 def code(name: str) -> str:

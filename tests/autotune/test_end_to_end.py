@@ -79,7 +79,9 @@ def test_a_tuned_kernel_computes_what_its_reference_does_and_a_second_run_does_n
     assert again.record == result.record
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_ended_keeps_what_it_finished(workers, tmp_path, sent, code):
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     process = subprocess.Popen(

@@ -342,7 +342,7 @@ def test_searches_of_different_seeds_choose_schedules_within_two_percent(tmp_pat
         return 1 + 0.1 * steps + 0.01 * schedule.packed
 
     chosen = []
-    for seed in range(12):
+    for seed in range(6):
         workers = toy.ToyWorkers(time_of, noise=0.04, seed=seed)
         result, _ = run(KernelCache(tmp_path / str(seed)), workers, trials=17, seed=seed)
         chosen.append(time_of(toy.ToySchedule(**result.record.schedule)))

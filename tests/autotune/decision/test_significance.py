@@ -7,7 +7,7 @@ import statistics
 import pytest
 import toy
 
-from autotune.decision import significance as final
+from autotune.decision import significance
 from autotune.decision.significance import (
     SELECTION_STRIDE,
     decide,
@@ -55,7 +55,7 @@ def on_a_virtual_machine(speeds, seed, *, rounds=60, noise=0.015):
 @pytest.mark.parametrize("finalists", [1, 3, 8])
 def test_of_equal_kernels_the_default_wins_however_many_there_are(finalists, monkeypatch):
     """Without the least gain, so that the statistics alone hold the rate of wrong winners below 2.5 %."""
-    monkeypatch.setattr(final, "LEAST_GAIN", 0.0)
+    monkeypatch.setattr(significance, "LEAST_GAIN", 0.0)
     equals = {str(number): 4.0 for number in range(finalists + 1)}
     wrong = sum(decide("0", on_a_virtual_machine(equals, seed, rounds=30))[0] != "0" for seed in range(400))
     assert wrong <= 18, "P(more than 18 of 400 at 2.5 %) is below 0.5 %"
@@ -91,8 +91,8 @@ def test_rounds_pick_or_judge():
         (Ratio(2.0, 0.0, math.inf), False),
     ],
 )
-def test_nothing_is_left_where_the_cautious_end_reaches_the_floor(ratio, stop):
-    assert near_lower_bound(4.0, ratio, floor=2.0, noise=0.02) is stop
+def test_a_search_stops_where_the_lower_confidence_bound_reaches_the_roofline(ratio, stop):
+    assert near_lower_bound(4.0, ratio, bound=2.0, noise=0.02) is stop
 
 
 def test_luck_in_the_picking_rounds_alone_is_not_enough():
@@ -115,14 +115,14 @@ def test_the_default_alone_is_kept():
     assert decide("default", {"default": [4.0] * 40}) == ("default", 4.0, 4.0, 1.0)
 
 
-def test_floor_is_bytes_over_bandwidth_and_lower_for_what_mostly_reads():
+def test_the_lower_bound_is_bytes_over_bandwidth_and_lower_for_what_mostly_reads():
     roofline = Roofline(10.0, 50.0)
     assert lower_bound_ms(Traffic(500_000, 500_000, 0), roofline) == pytest.approx(0.1)
     assert lower_bound_ms(Traffic(1_000_000, 0, 0), roofline) == pytest.approx(0.1 / 1.5)
     assert lower_bound_ms(Traffic(0, 1_000_000, 0), roofline) == pytest.approx(0.1)
 
 
-def test_floor_is_the_operations_where_they_take_longer_than_the_bytes():
+def test_the_lower_bound_is_the_operations_where_they_take_longer_than_the_bytes():
     roofline = Roofline(10.0, 50.0)
     assert lower_bound_ms(Traffic(500_000, 500_000, 4_000_000), roofline) == pytest.approx(0.1)
     assert lower_bound_ms(Traffic(500_000, 500_000, 20_000_000), roofline) == pytest.approx(0.4)

@@ -194,7 +194,7 @@ def test_an_older_driver_is_asked_by_its_own_names(cuda, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("script", ["exit 9", "exec sleep 1000", "echo"])
 def test_an_nvidia_smi_that_fails_or_hangs_leaves_nothing_known(cuda, monkeypatch, tmp_path, script):
-    monkeypatch.setattr(stopwatch, "PATIENCE", 0.2)
+    monkeypatch.setattr(stopwatch, "NVIDIA_SMI_SECONDS", 0.2)
     nvidia_smi(monkeypatch, tmp_path, script)
     watch = CudaStopwatch()
     watch.observe([lambda: None])

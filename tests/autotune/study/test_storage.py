@@ -183,13 +183,13 @@ def test_a_database_that_goes_away_is_waited_for_and_then_said(tmp_path, monkeyp
     path = tmp_path / "trials.db"
     study = opened(tmp_path, f"sqlite:///{path}?timeout=0.1")
     finish_one(study)
-    monkeypatch.setattr(database, "PAUSE", 0.05)
-    monkeypatch.setattr(database, "PATIENCE", 0.5)
+    monkeypatch.setattr(database, "RETRY_PAUSE", 0.05)
+    monkeypatch.setattr(database, "RETRY_SECONDS", 0.5)
     blocker = sqlite3.connect(path, isolation_level=None)
     blocker.execute("BEGIN EXCLUSIVE")
     with pytest.raises(BadInput, match=r"the database must answer, got .*locked.* for 0.5 s: .* run the same command"):
         study.set_user_attr("a", 1)
-    monkeypatch.setattr(database, "PATIENCE", 60)
+    monkeypatch.setattr(database, "RETRY_SECONDS", 60)
     threading.Timer(1.0, lambda: Path(tmp_path / "free").touch()).start()
 
     def pause(seconds):
