@@ -16,7 +16,7 @@ CUDA_ARCHS = (
 )
 
 TEGRA = ("sm_87", "sm_101a", "sm_110a")
-"""Jetson's and Drive's architectures: they run only code that was built for them."""
+"""Architectures of Jetson and Drive, which run only code that was built for them."""
 
 # The psABI levels of x86-64 and the /proc/cpuinfo flags that each adds (System V ABI, x86-64 supplement, table 3.1).
 X86_LEVELS: dict[str, frozenset[str]] = {
@@ -39,7 +39,7 @@ class Target:
 
 
 def compute_capability(target: Target) -> int:
-    """Of a CUDA target: 90 for sm_90a."""
+    """The compute capability of a CUDA target: 90 for sm_90a."""
     return int(target.arch.removeprefix("sm_").rstrip("a"))
 
 
@@ -116,15 +116,15 @@ def cuda_available() -> bool:
 
 
 def cuda_arch(major: int, minor: int) -> str:
-    """The architecture to build for on a compute capability: the accelerated form where one exists."""
+    """The architecture to build for on a compute capability: the architecture-specific one where it exists."""
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
 def why_cannot_run(arch: str, device: Device) -> str | None:
     """Why code for `arch` does not run on `device`, or None where it does.
 
-    CPU levels are ordered; sm_80 code runs on every 8.x but Tegra's, as code runs on later minor versions of its major
-    one; architecture-specific code (sm_90a) only on its own (CUDA programming guide, binary compatibility).
+    CPU levels are ordered. CUDA code runs on later minor versions of its major version (sm_80 on every 8.x) except
+    Tegra's; architecture-specific code (sm_90a) on its own only (CUDA programming guide, binary compatibility).
     """
     if device.kind == "cpu":
         levels = list(X86_LEVELS)

@@ -86,6 +86,8 @@ def import_(
         why = pack.why_untrusted
         if why and not trust_binaries:
             say(f"{path.name}: its schedules are compiled here: {why}")
+        else:
+            warn_stale(pack.records())
         done = import_pack(pack, target, trust_binaries=trust_binaries, recompile=recompile)
     for record, how in done:
         say(f"{record.key.problem.describe()} ({record.key.device.arch}): {how}")
@@ -115,6 +117,7 @@ def inspect(
     elsewhere = sum("measured_on" in record.provenance for record in records)
     if elsewhere:
         say(f"{elsewhere} were compiled for other levels than they were measured at (see provenance in --json)")
+    warn_stale(records)
     if isinstance(shelf, Pack):
         say(f"written by {shelf.created_by}, signed by {shelf.signed_by or 'nobody'}")
     say("its code may run" if shelf.why_untrusted is None else f"its code is not run unasked: {shelf.why_untrusted}")
@@ -133,6 +136,13 @@ def warn(complaints: list[str]) -> None:
     """Say which entries of a cache were ignored, and why."""
     for complaint in complaints:
         say(f"warning: {complaint}")
+
+
+def warn_stale(records: list[Record]) -> None:
+    """Say how many kernels are of another version, and why their code does not run."""
+    stale = [why for record in records if (why := record.key.why_not_current)]
+    if stale:
+        say(f"{len(stale)} of {len(records)} schedules are compiled again where they are used: {stale[0]}")
 
 
 def described(record: Record) -> dict[str, Any]:

@@ -103,8 +103,8 @@ def _line(one: Verdict) -> str:
 def _runnable(shelf: KernelCache | Pack, record: Record, untrusted: str | None) -> Path:
     """A kernel's binary, its checksum checked; raises `BadInput` where that is wrong, and `NotRun`."""
     binary, key = shelf.binary_path(record), record.key
-    if not key.current:
-        raise NotRun("it is of another version of mhc-tune; tune it again")
+    if why := key.why_not_current:
+        raise NotRun(f"{why}; tune it again")
     if key.device.kind == "cuda" and not cuda_available():
         raise NotRun("no NVIDIA GPU is visible")
     if why := why_cannot_run(key.device.arch, detect_device(key.device.kind)):

@@ -52,12 +52,11 @@ SOURCE_SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}
 TEMPORARY_SUFFIX = ".tmp"
 """Of a file that is being written, or was when its process died; its name starts with a dot."""
 
-
-MOST_READS = 5
-"""Times that an entry is read anew where another process replaces it at that moment."""
+MAX_READS = 5
+"""Times that an entry is read where another process replaces it meanwhile."""
 
 _Version = tuple[int, int, int]
-"""What tells one version of a file from another: inode, size, time of the last change (ns)."""
+"""A version of a file: inode, size, time of the last change (ns)."""
 
 
 class CacheCorrupt(BadInput):
@@ -79,8 +78,8 @@ def default_folder() -> Path:
 class KernelCache:
     """Tuned kernels in a folder. Reading needs no write permission; any number of processes may write.
 
-    A corrupt entry counts as missing. `complaints` holds one line for each that was seen. Binaries are checked as
-    records are read; in a `lazy` cache only when `binary_path` asks for them, so that loading one kernel reads one.
+    A corrupt entry counts as missing; `complaints` holds one line for each that was seen. Binaries are checked as
+    records are read, in a `lazy` cache only by `binary` and `binary_path`, so that loading one kernel reads one.
     """
 
     def __init__(self, folder: Path, *, lazy: bool = False) -> None:
@@ -104,8 +103,8 @@ class KernelCache:
         older kernel is then still there.
         """
         sha256 = hashlib.sha256(binary).hexdigest()
-        given = Record(key, dict(schedule), sha256, len(binary), dict(measurement), dict(provenance))
-        text = to_json(record_dict(given))
+        record = Record(key, dict(schedule), sha256, len(binary), dict(measurement), dict(provenance))
+        text = to_json(record_dict(record))
         if len(text) > MAX_RECORD_BYTES:
             raise BadInput(f"a record must stay below {MAX_RECORD_BYTES} bytes, got {len(text)}: shorten provenance")
         record = record_from_dict(from_json(text))  # what readers will see, refused now if they would refuse it
@@ -131,7 +130,7 @@ class KernelCache:
         return self._read(self._record_path(key))
 
     def records(self) -> list[Record]:
-        """All sound records, ordered by digest; cheap where nothing has changed since this object read them."""
+        """All valid records, ordered by digest; cheap where nothing has changed since this object read them."""
         try:
             paths = sorted(path for path in self.folder.iterdir() if path.suffix == ".json")
         except FileNotFoundError:
@@ -144,7 +143,7 @@ class KernelCache:
 
     @property
     def why_untrusted(self) -> str | None:
-        """Why the folder's code may not run unasked, or None: others than its owner may write to it."""
+        """Why the folder's code may not run unasked (others than its owner may write to it), or None."""
         return why_folder_untrusted(self.folder)
 
     def binary(self, record: Record) -> bytes:
@@ -172,12 +171,9 @@ class KernelCache:
         return self.folder / f"{key.digest}.json"
 
     def _read(self, path: Path) -> Record | None:
-        """The record in a file, or None with a complaint.
-
-        What is wrong with one that another process has replaced meanwhile says nothing about the new one.
-        """
+        """The record in a file, or None with a complaint. A file that was replaced meanwhile is read again."""
         why = ""
-        for _ in range(MOST_READS):
+        for _ in range(MAX_READS):
             version = None
             try:
                 version = _version(path)
@@ -232,15 +228,24 @@ def checked_binary(record: Record, binary: bytes) -> bytes:
     return binary
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old content or the new one, never a part."""
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o666, replace: bool = True) -> None:
+    """Write a file so that a crash at any moment leaves the old content or the new one, never a part.
+
+    `mode` is the file's, before the umask. Without `replace` an older file stays: of two writers the first one wins.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
     try:
-        with temporary.open("xb") as file:
+        temporary.touch(mode, exist_ok=False)
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if replace:
+            temporary.replace(path)
+        else:
+            with suppress(FileExistsError):
+                os.link(temporary, path)
+            temporary.unlink()
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -248,7 +253,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where its file system can."""
+    """Make the names in a folder durable, where its file system supports that."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -260,9 +265,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _version(path: Path) -> _Version:
-    """Which version of a file is there."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _content_name(record: Record) -> str:

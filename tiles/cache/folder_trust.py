@@ -1,4 +1,4 @@
-"""Trust in the folder of a kernel cache, by who may write to it."""
+"""Trust in a kernel cache's folder: decided by who may write to it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ ROOT = 0
 
 
 def why_folder_untrusted(folder: Path) -> str | None:
-    """Why code in a kernel cache may not run unasked, or None: anybody who can add a file could have put it there.
+    """Why code in a kernel cache may not run unasked, or None.
 
-    A folder that the user names is trusted like any program in it, unless everybody may write to it or to a file in
-    it, or a group may and the owner is somebody else.
+    A folder that the user names is trusted, unless everybody may write to it or to a file in it, or a group may and
+    the owner is somebody else: any of these could have put the code there.
     """
     try:
         with os.scandir(folder) as entries:

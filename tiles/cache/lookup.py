@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from tiles.cache.record import FORMAT, Key
-from tiles.compiler.toolchain import TILELANG, sources_hash
+from tiles.cache.record import Key
 from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
@@ -75,7 +74,7 @@ def _must_match(key: Key) -> tuple[Any, ...]:
 
 
 def _candidate(record: RecordT, problem: Problem, wanted: Key, why_no_code: str | None) -> Candidate[RecordT]:
-    why_recompile = _why_not_current(record.key) or why_no_code
+    why_recompile = record.key.why_not_current or why_no_code
     why_refused = why_cannot_run(record.key.device.arch, wanted.device)
     if why_refused is None and why_recompile is not None:
         why_refused = _why_invalid(record.schedule, problem, wanted.device)
@@ -91,17 +90,6 @@ def _rank(candidate: Candidate[Any], wanted: Key) -> tuple[Any, ...]:
     steps = abs(key.tokens.bit_length() - wanted.tokens.bit_length())
     nearness = (device.arch != here.arch, device.name != here.name, steps, -key.tokens, key.digest)
     return (device != here, candidate.why_recompile is not None, *nearness)
-
-
-def _why_not_current(key: Key) -> str | None:
-    """Why a kernel's code may be called differently than this version calls it, or None."""
-    if key.format != FORMAT:
-        return f"it is in format {key.format}, this version's is {FORMAT}"
-    if key.toolchain != TILELANG:
-        return f"it was made with TileLang {key.toolchain}, this version uses {TILELANG}"
-    if key.sources != sources_hash(key.op):
-        return "it was made from other kernel sources than this version's"
-    return None
 
 
 def _why_invalid(values: Mapping[str, Any], problem: Problem, device: Device) -> str | None:

@@ -1,10 +1,10 @@
-"""Removes from a kernel cache what nothing will read again, while other processes read and write it.
+"""Pruning: deletion of what nothing will read again from a kernel cache, while other processes read and write it.
 
-No locks: network file systems do not agree on them. It is safe by order instead. Files are listed first and the records
-read afterwards; `KernelCache.put` writes a kernel's files anew before the record that points at them. So a file that is
-still the one that was listed, and that its record did not name, is named by none. A file is renamed before it is
-removed, and put back if it turns out to be another one than was listed. What is younger than a grace period stays: a
-reader that has just read an old record goes on to read its binary.
+It takes no locks, as network file systems implement them differently, and is safe by order. Files are listed first and
+records read afterwards; `KernelCache.put` writes a kernel's files before the record that points at them. So a file that
+is still the one that was listed, and that its record did not name, is named by none. A file is renamed before it is
+deleted, and put back if it is not the one that was listed. Files younger than a grace period stay: a reader that has
+just read an old record goes on to read its binary.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tiles.cache.record import FORMAT, MAX_RECORD_BYTES, Record, from_json, reco
 from tiles.errors import BadInput
 
 GRACE_SECONDS = 3600.0
-"""Longer than any process takes from reading a record to loading its binary, or to write a file."""
+"""More than any process takes from reading a record to loading its binary, or to write a file."""
 
 _RECORD = re.compile(r"(?P<key>[0-9a-f]{32})\.json")
 _CONTENT = re.compile(r"(?P<key>[0-9a-f]{32})-[0-9a-f]{16}\.(so|cpp|cu)")
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PrunedFile:
     """A file that was removed, or would be: its size in bytes and why."""
 
     path: Path
@@ -42,25 +42,25 @@ class Pruned:
 
 def prune(
     folder: Path, *, stale: bool = False, dry_run: bool = False, grace_seconds: float = GRACE_SECONDS
-) -> list[Pruned]:
+) -> list[PrunedFile]:
     """Remove superseded binaries and sources, corrupt entries and left-over temporary files from a kernel cache.
 
-    With `stale` also the kernels of other sources or another TileLang, whose schedules go with them. Never what a sound
-    record points at, nor records of other formats. Returns what was removed. Raises `BadInput` for a folder that is
-    none or cannot be changed.
+    With `stale` also kernels of other sources or another TileLang, with their schedules. What a valid record points at
+    stays, and so do records of other formats. Returns what was removed. Raises `BadInput` for a folder that does not
+    exist or cannot be changed.
     """
     if not folder.is_dir():
         raise BadInput(f"a cache to prune must be a folder, found none at {folder}: check --cache")
     removed = []
     for place in (folder, *(folder / name for name in SUBFOLDERS)):
-        for file, why in _superfluous(place, stale=stale, before=time.time() - grace_seconds):
+        for file, why in _unneeded_files(place, stale=stale, before=time.time() - grace_seconds):
             if dry_run or _remove(file):
-                removed.append(Pruned(file.path, file.size, why))
+                removed.append(PrunedFile(file.path, file.size, why))
     return removed
 
 
 @dataclass(frozen=True)
-class _File:
+class _ListedFile:
     """A file as it was listed."""
 
     path: Path
@@ -75,15 +75,15 @@ class _File:
         return (self.inode, self.changed_ns) == (status.st_ino, status.st_mtime_ns)
 
 
-def _superfluous(folder: Path, *, stale: bool, before: float) -> Iterator[tuple[_File, str]]:
-    """What may go from one folder, with the reason."""
+def _unneeded_files(folder: Path, *, stale: bool, before: float) -> Iterator[tuple[_ListedFile, str]]:
+    """The files of one folder that may go, each with the reason."""
     files = _listed(folder)
-    by_key: dict[str, list[_File]] = {}
+    by_key: dict[str, list[_ListedFile]] = {}
     for file in files.values():
         if match := _CONTENT.fullmatch(file.path.name):
             by_key.setdefault(match["key"], []).append(file)
     for name in [name for name in files if _RECORD.fullmatch(name)]:
-        yield from _of_record(files[name], by_key.pop(name[:32], []), stale, before)
+        yield from _unneeded_of_key(files[name], by_key.pop(name[:32], []), stale, before)
     # Without a record when they were listed; one may have come since.
     for key, contents in by_key.items():
         if not (folder / f"{key}.json").exists():
@@ -93,12 +93,14 @@ def _superfluous(folder: Path, *, stale: bool, before: float) -> Iterator[tuple[
             yield file, "left over by a process that was stopped"
 
 
-def _of_record(entry: _File, contents: list[_File], stale: bool, before: float) -> Iterator[tuple[_File, str]]:
-    """What may go of one key: its record, and those of its binaries and sources that the record does not name."""
+def _unneeded_of_key(
+    entry: _ListedFile, contents: list[_ListedFile], stale: bool, before: float
+) -> Iterator[tuple[_ListedFile, str]]:
+    """The files of one key that may go: its record, and the binaries and sources that the record does not name."""
     if not entry.is_before(before):
         return
     try:
-        record = _sound(entry.path)
+        record = _valid_record(entry.path)
     except BadInput as error:
         yield entry, str(error)
         yield from ((file, "its record is corrupt") for file in contents if file.is_before(before))
@@ -117,9 +119,9 @@ def _of_record(entry: _File, contents: list[_File], stale: bool, before: float) 
             yield file, "superseded by a newer kernel"
 
 
-def _sound(path: Path) -> Record | None:
-    """The record in a file, its binary checked; None for one of another format. Raises `BadInput` for a corrupt one,
-    and OSError where that cannot be told."""
+def _valid_record(path: Path) -> Record | None:
+    """The record in a file, with its binary checked; None for one of another format. Raises `BadInput` for a corrupt
+    one, and OSError for one that cannot be read."""
     with path.open("rb") as file:
         text = file.read(MAX_RECORD_BYTES + 1)
     values = from_json(text)
@@ -138,9 +140,9 @@ def _sound(path: Path) -> Record | None:
     return record
 
 
-def _listed(folder: Path) -> dict[str, _File]:
-    """The plain files of a folder by name; no links."""
-    found: dict[str, _File] = {}
+def _listed(folder: Path) -> dict[str, _ListedFile]:
+    """The plain files of a folder by name, without links."""
+    found: dict[str, _ListedFile] = {}
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except FileNotFoundError:
@@ -151,12 +153,12 @@ def _listed(folder: Path) -> dict[str, _File]:
         with suppress(FileNotFoundError):
             status = entry.stat(follow_symlinks=False)
             if stat.S_ISREG(status.st_mode):
-                found[entry.name] = _File(Path(entry.path), status.st_ino, status.st_mtime_ns, status.st_size)
+                found[entry.name] = _ListedFile(Path(entry.path), status.st_ino, status.st_mtime_ns, status.st_size)
     return found
 
 
-def _remove(file: _File) -> bool:
-    """Remove a file if it still is the one that was listed."""
+def _remove(file: _ListedFile) -> bool:
+    """Remove a file if it is still the one that was listed; whether it was removed."""
     aside = file.path.with_name(f".{file.path.name}.{os.getpid()}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
     try:
         if not file.same_as(file.path.lstat()):

@@ -1,4 +1,4 @@
-"""What a tuned kernel is filed under (`Key`) and what is written down about it (`Record`)."""
+"""Keys and records: what identifies a tuned kernel (`Key`), and the data stored about it (`Record`)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def token_bucket(tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Key:
-    """Everything that decides a kernel's best schedule and its code. `tokens` is a power of two, the bucket."""
+    """Everything that decides a kernel's best schedule and its code. `tokens` is the token bucket, a power of two."""
 
     op: str
     direction: Direction
@@ -73,7 +73,7 @@ class Key:
 
     @classmethod
     def of(cls, problem: Problem, device: Device) -> Key:
-        """The key of a problem on a device with this package's sources; `BadInput` for an op that no family has."""
+        """The key of a problem on a device with this version's sources; `BadInput` for an op that no family has."""
         decisive = kernel_spec(problem.op, problem.direction).canonical(problem)
         return cls(
             op=problem.op,
@@ -95,9 +95,19 @@ class Key:
 
     @property
     def current(self) -> bool:
-        """Whether the kernel was made by this package's sources and toolchain: only then may its code be called."""
-        known = (self.op, self.direction) in kernel_specs()
-        return known and (self.toolchain, self.sources) == (TILELANG, sources_hash(self.op))
+        """Whether this version's sources and toolchain made the kernel: only then may its code be called."""
+        return self.why_not_current is None
+
+    @property
+    def why_not_current(self) -> str | None:
+        """Why the kernel's code may be called differently than this version calls it, or None."""
+        if self.format != FORMAT:
+            return f"it is in format {self.format}, this version's is {FORMAT}"
+        if self.toolchain != TILELANG:
+            return f"it was made with TileLang {self.toolchain}, this version uses {TILELANG}"
+        if (self.op, self.direction) not in kernel_specs() or self.sources != sources_hash(self.op):
+            return "it was made from other kernel sources than this version's"
+        return None
 
     @cached_property
     def digest(self) -> str:
@@ -107,7 +117,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Record:
-    """One tuned kernel: its schedule, the SHA-256 and size (bytes) of its binary, and where it comes from.
+    """One tuned kernel: its schedule, the SHA-256 and size (bytes) of its binary, its measurement and provenance.
 
     `schedule` and `provenance` hold plain scalars, `measurement` finite numbers and booleans.
     """
@@ -121,7 +131,7 @@ class Record:
 
 
 def to_json(values: Mapping[str, Any]) -> bytes:
-    """One spelling for equal values: sorted names, ASCII, no spaces; `BadInput` for what is not plain data."""
+    """Canonical JSON (sorted names, ASCII, no spaces): equal values give equal bytes. `BadInput` for non-plain data."""
     try:
         return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError) as error:
@@ -137,7 +147,7 @@ def from_json(text: bytes) -> Any:
 
 
 def record_dict(record: Record) -> dict[str, Any]:
-    """Plain data for JSON; `record_from_dict` is the way back."""
+    """Plain data for JSON; `record_from_dict` reads it."""
     return {
         "key": _key_dict(record.key),
         "schedule": dict(record.schedule),
@@ -149,7 +159,7 @@ def record_dict(record: Record) -> dict[str, Any]:
 
 
 def record_from_dict(values: object) -> Record:
-    """The record in parsed JSON, every field's type and range checked; `BadInput` names the first that is wrong."""
+    """The record in parsed JSON, with every field's type and range checked; `BadInput` names the first wrong one."""
     check_format(values.get("key") if isinstance(values, dict) else None)
     fields = check_fields(values, _RECORD_FIELDS, "a record")
     for name in ("schedule", "measurement", "provenance"):
@@ -164,7 +174,7 @@ def record_from_dict(values: object) -> Record:
 
 
 def check_format(values: object) -> None:
-    """Raise `BadInput` unless `values` has this `FORMAT`: asked first, as other formats have other fields."""
+    """Raise `BadInput` unless `values` has this `FORMAT`. Checked first, as other formats have other fields."""
     found = values.get("format") if isinstance(values, dict) else None
     if type(found) is not int or found != FORMAT:
         raise BadInput(f"format must be {FORMAT}, got {shown(found)}: tune or export it again with this version")
@@ -195,12 +205,12 @@ def check_scalars(values: Mapping[str, Any], what: str, kinds: tuple[type, ...])
 
 
 def shown(value: object) -> str:
-    """A short, printable form of an untrusted value for a message of one line."""
+    """A short, printable form of an untrusted value, for one-line messages."""
     return _UNPRINTABLE.sub("?", reprlib.repr(value))
 
 
 def check_schedule(record: Record) -> None:
-    """Raise `BadInput` when a record's schedule is not one that its kernel takes, with the kernel's own sentence."""
+    """Raise `BadInput`, with the kernel's own sentence, for a schedule that the record's kernel does not take."""
     problem = record.key.problem
     spec = kernel_spec(problem.op, problem.direction)
     why = spec.why_invalid(problem, spec.schedule_from(record.schedule), record.key.device.target)

@@ -1,7 +1,7 @@
-"""Schedules that were measured before this package was made, as data: for those who have not tuned their own device.
+"""Shipped schedules: measured before this package was built, for those who have not tuned their own device.
 
 `shipped.json` is made by `python -m cli.maintain.update_shipped` from the records in results/. It holds no code: a
-schedule is compiled where it is used, for today's sources.
+schedule is compiled where it is used, from this version's sources.
 """
 
 from __future__ import annotations

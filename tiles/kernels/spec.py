@@ -7,6 +7,7 @@ works on these records and knows no kernel by name.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -202,9 +203,13 @@ class KernelSpec:
             if set(values) == set(fields):
                 break
         else:
-            known = " or ".join(str(sorted(_field_types(kind))) for kind in self.schedules)
+            names = min(
+                (set(_field_types(kind)) for kind in self.schedules), key=lambda names: len(names ^ set(values))
+            )
+            unknown, missing = reprlib.repr(sorted(set(values) - names)), reprlib.repr(sorted(names - set(values)))
             raise BadInput(
-                f"a schedule of {self.name} has the fields {known}, got {sorted(values)}: re-tune this kernel"
+                f"a schedule of {self.name} must have its fields, got unknown {unknown}, missing {missing}: "
+                "tune this kernel again"
             )
         for name, value in values.items():
             if type(value) is not fields[name]:

@@ -1,4 +1,4 @@
-"""Bringing a pack's kernels into a cache: schedules as data, compiled code only where it is trusted."""
+"""Import of a pack's kernels into a cache: schedules as data, compiled code only where it is trusted."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from tiles.errors import BadInput
 from tiles.pack.pack import Pack
 
 
-class Compiled(Protocol):
-    """What a recompilation gives back; `tiles.compiler.compile.Artifact` is one."""
+class CompiledCode(Protocol):
+    """The result of a recompilation, such as `tiles.compiler.compile.Artifact`."""
 
     @property
     def binary(self) -> bytes:
-        """The compiled code."""
+        """The shared library."""
 
     @property
     def source(self) -> str:
-        """The text that it was compiled from."""
+        """The generated source that it was compiled from."""
 
 
-Recompile = Callable[[Sequence[Record]], Iterable[Compiled | Exception]]
-"""Compiles records' schedules for their devices: for each, in order, the code, or the error that there was."""
+Recompile = Callable[[Sequence[Record]], Iterable[CompiledCode | Exception]]
+"""Compiles records' schedules for their devices: the code of each, in order, or its error."""
 
 
 def import_pack(
     pack: Pack, cache: KernelCache, *, trust_binaries: bool, recompile: Recompile
 ) -> list[tuple[Record, str]]:
-    """Bring a pack's kernels into a cache; returns each record with what became of it.
+    """Bring a pack's kernels into a cache; returns each record with its outcome.
 
-    Schedules are data, binaries are code: unless the pack's signature is trusted or `trust_binaries` says so, every
-    kernel is compiled here, by `recompile`. A kernel of other sources or another toolchain is always compiled, as its
-    code may be called differently. The second item is "copied", "recompiled", "kept: ..." where the cache has this
-    kernel already, or "skipped: ...". Each kernel is stored as soon as it is there.
+    Schedules are data, binaries are code: unless the pack's signature is trusted or `trust_binaries` is set, every
+    kernel is compiled by `recompile`. A kernel of other sources or another toolchain is always compiled: its code may
+    be called differently. Outcomes are "copied", "recompiled", "kept: ..." where the cache has this kernel already, and
+    "skipped: ...". Each kernel is stored as soon as it is compiled.
     """
     trusted = trust_binaries or pack.why_untrusted is None
     done: list[tuple[Record, str]] = []
@@ -69,6 +69,6 @@ def import_pack(
     return done
 
 
-def _store(cache: KernelCache, record: Record, binary: bytes, source: str, how: str) -> Record:
-    provenance = record.provenance | {"imported": how}
+def _store(cache: KernelCache, record: Record, binary: bytes, source: str, outcome: str) -> Record:
+    provenance = record.provenance | {"imported": outcome}
     return cache.put(record.key, record.schedule, binary, source, record.measurement, provenance)

@@ -1,4 +1,4 @@
-"""One-file export of a kernel cache, `*.mhcpack`: written whole, opened with every check."""
+"""Packs: a kernel cache as one file, `*.mhcpack`, written whole and opened with every check."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_pack(
 ) -> list[Record]:
     """Export `records`, by default all of the cache, to `out`; returns what was written. See `write_kernels`.
 
-    Raises `BadInput` when there is nothing to export, or a folder to sign for that others may write to.
+    Raises `BadInput` when there is nothing to export, and for a folder to sign that others may write to.
     """
     chosen = list(cache.records() if records is None else records)
     if not chosen:
@@ -47,7 +47,7 @@ def read_kernels(source: KernelCache | Pack, records: Iterable[Record], *, to_si
 
 
 def write_kernels(out: Path, kernels: Iterable[PackedKernel], *, signed: bool = True) -> list[Record]:
-    """Write kernels (record, binary, source) as a pack, signed with the user's key; returns the records.
+    """Write kernels as a pack, signed with the user's key; returns the records.
 
     The file appears whole or not at all, and equal kernels give equal bytes. A signature vouches for the code: sign
     only what may run. Raises `BadInput` where the pack cannot be signed or written, and for what a reader would refuse.
@@ -62,22 +62,22 @@ def write_kernels(out: Path, kernels: Iterable[PackedKernel], *, signed: bool = 
 
 
 class Pack:
-    """A pack, open for reading; it can be used where a `KernelCache` is read.
+    """A pack, open for reading, with the reading methods of a `KernelCache`.
 
     Opening checks everything in it and raises `BadInput` for a file that is missing, damaged, no pack, or of another
-    format. Binaries are extracted when asked for, to a private folder that goes when the pack is closed, is no longer
-    referred to, or the process ends. A `lazy` pack checks binaries and sources only as each is asked for, and the
-    signature when `why_untrusted` is.
+    format. A `lazy` pack checks each binary and source when it is asked for, and the signature when `why_untrusted` is.
+    `binary_path` extracts to a private folder, which is deleted when the pack is closed or garbage-collected, or the
+    process ends.
     """
 
     def __init__(self, path: Path, *, lazy: bool = False) -> None:
         self.path = Path(path)
         self.complaints: list[str] = []
         self._folder: Path | None = None
-        self._held = ExitStack()
-        weakref.finalize(self, self._held.close)
+        self._resources = ExitStack()
+        weakref.finalize(self, self._resources.close)
         try:
-            file = self._held.enter_context(self.path.open("rb"))
+            file = self._resources.enter_context(self.path.open("rb"))
         except OSError as error:
             raise BadInput(f"a pack must be a readable file, got {path} ({error.strerror}): check the path") from error
         try:
@@ -95,7 +95,7 @@ class Pack:
 
     @property
     def signed_by(self) -> str | None:
-        """The public key that the pack says it is signed with; see `why_untrusted` for what that is worth."""
+        """The public key that the pack claims to be signed with; `why_untrusted` checks the claim."""
         return self._zip.signature.key if self._zip.signature else None
 
     @cached_property
@@ -127,7 +127,7 @@ class Pack:
         content = self.binary(record)
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="mhcpack-"))  # mode 0700
-            self._held.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            self._resources.callback(shutil.rmtree, self._folder, ignore_errors=True)
         path = self._folder / binary_name(record)
         if not path.exists():
             write_atomically(path, content)
@@ -135,7 +135,7 @@ class Pack:
 
     def close(self) -> None:
         """Close the file and remove extracted binaries; code that was loaded stays loaded."""
-        self._held.close()
+        self._resources.close()
 
     def __enter__(self) -> Pack:
         return self

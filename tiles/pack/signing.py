@@ -1,9 +1,9 @@
-"""Whose code may run: signatures of packs, and the keys that the user trusts.
+"""Signatures of packs, and the keys whose code may run.
 
 Every user has an Ed25519 key pair (RFC 8032), made when it is first needed. In the keys folder, `$MHC_TUNE_KEYS` or
 the platform's user configuration folder:
 
-    signing-key.txt      the private key, for its owner's eyes only: ed25519-private:<64 hexadecimal digits>
+    signing-key.txt      the private key, readable by its owner alone: ed25519-private:<64 hexadecimal digits>
     trusted-keys.txt     public keys of others, one a line: ed25519:<64 hexadecimal digits>, then any note
 """
 
@@ -11,31 +11,30 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import stat
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tiles.cache.cache import write_atomically
 from tiles.cache.record import shown
 from tiles.errors import BadInput
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-PRIVATE, LISTED = "signing-key.txt", "trusted-keys.txt"
+SIGNING_KEY_FILE, TRUSTED_KEYS_FILE = "signing-key.txt", "trusted-keys.txt"
 
-_SECRET = "ed25519-private:"
+_PRIVATE_PREFIX = "ed25519-private:"
 _KEY = re.compile(r"ed25519:[0-9a-f]{64}")
 _CONTEXT = b"mhc-tune pack manifest\n"
-"""Goes before what is signed, so that no signature made for another purpose is one of a pack."""
-_MOST_LISTED_BYTES = 2**20
+"""Prefix of the signed message, so that no signature made for another purpose is valid for a pack."""
+_MAX_TRUSTED_KEYS_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Signature:
-    """`key` is the signer's public key in its text form, `value` the 64 bytes that it made of the message."""
+    """An Ed25519 signature: the signer's public key as text, and 64 bytes."""
 
     key: str
     value: bytes
@@ -66,23 +65,23 @@ def check_key(text: str) -> str:
 
 
 def own_key(*, create: bool) -> str | None:
-    """This user's public key; None where there is none and none is to be made. Raises `BadInput` with the remedy."""
+    """This user's public key; None where there is none and `create` is not set. Raises `BadInput` with the remedy."""
     private = _private_key(create=create)
     return None if private is None else _public_text(private)
 
 
 def sign(message: bytes) -> Signature:
-    """Sign with this user's key, which is made if there is none. Raises `BadInput` with the remedy."""
+    """Sign with this user's key, which is created if there is none. Raises `BadInput` with the remedy."""
     private = _private_key(create=True)
     assert private
     return Signature(_public_text(private), private.sign(_CONTEXT + message))
 
 
 def why_untrusted(signature: Signature | None, message: bytes) -> str | None:
-    """Why code that comes with this signature of `message` may not run unasked, or None where it may.
+    """Why code with this signature of `message` may not run unasked, or None where the user's own or a trusted key made
+    the signature.
 
-    It may where the user's own key or a listed one made the signature. Raises `BadInput` for a signature that is not
-    of this message: then one of the two was damaged or forged.
+    Raises `BadInput` for a signature that is not of this message: one of the two was damaged or forged.
     """
     if signature is None:
         return "it is not signed"
@@ -105,13 +104,13 @@ def why_untrusted(signature: Signature | None, message: bytes) -> str | None:
 
 
 def trusted_keys() -> dict[str, str]:
-    """The keys of others that the user trusts, each with its note. Raises `BadInput` for a list that is not sound."""
-    path = keys_folder() / LISTED
+    """The keys of others that the user trusts, each with its note. Raises `BadInput` for a damaged or writable list."""
+    path = keys_folder() / TRUSTED_KEYS_FILE
     try:
-        if why := _why_changeable(path):
+        if why := _why_writable_by_others(path):
             raise BadInput(f"the list of trusted keys must be yours alone to change, got {path}: {why}")
         with path.open("rb") as file:
-            text = file.read(_MOST_LISTED_BYTES).decode("utf-8")
+            text = file.read(_MAX_TRUSTED_KEYS_BYTES).decode("utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError) as error:
@@ -121,21 +120,21 @@ def trusted_keys() -> dict[str, str]:
 
 
 def trust_key(line: str) -> str:
-    """List a public key; `line` may go on with a note, as in `ed25519:0123... Alice's laptop`. Returns the key."""
+    """Trust a public key; `line` may go on with a note, as in `ed25519:0123... Alice's laptop`. Returns the key."""
     key, _, note = line.strip().partition(" ")
     check_key(key)
     if not note.isprintable():
         raise BadInput(f"a note must be printable and of one line, got {shown(note)}: leave out what is not")
     if key not in trusted_keys():
-        _write(LISTED, [*_lines(), f"{key} {note.strip()}".strip()])
+        _write(TRUSTED_KEYS_FILE, [*_lines(), f"{key} {note.strip()}".strip()])
     return key
 
 
 def forget_key(key: str) -> None:
-    """Take a key off the list; raises `BadInput` if it is not there."""
+    """Remove a key from the trusted ones; raises `BadInput` if it is not one."""
     if check_key(key) not in trusted_keys():
         raise BadInput(f"a key to forget must be listed, got {key}: see mhc-tune keys")
-    _write(LISTED, [line for line in _lines() if line.split()[:1] != [key]])
+    _write(TRUSTED_KEYS_FILE, [line for line in _lines() if line.split()[:1] != [key]])
 
 
 def _private_key(*, create: bool) -> Ed25519PrivateKey | None:
@@ -143,18 +142,24 @@ def _private_key(*, create: bool) -> Ed25519PrivateKey | None:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     except ImportError as error:
         raise BadInput("signatures need the package cryptography, which is not installed: pip install it") from error
-    path = keys_folder() / PRIVATE
+    path = keys_folder() / SIGNING_KEY_FILE
     try:
         if not path.exists():
             if not create:
                 return None
-            _write(PRIVATE, [_SECRET + Ed25519PrivateKey.generate().private_bytes_raw().hex()], replace=False)
+            _write(
+                SIGNING_KEY_FILE,
+                [_PRIVATE_PREFIX + Ed25519PrivateKey.generate().private_bytes_raw().hex()],
+                replace=False,
+            )
         exposed = path.stat().st_mode & 0o077
         text = path.read_bytes()
     except OSError as error:
         raise BadInput(f"the signing key must be readable, got {path} ({error.strerror}): mend that") from error
     try:
-        private = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(text.decode().strip().removeprefix(_SECRET)))
+        private = Ed25519PrivateKey.from_private_bytes(
+            bytes.fromhex(text.decode().strip().removeprefix(_PRIVATE_PREFIX))
+        )
     except ValueError:  # its text may quote the key
         raise BadInput(f"the signing key must be as it was written, got another text in {path}: move it") from None
     if exposed:
@@ -167,39 +172,27 @@ def _public_text(private: Ed25519PrivateKey) -> str:
 
 
 def _lines() -> list[str]:
-    path = keys_folder() / LISTED
+    path = keys_folder() / TRUSTED_KEYS_FILE
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def _write(name: str, lines: list[str], *, replace: bool = True) -> None:
-    """Write a file of the keys folder, whole or not at all, for its owner alone.
-
-    Without `replace` an older file stays: of two processes that make a key at once, both use the first one's.
-    """
+    """Write a file of the keys folder for its owner alone. Without `replace` an older file stays: two processes that
+    create a key at once both use the first one's."""
     folder = keys_folder()
-    temporary = folder / f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write("".join(f"{line}\n" for line in lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            if replace:
-                temporary.replace(folder / name)
-            else:
-                with suppress(FileExistsError):
-                    os.link(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        content = "".join(f"{line}\n" for line in lines).encode()
+        write_atomically(folder / name, content, mode=0o600, replace=replace)
     except OSError as error:
         raise BadInput(
             f"the keys folder must be writable, got {folder} ({error.strerror}): mend it or set MHC_TUNE_KEYS"
         ) from error
 
 
-def _why_changeable(path: Path) -> str | None:
-    """Who else can change a file, or replace it in its folder (not where the sticky bit forbids it); the ssh rule."""
+def _why_writable_by_others(path: Path) -> str | None:
+    """Why others can change a file, or replace it in its folder (unless the sticky bit forbids that), or None; ssh's
+    rule."""
     if path.stat().st_mode & 0o022:
         return f"others may write to it, chmod go-w {path}"
     folder = path.parent.stat().st_mode

@@ -1,13 +1,13 @@
-"""The format of a pack, written and read: a zip of a manifest, the binaries and the generated sources.
+"""The file format of packs: a zip of a manifest, the binaries and the generated sources.
 
     manifest.json                    format, created_by, and every record with its source's SHA-256 and size
     binaries/<key>-<content>.so      named by the record, as in the cache folder
     sources/<key>-<content>.cpp
-    signature.json                   optional: a public key, and what it made of the manifest's bytes
+    signature.json                   optional: a public key, and its Ed25519 signature of the manifest's bytes
 
 The manifest holds the SHA-256 of all binaries and sources, so a signature of it covers them.
-All of it is untrusted input until it has been checked, and is checked before anything is used: the archive may hold
-the files that the manifest's records call for, under the names that this module gives them, and nothing else.
+All of it is untrusted input and checked before anything is used: the archive may hold the files that the manifest's
+records call for, under the names that this module gives them, and nothing else.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tiles.cache.record import (
     shown,
     to_json,
 )
-from tiles.errors import BadInput
+from tiles.errors import BadInput, one_line
 from tiles.pack.signing import Signature
 
 FORMAT = 2
@@ -55,10 +55,10 @@ MAX_TOTAL = 2**30
 """Limits in bytes after decompression. Kernels are tens of kilobytes each; a full pack of one device some megabytes."""
 
 MAX_RATIO = 300
-"""Most bytes that one byte of the file may become. Unrolled sources reach about 50, deflate's own limit is 1032."""
+"""Largest compression ratio. Unrolled sources reach about 50; deflate's own limit is 1032."""
 
 MAX_BRACKETS = 32
-"""Most opening brackets in the manifest for each file; a record has 7. Bounds the depth and the objects of the JSON."""
+"""Most opening brackets in the manifest for each file (a record has 7): bounds the depth and size of the JSON."""
 
 _MANIFEST_FIELDS = {"format": int, "created_by": str, "records": list}
 _ENTRY_FIELDS = {"record": dict, "source_sha256": str, "source_size": int}
@@ -88,8 +88,8 @@ _DAMAGED = (
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """One line of the manifest."""
+class _ManifestEntry:
+    """One kernel of the manifest."""
 
     record: Record
     source_sha256: str
@@ -97,7 +97,7 @@ class _Entry:
 
 
 class PackedKernel(NamedTuple):
-    """A kernel as a pack holds it: its record, its compiled code, and the source that the code was generated as."""
+    """A kernel as a pack holds it: record, shared library, generated source."""
 
     record: Record
     binary: bytes
@@ -105,7 +105,7 @@ class PackedKernel(NamedTuple):
 
 
 def write_zip(created_by: str, kernels: Iterable[PackedKernel], sign: Callable[[bytes], Signature] | None) -> bytes:
-    """A pack of kernels; equal ones in equal order, signed by the same key or by none, give equal bytes.
+    """The bytes of a pack; equal kernels in equal order, signed by the same key or by none, give equal bytes.
 
     Raises `BadInput` for what a reader would refuse.
     """
@@ -114,8 +114,8 @@ def write_zip(created_by: str, kernels: Iterable[PackedKernel], sign: Callable[[
         source = text.encode()
         sizes = {"source_sha256": hashlib.sha256(source).hexdigest(), "source_size": len(source)}
         entries.append({"record": record_dict(record)} | sizes)
-        files[_binary_entry(record)] = binary
-        files[_source_entry(record)] = source
+        files[_binary_path(record)] = binary
+        files[_source_path(record)] = source
     manifest = to_json({"format": FORMAT, "created_by": created_by, "records": entries})
     if sign:
         signature = sign(manifest)
@@ -123,7 +123,7 @@ def write_zip(created_by: str, kernels: Iterable[PackedKernel], sign: Callable[[
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in ({MANIFEST: manifest} | files).items():
-            archive.writestr(_member(name), content)
+            archive.writestr(_zip_info(name), content)
     ZipReader(file)
     return file.getvalue()
 
@@ -131,15 +131,14 @@ def write_zip(created_by: str, kernels: Iterable[PackedKernel], sign: Callable[[
 class ZipReader:
     """A pack's contents, all checked. Raises `BadInput` for a file that is damaged, no pack, or of another format.
 
-    `manifest` is the bytes that the records were read from: a signature has to be of these, whatever the file holds by
-    now.
-    `lazy`, the contents of binaries and sources are checked only as each is asked for. The caller keeps `file` open
-    for as long as it reads from the archive.
+    With `lazy`, each binary and source is checked when it is asked for; the caller keeps `file` open until then.
+    `manifest` holds the bytes that the records were read from: a signature has to be of these, even if the file has
+    changed since.
     """
 
     def __init__(self, file: BinaryIO, *, lazy: bool = False) -> None:
         try:
-            size = _check_end(file)
+            size = _check_directory(file)
             self._zip = zipfile.ZipFile(file)
             self._infos = _checked_infos(self._zip, size)
         except BadInput:
@@ -152,7 +151,7 @@ class ZipReader:
         self.signature = self._signature()
         expected = {MANIFEST, SIGNATURE} if self.signature else {MANIFEST}
         for record in self.records():
-            expected |= {_binary_entry(record), _source_entry(record)}
+            expected |= {_binary_path(record), _source_path(record)}
         if set(self._infos) != expected or len(self._entries) != len(entries):
             odd = sorted(set(self._infos) ^ expected)
             raise BadInput(f"a pack must hold the files of its records, once each, got {shown(odd)}: export it again")
@@ -166,12 +165,12 @@ class ZipReader:
 
     def binary(self, record: Record) -> bytes:
         """The binary, checked against the record's SHA-256; raises `CacheCorrupt`."""
-        return checked_binary(record, self._content(_binary_entry(record), record.size, MAX_BINARY))
+        return checked_binary(record, self._content(_binary_path(record), record.size, MAX_BINARY))
 
     def source(self, record: Record) -> str:
         """The generated source, checked against the manifest's SHA-256; raises `CacheCorrupt`."""
         entry = self._entries[record.key.digest]
-        content = self._content(_source_entry(record), entry.source_size, MAX_SOURCE)
+        content = self._content(_source_path(record), entry.source_size, MAX_SOURCE)
         if hashlib.sha256(content).hexdigest() != entry.source_sha256:
             raise CacheCorrupt(f"{source_name(record)} must match its SHA-256 and does not: export it again")
         try:
@@ -185,7 +184,7 @@ class ZipReader:
         limit = min(MAX_MANIFEST, len(self._infos) * MAX_RECORD_BYTES)
         return self._content(MANIFEST, self._infos[MANIFEST].file_size, limit)
 
-    def _parsed(self, manifest: bytes) -> tuple[str, list[_Entry]]:
+    def _parsed(self, manifest: bytes) -> tuple[str, list[_ManifestEntry]]:
         brackets = manifest.count(b"{") + manifest.count(b"[")
         if brackets > MAX_BRACKETS * len(self._infos):
             raise BadInput(f"a manifest must be flat and small, got {brackets} brackets: export the pack again")
@@ -199,7 +198,7 @@ class ZipReader:
         return fields["created_by"], [_entry_from(entry) for entry in fields["records"]]
 
     def _signature(self) -> Signature | None:
-        """What the pack says of its signer; checked for its form only (`tiles.pack.signing` tells what it is worth)."""
+        """The signature that the pack states; only its form is checked here, the rest in `tiles.pack.signing`."""
         if SIGNATURE not in self._infos:
             return None
         content = from_json(self._content(SIGNATURE, self._infos[SIGNATURE].file_size, MAX_SIGNATURE))
@@ -209,7 +208,7 @@ class ZipReader:
         return Signature(fields["key"], bytes.fromhex(fields["value"]))
 
     def _content(self, name: str, size: int, limit: int) -> bytes:
-        """One entry of exactly `size` bytes; reads no further than that, whatever the archive says."""
+        """One file of exactly `size` bytes; reads no further than that, whatever the archive says."""
         info = self._infos.get(name)
         if info is None or info.file_size != size or size > limit:
             raise CacheCorrupt(f"{name} must have {shown(size)} bytes, {limit} at most, and has not: export it again")
@@ -221,19 +220,19 @@ class ZipReader:
         return content
 
 
-def _entry_from(values: object) -> _Entry:
-    """One entry of the manifest. Keys and schedules of other versions follow rules unknown here: import checks them."""
+def _entry_from(values: object) -> _ManifestEntry:
+    """One kernel of the manifest. Those of other versions follow other rules: import and look-up check them."""
     fields = check_fields(values, _ENTRY_FIELDS, "an entry of the manifest")
     record = record_from_dict(fields["record"])
     if record.key.current:
         if record.key != Key.of(record.key.problem, record.key.device):
             raise BadInput(f"{record.key.problem.describe()}: its key must be canonical and is not: export it again")
         check_schedule(record)
-    return _Entry(record, fields["source_sha256"], fields["source_size"])
+    return _ManifestEntry(record, fields["source_sha256"], fields["source_size"])
 
 
-def _check_end(file: BinaryIO) -> int:
-    """Check the archive's last record before zipfile reads what it points at: no huge directory, no other layout.
+def _check_directory(file: BinaryIO) -> int:
+    """Check the zip's end record before zipfile reads the directory: not huge, and last in the file.
 
     Returns the file's size in bytes.
     """
@@ -254,8 +253,8 @@ def _check_end(file: BinaryIO) -> int:
 
 
 def _brief(error: Exception) -> str:
-    """What zipfile says, which may quote a great deal of a damaged file."""
-    text = " ".join(str(error).split())
+    """zipfile's message, shortened: it may quote a great deal of a damaged file."""
+    text = one_line(str(error))
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
@@ -277,8 +276,8 @@ def _checked_infos(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Zip
     return infos
 
 
-def _member(name: str) -> zipfile.ZipInfo:
-    """An entry that depends on nothing but its name: fixed date, plain file, read for all."""
+def _zip_info(name: str) -> zipfile.ZipInfo:
+    """Attributes that depend on nothing but the name: fixed date, plain file, readable by all."""
     info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     info.compress_type = zipfile.ZIP_DEFLATED
     info.create_system = 3  # Unix
@@ -286,9 +285,9 @@ def _member(name: str) -> zipfile.ZipInfo:
     return info
 
 
-def _binary_entry(record: Record) -> str:
+def _binary_path(record: Record) -> str:
     return f"binaries/{binary_name(record)}"
 
 
-def _source_entry(record: Record) -> str:
+def _source_path(record: Record) -> str:
     return f"sources/{source_name(record)}"

@@ -1,6 +1,6 @@
-"""Loads a compiled kernel and calls it on torch tensors: no tilelang, no compiler.
+"""Compiled kernels, loaded and called on torch tensors without TileLang or a compiler.
 
-On a CUDA device it needs the NVIDIA driver and nothing else: calls go to torch's current stream and wait for nothing,
+On a CUDA device they need the NVIDIA driver and nothing else: calls go to torch's current stream and never synchronise,
 so they can be captured in a CUDA graph once a first call has loaded the code.
 """
 
@@ -23,8 +23,8 @@ from tiles.runtime.cpu_memory_pool import MEMORY_POOL
 
 Value = torch.Tensor | float
 
-ONE_THREAD_BYTES = 64 * 1024
-"""A slice of tokens smaller than this does not pay for waking another thread (about 5 µs at 10 GB/s)."""
+MIN_SLICE_BYTES = 64 * 1024
+"""Smallest slice of tokens that pays for waking another thread (about 5 µs at 10 GB/s)."""
 
 
 class LoadError(RuntimeError):
@@ -34,9 +34,8 @@ class LoadError(RuntimeError):
 class LoadedKernel:
     """A kernel ready to run on this machine, on a device of its kind.
 
-    Calling it takes the inputs, scalars and updated tensors of `spec.arguments(problem)` in that order (contiguous
-    tensors on one device, any token count) and returns a tuple of all results in that order; partials come summed over
-    slices.
+    A call takes the inputs, scalars and updated tensors of `spec.arguments(problem)` in that order (contiguous tensors
+    on one device, any token count) and returns all results in that order, partials summed over slices.
     """
 
     def __init__(self, path: Path, problem: Problem) -> None:
@@ -58,24 +57,24 @@ class LoadedKernel:
 
     @property
     def device(self) -> torch.device:
-        """A device that it runs on: the CPU, or the current one of CUDA's."""
+        """The device that it runs on: the CPU, or the current CUDA device."""
         return CPU if self.kind == "cpu" else torch.device("cuda", torch.cuda.current_device())
 
     def __call__(self, *inputs: Value) -> tuple[torch.Tensor, ...]:
-        """Run on as many slices of tokens as are worth it."""
+        """Run on the default number of slices."""
         tokens = self._tokens(inputs)
         return self.run(inputs, tokens, self.slices(tokens))
 
     def slices(self, tokens: int) -> int:
-        """How many slices a call on `tokens` tokens is split into: on a CPU one for each of torch's threads, fewer when
-        there is little to do; on CUDA one, since the launcher splits the tokens itself."""
+        """The number of token slices of a call: on a CPU one for each of torch's threads, fewer when there is little to
+        do; on CUDA one, since the launcher splits the tokens itself."""
         if self.kind == "cuda":
             return 1
-        worth = tokens * self._token_bytes // ONE_THREAD_BYTES
+        worth = tokens * self._token_bytes // MIN_SLICE_BYTES
         return max(1, min(torch.get_num_threads(), tokens, worth))
 
     def workspace(self, tokens: int) -> int:
-        """Bytes of device memory that a call needs besides its arguments; a CPU kernel has its stack."""
+        """Bytes of device memory that a call needs besides its arguments; 0 for a CPU kernel."""
         return int(self._workspace(tokens)) if self._workspace else 0
 
     def run(self, inputs: Sequence[Value], tokens: int, slices: int) -> tuple[torch.Tensor, ...]:
@@ -101,7 +100,7 @@ class LoadedKernel:
         scalars = self._floats(*[tensors[argument.name] for argument in self._scalars])
         status = self._run(pointers, scalars, tokens, slices, next(iter(results.values())).device)
         if status != 0:
-            raise RuntimeError(f"{self.spec.name} failed: {_why(self.kind, status)}")
+            raise RuntimeError(f"{self.spec.name} failed: {_status_text(self.kind, status)}")
 
     def _on_cpu(self, pointers: Any, scalars: Any, tokens: int, slices: int, device: torch.device) -> int:
         return int(self._launch(pointers, scalars, tokens, slices))
@@ -110,12 +109,12 @@ class LoadedKernel:
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
             size = self.workspace(tokens)
-            # Freed at once: torch gives the memory to later work of this stream alone, which runs after the kernel.
+            # Freed at once: torch reuses the memory for later work of this stream only, which runs after the kernel.
             space = torch.empty(size, dtype=torch.uint8, device=device).data_ptr() if size else None
             return int(self._launch(pointers, scalars, tokens, stream, space))
 
     def _tokens(self, inputs: Sequence[Value]) -> int:
-        """The token count, after checking every input against its argument: a wrong pointer would corrupt memory."""
+        """The token count, after checking every input: a wrong pointer would corrupt memory."""
         first = inputs[0]
         tokens: int = first.shape[0] if isinstance(first, torch.Tensor) and first.dim() else 0
         for argument, (shape, dtype), value in zip(self._given, self._expected(tokens), inputs, strict=True):
@@ -133,7 +132,7 @@ class LoadedKernel:
         return tokens
 
     def _shapes(self, tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """What every given argument must look like."""
+        """Shape and dtype of every argument that the caller passes."""
         return [(argument.sized(tokens), DTYPES[argument.dtype]) for argument in self._given]
 
 
@@ -151,7 +150,7 @@ CPU = torch.device("cpu")
 
 
 def empty_result(argument: Argument, tokens: int, slices: int, device: torch.device = CPU) -> torch.Tensor:
-    """Uninitialised memory for a result; a partial gets one row per slice."""
+    """An uninitialised tensor for a result; a partial has one row per slice: [slices, ...]."""
     shape = argument.sized(tokens)
     shape = (slices, *shape) if argument.role == "partial" else shape
     if device.type == "cpu":
@@ -160,7 +159,7 @@ def empty_result(argument: Argument, tokens: int, slices: int, device: torch.dev
 
 
 def summed(partials: torch.Tensor) -> torch.Tensor:
-    """The sum over slices, in an order that depends on their number alone, so that it repeats bit for bit."""
+    """The sum over slices, in an order that depends on their number alone, so that it is reproducible bit for bit."""
     total = partials[0]
     for part in partials[1:]:
         total = total.add_(part)
@@ -201,17 +200,17 @@ def _workspace(library: ctypes.CDLL) -> Any:
     return size
 
 
-_LAUNCHER_SAYS = {
+_LAUNCHER_ERRORS = {
     NO_DRIVER: "libcuda.so.1 was not found: install the NVIDIA driver",
     OLD_DRIVER: "the NVIDIA driver is older than CUDA 12: update it",
     TOO_MANY_TOKENS: "a kernel counts in 32 bits, and there are too many tokens for that: split the call",
 }
 
 
-def _why(kind: str, status: int) -> str:
-    """What a launcher's status means."""
-    if kind == "cuda" and status in _LAUNCHER_SAYS:
-        return _LAUNCHER_SAYS[status]
+def _status_text(kind: str, status: int) -> str:
+    """The meaning of a launcher's status."""
+    if kind == "cuda" and status in _LAUNCHER_ERRORS:
+        return _LAUNCHER_ERRORS[status]
     if kind == "cuda":
         text = ctypes.c_char_p()
         ctypes.CDLL("libcuda.so.1").cuGetErrorString(status, ctypes.byref(text))

@@ -277,3 +277,15 @@ def test_keys_are_shown_listed_and_forgotten(own: Path) -> None:
     for wrong in (["--forget", key], ["--trust", "ed25519:1"]):
         result = mhc_tune("keys", *wrong)
         assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
+
+
+def test_kernels_of_other_sources_are_said_in_one_line_a_pack(own: Path, tmp_path: Path) -> None:
+    cache = KernelCache(tmp_path / "stale")
+    current = fill(cache, "merge", 64, HERE)
+    key = replace(Key.of(replace(current.key.problem, width=128), HERE), sources="0" * 16)
+    cache.put(key, current.schedule, b"code", "", {}, {})
+    line = (
+        "1 of 2 schedules are compiled again where they are used: it was made from other kernel sources than this "
+        "version's"
+    )
+    assert mhc_tune("inspect", cache.folder).stderr.splitlines().count(line) == 1

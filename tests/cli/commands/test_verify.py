@@ -15,6 +15,7 @@ from tiles.cache.cache import KernelCache, Record
 from tiles.cache.record import Key
 from tiles.compiler.compile import compile_kernel
 from tiles.compiler.cpu_launcher import ENTRY
+from tiles.compiler.toolchain import TILELANG
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
 from tiles.pack.pack import write_pack
@@ -62,7 +63,10 @@ def test_each_kernel_gets_its_verdict(tmp_path: Path, binary: bytes) -> None:
     assert found[right.key.digest] == ("right", None)
     assert found[elsewhere.key.digest] == ("not run", f"built for x86-64-v9, this CPU offers {HERE.arch}")
     assert found[gpu.key.digest] == ("not run", "no NVIDIA GPU is visible")
-    assert found[stale.key.digest] == ("not run", "it is of another version of mhc-tune; tune it again")
+    assert found[stale.key.digest] == (
+        "not run",
+        f"it was made with TileLang 0.1.14, this version uses {TILELANG}; tune it again",
+    )
     assert found[broken.key.digest][0] == "failed"
     assert "does not load" in found[broken.key.digest][1]
 

@@ -1,4 +1,4 @@
-"""One of the processes that use a kernel cache at the same time: `python hammer.py FOLDER SEEN SEED`.
+"""One of the processes that use a kernel cache at the same time: `python hammer.py FOLDER SEEN SEED GRACE`.
 
 It writes, reads and prunes in random order until it is killed. What it finds wrong ends it with exit code 1 and a line
 on stderr. A binary and its source say which put they belong to, so that a mixture of two would be seen.
@@ -15,9 +15,6 @@ from stored import KEY
 
 from tiles.cache.cache import KernelCache, Key, Record
 from tiles.cache.prune import prune
-
-GRACE_SECONDS = 10.0
-"""Far longer than a put or a read takes here, far shorter than the test."""
 
 KEYS = [dataclasses.replace(KEY, tokens=2**power) for power in range(8)]
 
@@ -42,8 +39,10 @@ def why_torn(cache: KernelCache, record: Record) -> str | None:
 
 
 class Process:
-    def __init__(self, folder: Path, seen: Path, seed: str) -> None:
-        self.folder, self.seen, self.seed = folder, seen, seed
+    """`grace` seconds are far more than a put or a read takes here, and far fewer than the test."""
+
+    def __init__(self, folder: Path, seen: Path, seed: str, grace: float) -> None:
+        self.folder, self.seen, self.seed, self.grace = folder, seen, seed, grace
         self.random = random.Random(seed)
         self.puts = 0
         self.long_lived = KernelCache(folder, lazy=True)
@@ -71,7 +70,7 @@ class Process:
                 self.expect(why is None, f"torn {why}")
 
     def prune(self) -> None:
-        prune(self.folder, grace_seconds=GRACE_SECONDS)
+        prune(self.folder, grace_seconds=self.grace)
 
     def expect(self, holds: bool, otherwise: str) -> None:
         if not holds:
@@ -79,4 +78,4 @@ class Process:
 
 
 if __name__ == "__main__":
-    Process(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]).go()
+    Process(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], float(sys.argv[4])).go()

@@ -15,32 +15,37 @@ from tiles.cache.cache import KernelCache
 from tiles.cache.prune import prune
 
 ROOT = Path(tiles.__file__).parents[1]
-PROCESSES = 16
-SECONDS = float(os.environ.get("MHC_TUNE_HAMMER_SECONDS", "120"))
+SEED = 0
 
 
-def start(folder: Path, seen: Path, log: Path, seed: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, hammer.__file__, str(folder), str(seen), str(seed)]
+def start(folder: Path, seen: Path, log: Path, seed: int, grace: float) -> subprocess.Popen[bytes]:
+    command = [sys.executable, hammer.__file__, str(folder), str(seen), str(seed), str(grace)]
     with log.open("ab") as errors:
         return subprocess.Popen(command, stderr=errors, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-def test_processes_that_write_read_prune_and_die_at_random(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("processes", "seconds", "grace"), [(8, 12, 5), pytest.param(16, 120, 10, marks=pytest.mark.slow)]
+)
+def test_processes_that_write_read_prune_and_die_at_random(
+    tmp_path: Path, processes: int, seconds: float, grace: float
+) -> None:
+    sys.stdout.write(f"seed {SEED}\n")
     folder, seen, log = tmp_path / "cache", tmp_path / "seen", tmp_path / "log"
     seen.mkdir()
-    draw = random.Random(0)
-    running = [start(folder, seen, log, seed) for seed in range(PROCESSES)]
+    draw = random.Random(SEED)
+    running = [start(folder, seen, log, SEED + number, grace) for number in range(processes)]
     kills = 0
     try:
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(draw.uniform(0.1, 0.5))
-            victim = draw.randrange(PROCESSES)
+            victim = draw.randrange(processes)
             assert all(process.poll() is None for process in running), log.read_text()
             running[victim].kill()
             running[victim].wait()
             kills += 1
-            running[victim] = start(folder, seen, log, PROCESSES + kills)
+            running[victim] = start(folder, seen, log, SEED + processes + kills, grace)
     finally:
         for process in running:
             process.kill()
@@ -76,7 +81,7 @@ def test_the_hammer_sees_a_torn_entry(tmp_path: Path) -> None:
     cache.put(hammer.KEY, {"label": "a"}, hammer.binary_of("a", 10), "b", {"bytes": 10}, {})
     (record,) = cache.records()
     assert hammer.why_torn(cache, record) == "a: another source"
-    process = hammer.Process(tmp_path, tmp_path / "seen", "0")
+    process = hammer.Process(tmp_path, tmp_path / "seen", "0", 10)
     process.seen.mkdir()
     with pytest.raises(SystemExit):
         process.read()

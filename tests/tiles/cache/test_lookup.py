@@ -131,7 +131,10 @@ def test_schedules_without_code_that_may_run_are_kept_for_compiling():
 
 @pytest.mark.parametrize(
     ("schedule", "because"),
-    [({}, "has the fields"), (SCHEDULE | {"block_width": 7}, "must divide 64, got 7")],
+    [
+        ({}, "got unknown [], missing ['block_width', 'threads']"),
+        (SCHEDULE | {"block_width": 7}, "must divide 64, got 7"),
+    ],
     ids=["fields", "rule"],
 )
 def test_schedules_that_todays_rules_refuse_are_refused(schedule, because):

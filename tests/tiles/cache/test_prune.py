@@ -200,7 +200,7 @@ def test_a_corrupt_record_that_is_tuned_again_meanwhile_stays(cache, monkeypatch
     record = put(cache)
     (cache.folder / f"{record.key.digest}.json").write_bytes(b"no JSON")
     age(cache.folder)
-    sound = tiles.cache.prune._sound
+    sound = tiles.cache.prune._valid_record
 
     def tuned_again(path):
         try:
@@ -208,7 +208,7 @@ def test_a_corrupt_record_that_is_tuned_again_meanwhile_stays(cache, monkeypatch
         finally:
             put(cache)
 
-    monkeypatch.setattr(tiles.cache.prune, "_sound", tuned_again)
+    monkeypatch.setattr(tiles.cache.prune, "_valid_record", tuned_again)
     assert prune(cache.folder) == []
     assert cache.records() == [record]
 

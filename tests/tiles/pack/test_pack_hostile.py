@@ -249,7 +249,7 @@ def test_manifests_with_hostile_values(packed, originals):
     manifest = json.loads(entries_of(packed)["manifest.json"])
     draw = random.Random(1)
     for path in leaves(manifest | {"records": manifest["records"][:1]}):
-        for value in draw.sample(HOSTILE_VALUES, 8) if path else ():
+        for value in draw.sample(HOSTILE_VALUES, 4) if path else ():
 
             def change(values, path=path, value=value):
                 for name in path[:-1]:
@@ -318,7 +318,7 @@ def test_schedules_of_this_version_are_held_to_the_kernels_rules(packed):
         manifest["records"][0]["record"]["schedule"]["surprise"] = 1
 
     edited(packed, unknown_field)
-    assert "has the fields" in refused(packed)
+    assert "must have its fields, got unknown ['surprise'], missing []" in refused(packed)
 
 
 def test_invalid_schedules_are_refused_with_the_kernels_own_sentence(packed, monkeypatch):

@@ -172,8 +172,8 @@ def test_a_folder_that_cannot_be_written_is_said(keys):
 
 
 def test_processes_that_make_a_key_at_once_agree_on_one(keys):
-    with ProcessPoolExecutor(8, mp_context=multiprocessing.get_context("spawn")) as pool:
-        made = set(pool.map(_own_key, range(32)))
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+        made = set(pool.map(_own_key, range(16)))
     assert made == {trust.own_key(create=False)}
     assert [path.name for path in keys.iterdir()] == ["signing-key.txt"]
 
