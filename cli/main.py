@@ -1,10 +1,11 @@
-"""The command `mhc-tune`: its sub-commands, and what it does with errors.
+"""The command `mhc-tune`: its sub-commands and error handling.
 
 Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 130 interrupted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -21,7 +22,7 @@ USAGE = 2
 
 
 class Commands(TyperGroup):
-    """Turns an error that the user can mend into one line on stderr."""
+    """A command group that prints errors of the user's input as one line on stderr."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a sub-command; `BadInput` and wrong usage exit with code 2."""
@@ -44,29 +45,31 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # joins the lines of a docstring's paragraph
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="""Fused kernels for manifold-constrained hyper-connections (mHC), tuned for your device.
+    help="""Tune fused kernels for manifold-constrained hyper-connections (mHC) on your device.
 
-    A first run:  mhc-tune doctor, then  mhc-tune tune --width 1280 --tokens 2048,
-    then  mhc-tune export kernels.mhcpack, and in your training code  mhc.load_kernels("kernels.mhcpack").""",
+    A first run: `mhc-tune doctor`, then `mhc-tune tune --width 1280 --tokens 2048`, then `mhc-tune export
+    kernels.mhcpack`, and in your training code `mhc.load_kernels("kernels.mhcpack")`.""",
 )
-app.command("tune")(tune.tune)
-app.command("export")(packs.export)
-app.command("import")(packs.import_)
-app.command("inspect")(packs.inspect)
-app.command("merge")(merge.merge)
-app.command("diff")(diff.diff)
-app.command("keys")(keys.keys)
-app.command("verify")(verify.verify)
-app.command("explain")(explain.explain)
-app.command("prune")(prune.prune)
-app.command("report")(report.report)
-app.command("record")(record.record)
-app.command("replay")(replay.replay)
-app.command("bench")(bench.bench)
-app.command("gpu")(gpu.gpu)
-app.command("doctor")(doctor.doctor)
-app.command("compile")(compile.compile_)
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "Tuning": {"doctor": doctor.doctor, "tune": tune.tune, "report": report.report, "compile": compile.compile_},
+    "Kernel caches and packs": {
+        "export": packs.export,
+        "import": packs.import_,
+        "inspect": packs.inspect,
+        "verify": verify.verify,
+        "explain": explain.explain,
+        "merge": merge.merge,
+        "diff": diff.diff,
+        "prune": prune.prune,
+        "keys": keys.keys,
+    },
+    "Measuring": {"bench": bench.bench, "gpu": gpu.gpu, "record": record.record, "replay": replay.replay},
+}
+for panel, commands in COMMANDS.items():
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=panel)(command)
 
 if __name__ == "__main__":
     app()

@@ -19,7 +19,7 @@ from autotune.tuner import tune
 from cli.bench import command as bench
 from cli.bench import peers
 from cli.bench.cases import make_case
-from cli.bench.fastest_torch import Choice
+from cli.bench.fastest_torch import FastestTorch
 from mhc.dispatch.kernels import Kernels, using
 from tiles.cache.cache import KernelCache
 from tiles.compiler.compile import Artifact, compile_kernel
@@ -137,7 +137,7 @@ def test_the_benchmark_measures_what_is_right(op: str, impl: str, tmp_path: Path
     monkeypatch.setattr(bench, "ROUNDS", 5)
     skipped: list[str] = []
     device, shape = detect_device("cuda"), (4, 1280, 1000, "bfloat16")
-    about = (Choice(4, 1280, "bfloat16"), Roofline.measure("cuda"), skipped)
+    about = (FastestTorch(4, 1280, "bfloat16"), Roofline.measure("cuda"), skipped)
     rows = bench.measure_op(device, tmp_path, shape, op, ("forward", "both"), (impl,), (), *about)
     if impl in peers.NAMES and skipped:
         assert skipped[0].startswith(f"{impl} {op}")
@@ -151,7 +151,7 @@ def test_a_backward_by_itself_can_be_timed(tmp_path: Path, monkeypatch: pytest.M
     """Autograd runs on the stream of the forward, which a captured graph would not allow."""
     monkeypatch.setattr(bench, "ROUNDS", 5)
     device, shape = detect_device("cuda"), (4, 1280, 1000, "bfloat16")
-    about = (Choice(4, 1280, "bfloat16"), Roofline.measure("cuda"), [])
+    about = (FastestTorch(4, 1280, "bfloat16"), Roofline.measure("cuda"), [])
     (row,) = bench.measure_op(device, tmp_path, shape, "merge", ("backward",), ("default",), (), *about)
     assert row["median_ms"] > 0
 

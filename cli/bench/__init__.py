@@ -1,1 +1,1 @@
-"""The benchmark: our kernels beside torch and public peers, in one run."""
+"""The benchmark: our kernels compared with torch and public peers in one run."""

@@ -1,4 +1,4 @@
-"""What `mhc-tune bench` times: an op or a composition at one shape, with fresh inputs and a float64 reference."""
+"""Benchmark cases: an op or composite at one shape, with random inputs and the results of a float64 reference."""
 
 from __future__ import annotations
 
@@ -10,53 +10,50 @@ from itertools import chain
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cli.bench.torch_composites import BLOCKS, COMPOSED, PARTS, composed, layer, pre, stack
-from cli.bench.torch_ops import EPS, Form
+from cli.bench.torch_composites import COMPOSITES, SINGLE_OPS, STACK_LAYERS, composite, layer, pre, stack
+from cli.bench.torch_ops import EPS, OpFunction
 from mhc.modules.init import constrained_bias
 from tiles.kernels.reference_inputs import draw, fresh
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Direction, Problem, Traffic
 
-OPS = (*PARTS, *COMPOSED)
+OPS = (*SINGLE_OPS, *COMPOSITES)
 DIRECTIONS = ("forward", "backward", "both")
 
-# Relative error in the Frobenius norm that an implementation may have to be timed. It tells wrong maths from rounding:
-# a baseline may round coefficients to the streams' dtype (a relative 2^-9 for bfloat16), and compositions do so at
-# several places one after the other. Kernels are held to much tighter bounds by `mhc-tune verify`.
-ROUNDING = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
+# Largest relative error (Frobenius norm) of an implementation that is timed. It separates wrong maths from rounding: a
+# baseline may round coefficients to the streams' dtype (a relative 2^-9 for bfloat16), and composites do so several
+# times in a row. `mhc-tune verify` has much tighter bounds for kernels.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
 
-LEAST: Mapping[str, Mapping[str, int]] = {
+FUSED_PASSES: Mapping[str, Mapping[str, int]] = {
     "layer": {"pre": 1, "merge": 1},
-    "stack": {"pre": 1, "step": BLOCKS - 1, "merge": 1},
+    "stack": {"pre": 1, "step": STACK_LAYERS - 1, "merge": 1},
 }
-"""The fused passes that move least where an op is no kernel by itself, and how often each runs."""
+"""For composites that are no single kernel: the fused kernels that move the least memory, and how often each runs."""
 
 CPU = torch.device("cpu")
 
-PERIOD = 251
-"""Tokens that are drawn for a GPU. A prime: a kernel that reads the right tokens of the wrong block of tokens is wrong
-there."""
+DISTINCT_TOKENS = 251
+"""Different tokens on a GPU; more repeat them. A prime, so that a kernel that reads a wrong block of tokens gives wrong
+results."""
 
-SHARED = ("phi", "alpha", "bias")
-"""Inputs that all tokens share; all other inputs and all results have a row for each token."""
+PARAMETERS = ("phi", "alpha", "bias")
+"""Inputs that all tokens share; every other input and every result has a row per token."""
 
-
-SMALL = 0.3
-"""Of a stack's parameters: how far they are from the start, as a share of what the kernels draw."""
-
-LOW_POST = -3.0
-"""Of a stack's parameters: the bias of post, which makes it 0.1."""
+STACK_SCALE, STACK_POST_BIAS = 0.3, -3.0
+"""Parameters of a stack's layers: their distance from the initial values, as a share of what the kernels draw; and the
+bias of post, which makes post 0.1."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """One of `OPS`; "layer" and "stack" are around identity sublayers.
+class BenchCase:
+    """One of `OPS` at one shape; "layer" and "stack" are around identity sublayers.
 
     Fields:
-        inputs: the differentiable tensors, in the order of the form's parameters.
-        names: of the inputs; a stack has as many of a name as it has layers.
-        upstream: a gradient for each result.
-        wanted: float64 results, then float64 gradients of the inputs.
+        inputs: the differentiable tensors, in the order of the op's arguments.
+        names: of the inputs; in a stack a name occurs once per layer.
+        grad_outputs: a gradient for each result.
+        expected: float64 results, then float64 gradients of the inputs.
         traffic: the least that forward, backward and both must move and compute.
     """
 
@@ -67,146 +64,148 @@ class Case:
     dtype: str
     inputs: tuple[torch.Tensor, ...]
     names: tuple[str, ...]
-    upstream: tuple[torch.Tensor, ...]
-    wanted: tuple[torch.Tensor, ...]
+    grad_outputs: tuple[torch.Tensor, ...]
+    expected: tuple[torch.Tensor, ...]
     traffic: Mapping[str, Traffic]
 
     def describe(self) -> str:
-        """One line for people."""
+        """Op and shape on one line."""
         return f"{self.op} n={self.streams} C={self.width} {self.dtype} T={self.tokens}"
 
-    def error(self, form: Form, *, gradients: bool = True) -> float:
-        """The largest relative error of the form's results and, if asked for, gradients, each in the Frobenius norm.
+    def error(self, function: OpFunction, *, gradients: bool = True) -> float:
+        """The largest relative error (Frobenius norm) of the function's results and, if `gradients`, of its gradients.
 
-        Gradients of one name count as one: that of a single alpha may by chance be next to nothing.
+        Gradients of one name count as one tensor, as that of a single alpha may be almost zero by chance.
         """
         with torch.set_grad_enabled(gradients):
-            got = results = form(*self.inputs)
+            got = results = function(*self.inputs)
         if gradients:
-            got = (*results, *torch.autograd.grad(results, self.inputs, self.upstream))
+            got = (*results, *torch.autograd.grad(results, self.inputs, self.grad_outputs))
         labels = [*map(str, range(len(results))), *self.names][: len(got)]
         error, size = dict.fromkeys(labels, torch.zeros(())), dict.fromkeys(labels, torch.zeros(()))
-        for label, one, want in zip(labels, got, self.wanted, strict=False):
+        for label, one, want in zip(labels, got, self.expected, strict=False):
             error[label] = error[label] + (one.detach().double() - want).square().sum()
             size[label] = size[label] + want.square().sum()
-        # Not Python's max, which may drop a NaN.
+        # torch's max: Python's may drop a NaN.
         return float(torch.stack([(error[label] / size[label]).sqrt() for label in error]).max())
 
-    def calls(self, form: Form, directions: Sequence[str]) -> dict[str, Callable[[], object]]:
-        """What is timed in each direction. Forward keeps nothing for a backward, as in inference."""
+    def calls(self, function: OpFunction, directions: Sequence[str]) -> dict[str, Callable[[], object]]:
+        """The call that is timed in each direction. Forward saves nothing for a backward, as in inference."""
 
         def forward() -> object:
             with torch.no_grad():
-                return form(*self.inputs)
+                return function(*self.inputs)
 
         def both() -> object:
-            return torch.autograd.grad(form(*self.inputs), self.inputs, self.upstream)
+            return torch.autograd.grad(function(*self.inputs), self.inputs, self.grad_outputs)
 
         def backward_of(results: tuple[torch.Tensor, ...]) -> Callable[[], object]:
-            return lambda: torch.autograd.grad(results, self.inputs, self.upstream, retain_graph=True)
+            return lambda: torch.autograd.grad(results, self.inputs, self.grad_outputs, retain_graph=True)
 
         made: dict[str, Callable[[], object]] = {"forward": forward, "both": both}
         if "backward" in directions:
-            made["backward"] = backward_of(form(*self.inputs))
+            made["backward"] = backward_of(function(*self.inputs))
         return {direction: made[direction] for direction in directions}
 
 
 def make_case(
     op: str, streams: int, width: int, tokens: int, dtype: str, seed: int, device: torch.device = CPU
-) -> Case:
-    """A case with the kernels' own inputs; its reference is the four ops' float64 references and autograd.
+) -> BenchCase:
+    """A case with the inputs that the kernels draw; the reference is the four single ops' in float64, with autograd.
 
-    On another device than a CPU there are many tokens: `PERIOD` of them are drawn and repeated (`repeated`).
+    On a GPU, where there are many tokens, `DISTINCT_TOKENS` of them are drawn and repeated.
     """
     if device.type == "cpu":
-        return _drawn(op, streams, width, tokens, dtype, seed)
-    return repeated(_drawn(op, streams, width, min(tokens, PERIOD), dtype, seed), tokens, device)
+        return _random_case(op, streams, width, tokens, dtype, seed)
+    return repeat_tokens(_random_case(op, streams, width, min(tokens, DISTINCT_TOKENS), dtype, seed), tokens, device)
 
 
-def _drawn(op: str, streams: int, width: int, tokens: int, dtype: str, seed: int) -> Case:
-    """A case on the CPU, every token of its own."""
+def _random_case(op: str, streams: int, width: int, tokens: int, dtype: str, seed: int) -> BenchCase:
+    """A case on the CPU in which all tokens differ."""
     problem = Problem(op, "forward", streams, width, dtype, tokens)
     names, inputs = _inputs(problem, seed)
     wide = tuple(tensor.double().requires_grad_() for tensor in inputs)
     results = reference(op, problem)(*wide)
     random = fresh(seed + 1)
-    upstream = tuple(draw(random, kind, *result.shape) for kind, result in zip(_dtypes(problem), results, strict=False))
-    gradients = torch.autograd.grad(results, wide, tuple(grad.double() for grad in upstream))
-    wanted = tuple(tensor.detach() for tensor in (*results, *gradients))
+    grad_outputs = tuple(
+        draw(random, kind, *result.shape) for kind, result in zip(_dtypes(problem), results, strict=False)
+    )
+    gradients = torch.autograd.grad(results, wide, tuple(grad.double() for grad in grad_outputs))
+    expected = tuple(tensor.detach() for tensor in (*results, *gradients))
     inputs = tuple(tensor.requires_grad_() for tensor in inputs)
-    return Case(op, streams, width, tokens, dtype, inputs, names, upstream, wanted, least_traffic(problem))
+    return BenchCase(op, streams, width, tokens, dtype, inputs, names, grad_outputs, expected, least_traffic(problem))
 
 
-def repeated(case: Case, tokens: int, device: torch.device) -> Case:
-    """The case with its tokens over and over until there are `tokens`, on `device`.
+def repeat_tokens(case: BenchCase, tokens: int, device: torch.device) -> BenchCase:
+    """The case on `device` with its tokens repeated until there are `tokens`.
 
-    Tokens do not see each other, so that results and gradients of tokens repeat too, and the gradients of the
-    parameters are sums over the copies: the float64 reference costs as little as that of a few tokens.
+    Tokens are independent, so that their results and gradients repeat too, and the parameters' gradients are sums over
+    the copies: the float64 reference costs no more than that of the distinct tokens.
     """
     copies, rest = divmod(tokens, case.tokens)
-    shared = [name in SHARED for name in case.names]
-    results, gradients = case.wanted[: len(case.upstream)], case.wanted[len(case.upstream) :]
-    of_rest = _gradients(case, rest, shared) if rest else [torch.zeros(())] * len(gradients)
+    is_parameter = [name in PARAMETERS for name in case.names]
+    results, gradients = case.expected[: len(case.grad_outputs)], case.expected[len(case.grad_outputs) :]
+    of_rest = _gradients(case, rest, is_parameter) if rest else [torch.zeros(())] * len(gradients)
 
     def rows(tensor: torch.Tensor) -> torch.Tensor:
-        there = tensor.detach().to(device)
-        return torch.cat([there.repeat(copies, *[1] * (there.dim() - 1)), there[:rest]])
+        moved = tensor.detach().to(device)
+        return torch.cat([moved.repeat(copies, *[1] * (moved.dim() - 1)), moved[:rest]])
 
     problem = Problem(case.op, "forward", case.streams, case.width, case.dtype, tokens)
     return replace(
         case,
         tokens=tokens,
         inputs=tuple(
-            (tensor.detach().to(device) if alike else rows(tensor)).requires_grad_()
-            for tensor, alike in zip(case.inputs, shared, strict=True)
+            (tensor.detach().to(device) if shared else rows(tensor)).requires_grad_()
+            for tensor, shared in zip(case.inputs, is_parameter, strict=True)
         ),
-        upstream=tuple(map(rows, case.upstream)),
-        wanted=(
+        grad_outputs=tuple(map(rows, case.grad_outputs)),
+        expected=(
             *(rows(_stored(result, case.dtype)) for result in results),
             *(
-                (copies * whole + part).to(device) if alike else rows(_stored(whole, case.dtype))
-                for whole, part, alike in zip(gradients, of_rest, shared, strict=True)
+                (copies * whole + part).to(device) if shared else rows(_stored(whole, case.dtype))
+                for whole, part, shared in zip(gradients, of_rest, is_parameter, strict=True)
             ),
         ),
         traffic=least_traffic(problem),
     )
 
 
-def _stored(wanted: torch.Tensor, dtype: str) -> torch.Tensor:
-    """What is wanted of a row of tokens, in float32 where the streams have 8 or 11 bits: float64 would fill the GPU."""
-    return wanted if dtype == "float32" else wanted.float()
+def _stored(expected: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Expected values in float32 for half-precision streams: float64 would fill the GPU's memory."""
+    return expected if dtype == "float32" else expected.float()
 
 
-def _gradients(case: Case, tokens: int, shared: list[bool]) -> list[torch.Tensor]:
-    """Float64 gradients of the inputs from the first `tokens` tokens alone."""
+def _gradients(case: BenchCase, tokens: int, is_parameter: list[bool]) -> list[torch.Tensor]:
+    """Float64 gradients of the inputs for the first `tokens` tokens alone."""
     wide = [
-        (tensor if alike else tensor[:tokens]).detach().double().requires_grad_()
-        for tensor, alike in zip(case.inputs, shared, strict=True)
+        (tensor if shared else tensor[:tokens]).detach().double().requires_grad_()
+        for tensor, shared in zip(case.inputs, is_parameter, strict=True)
     ]
     problem = Problem(case.op, "forward", case.streams, case.width, case.dtype, tokens)
-    results = reference(case.op, problem)(*wide)[: len(case.upstream)]
-    upstream = [gradient[:tokens].double() for gradient in case.upstream]
-    return list(torch.autograd.grad(results, wide, upstream))
+    results = reference(case.op, problem)(*wide)[: len(case.grad_outputs)]
+    grad_outputs = [gradient[:tokens].double() for gradient in case.grad_outputs]
+    return list(torch.autograd.grad(results, wide, grad_outputs))
 
 
-def reference(op: str, problem: Problem) -> Form:
-    """The op made of the four ops' torch references; in float64 on float64 inputs."""
-    parts = {part: _part(replace(problem, op=part)) for part in PARTS}
+def reference(op: str, problem: Problem) -> OpFunction:
+    """The op, made of the four single ops' torch references; computes in float64 on float64 inputs."""
+    parts = {part: _single_op_reference(replace(problem, op=part)) for part in SINGLE_OPS}
     if op in parts:
         return parts[op]
     if op != "stack":
-        return composed(op, pre(parts), parts["merge"])
+        return composite(op, pre(parts), parts["merge"])
     one = layer(pre(parts), parts["merge"])
 
-    def forgetful(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        # All layers' float64 values at once would be gigabytes.
+    def checkpointed(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # The float64 values of all layers would take gigabytes.
         kept: tuple[torch.Tensor, ...] = checkpoint(one, *values, use_reentrant=False)
         return kept
 
-    return stack(forgetful)
+    return stack(checkpointed)
 
 
-def _part(problem: Problem) -> Form:
+def _single_op_reference(problem: Problem) -> OpFunction:
     spec = kernel_spec(problem.op, "forward")
     given, outputs = _names(problem, "input"), _names(problem, "output")
 
@@ -218,33 +217,33 @@ def _part(problem: Problem) -> Form:
 
 
 def _inputs(problem: Problem, seed: int) -> tuple[tuple[str, ...], tuple[torch.Tensor, ...]]:
-    """Names and values that the op's kernel draws; the layer's are those of pre."""
+    """Names and values of the op's inputs, as its kernel draws them; a layer has those of pre."""
     if problem.op == "stack":
         names, (x, *_) = _inputs(replace(problem, op="layer"), seed)
-        layers = [_inputs(replace(problem, op="layer", tokens=0), seed + block)[1] for block in range(BLOCKS)]
-        parameters = chain.from_iterable(_calm(*layer[1:]) for layer in layers)
-        return (*names[:1], *names[1:] * BLOCKS), (x, *parameters)
+        layers = [_inputs(replace(problem, op="layer", tokens=0), seed + block)[1] for block in range(STACK_LAYERS)]
+        parameters = chain.from_iterable(_near_initial(*layer[1:]) for layer in layers)
+        return (*names[:1], *names[1:] * STACK_LAYERS), (x, *parameters)
     problem = replace(problem, op="pre") if problem.op == "layer" else problem
     values = kernel_spec(problem.op, "forward").inputs(problem, problem.tokens, seed)
     names = tuple(_names(problem, "input"))
     return names, tuple(values[name] for name in names)
 
 
-def _calm(phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A stacked layer's parameters, near those that a network starts with.
+def _near_initial(phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Parameters of a stack's layer, near the initial ones.
 
-    With the drawn ones the streams would grow and become alike from layer to layer, until their differences, which the
-    gradients are made of, are lost in rounding. `post` is small for the same reason: no norm tames identity sublayers.
+    With the drawn ones the streams would grow and become equal from layer to layer, until the differences that make the
+    gradients are lost in rounding. `post` is small for the same reason, as identity sublayers have no norm.
     """
     streams = math.isqrt(len(bias) + 1) - 1
     start = constrained_bias(streams)
-    start[streams : 2 * streams] = LOW_POST
-    return phi, SMALL * alpha, start + SMALL * bias
+    start[streams : 2 * streams] = STACK_POST_BIAS
+    return phi, STACK_SCALE * alpha, start + STACK_SCALE * bias
 
 
 def _dtypes(problem: Problem) -> list[str]:
-    """The dtype of each result. A kernel has more outputs, which it keeps for its backward, behind them."""
-    if problem.op in LEAST:
+    """The dtype of each result. A kernel's further outputs, kept for its backward, come after them."""
+    if problem.op in FUSED_PASSES:
         return [problem.dtype]
     arguments = kernel_spec(problem.op, "forward").arguments(problem)
     return [argument.dtype for argument in arguments if argument.role == "output"]
@@ -256,10 +255,10 @@ def _names(problem: Problem, role: str) -> list[str]:
 
 
 def least_traffic(problem: Problem) -> dict[str, Traffic]:
-    """The least that an op must move and compute in each direction, with every pass fused that can be."""
+    """The least that an op must move and compute in each direction, with everything fused that can be."""
 
     def moved(direction: Direction) -> Traffic:
-        passes = LEAST.get(problem.op, {problem.op: 1})
+        passes = FUSED_PASSES.get(problem.op, {problem.op: 1})
         parts = [replace(problem, op=op, direction=direction) for op, count in passes.items() for _ in range(count)]
         return _total(kernel_spec(part.op, direction).traffic(part, part.tokens) for part in parts)
 

@@ -1,4 +1,4 @@
-"""`mhc-tune bench`: tuned kernels against default schedules, eager torch and torch.compile, timed in one run."""
+"""`mhc-tune bench`: tuned kernels compared with default schedules, eager torch, torch.compile and peers in one run."""
 
 from __future__ import annotations
 
@@ -15,96 +15,79 @@ import typer
 from autotune.measuring.roofline import Roofline
 from autotune.measuring.stopwatch import QueuedStopwatch, queued_stopwatch_for
 from autotune.measuring.timing import interleaved
-from cli.bench import fastest_torch as choice
-from cli.bench import hardware_limits as yardsticks
-from cli.bench import load_time as loading
-from cli.bench import our_kernels as ours
-from cli.bench import peers
-from cli.bench.cases import DIRECTIONS, OPS, Case, make_case
-from cli.bench.fastest_torch import Choice
-from cli.bench.implementation import Contender
-from cli.ui.options import (
-    DEFAULT_DTYPE,
-    DEFAULT_STREAMS,
-    DEFAULT_TOKENS,
-    DEFAULT_WIDTH,
-    CacheOption,
-    DtypeOption,
-    JsonOption,
-    StreamsOption,
-    TargetOption,
-    TokensOption,
-    WidthOption,
-    existing_cache,
-    known_choices,
-    measured_device,
-)
-from cli.ui.output import say, show, show_json, stdout_kept_free
+from cli.bench import fastest_torch, hardware_limits, load_time, our_kernels, peers
+from cli.bench.cases import DIRECTIONS, OPS, BenchCase, make_case
+from cli.bench.fastest_torch import FastestTorch
+from cli.bench.implementation import Implementation
+from cli.ui import options
+from cli.ui.options import check_choices, existing_cache, measured_device
+from cli.ui.output import say, show, show_json, stdout_to_stderr
 from cli.ui.render import bench_table, device_text, load_table
 from tiles.errors import BadInput, first_line
 from tiles.kernels.spec import Problem
 from tiles.target import Device
 
-IMPLS = (*ours.KERNELS, *choice.IMPLS, *peers.NAMES, *yardsticks.NAMES)
+IMPLS = (*our_kernels.KERNELS, *fastest_torch.IMPLS, *peers.NAMES, *hardware_limits.NAMES)
 
 ROUNDS, SECONDS = 30, 12.0
-"""Rounds of each measurement, cut short after this many seconds once there are five."""
+"""Rounds of each measurement; they end after this many seconds once there are five."""
 
-RETAINED = ("backward",)
-PASSES = (("forward", "both"), RETAINED)
-"""A backward by itself is timed on a graph that is kept. Code that torch compiles for that may not reuse the graph's
-buffers ("donated buffers"), which costs it time, so it is compiled separately."""
+BACKWARD_ALONE = ("backward",)
+DIRECTION_GROUPS = (("forward", "both"), BACKWARD_ALONE)
+"""Directions that are compiled and timed together. A backward alone runs on a retained graph: code compiled for it may
+not reuse the graph's buffers ("donated buffers"), which makes it slower, so it is compiled separately."""
 
 SEED = 0
 
 Shape = tuple[int, int, int, str]
 """Streams, width, tokens, dtype."""
 
-
-TIMED = (*OPS, loading.OP)
-OpOption = Annotated[list[str], typer.Option("--op", help=f"Of {', '.join(TIMED)}; default: all. May repeat.")]
+BENCH_OPS, DEFAULT_DIRECTIONS = [*OPS, load_time.OP], list(DIRECTIONS)
+OpOption = Annotated[
+    list[str], typer.Option("--op", help=f"Op: {', '.join(BENCH_OPS)}. May repeat.", show_default="all")
+]
 DirectionOption = Annotated[
-    list[str], typer.Option("--direction", help=f"Of {', '.join(DIRECTIONS)}; default: all. May repeat.")
+    list[str], typer.Option("--direction", help=f"Direction: {', '.join(DIRECTIONS)}. May repeat.", show_default="all")
 ]
 ScheduleOption = Annotated[
     list[str],
     typer.Option(
-        "--schedule", help="One more implementation, as LABEL:OP.DIRECTION=JSON: default schedules but for that one."
+        "--schedule",
+        help="Also time default schedules except for this one, given as LABEL:OP.DIRECTION=JSON. May repeat.",
     ),
 ]
-DEFAULT_OPS, DEFAULT_DIRECTIONS = list(TIMED), list(DIRECTIONS)
 
 
 def bench(
-    target: TargetOption = "auto",
-    streams: StreamsOption = DEFAULT_STREAMS,
-    width: WidthOption = DEFAULT_WIDTH,
-    tokens: TokensOption = DEFAULT_TOKENS,
-    dtype: DtypeOption = DEFAULT_DTYPE,
-    op: OpOption = DEFAULT_OPS,
+    target: options.TargetOption = "auto",
+    streams: options.StreamsOption = options.DEFAULT_STREAMS,
+    width: options.WidthOption = options.DEFAULT_WIDTH,
+    tokens: options.TokensOption = options.DEFAULT_TOKENS,
+    dtype: options.DtypeOption = options.DEFAULT_DTYPE,
+    op: OpOption = BENCH_OPS,
     direction: DirectionOption = DEFAULT_DIRECTIONS,
-    cache: CacheOption = None,
-    schedule: ScheduleOption = [],  # noqa: B006  # typer's way to say that there is none
-    json: JsonOption = False,
+    cache: options.CacheOption = None,
+    schedule: ScheduleOption = [],  # noqa: B006 - typer only reads it
+    json: options.JsonOption = False,
 ) -> None:
-    """Time tuned kernels against default schedules, eager torch, torch.compile and public kernels.
+    """Time tuned kernels, default schedules, eager torch, torch.compile and public kernels.
 
-    Times each op, the fused passes pre and step, the layer around an identity sublayer, and a stack of 8 layers, all
-    implementations of one interleaved, with the same inputs, at the same thread count. "separate" are the tuned kernels
-    without the fused passes. Eager and compile are the fastest of several forms that were tried; every implementation
-    is checked against a float64 reference before it is timed. Takes some minutes, most of them for torch.compile.
+    Times each single op, the fused ops pre and step, a layer (around an identity sublayer) and a stack of 8 layers. All
+    implementations of an op get the same inputs and thread count and are timed in interleaved rounds, after a check
+    against a float64 reference. "separate" is the tuned kernels without fused ones; "eager" and "compile" are each the
+    fastest of several variants. Takes minutes, mostly for torch.compile.
 
-    "load" times fresh processes from mhc.load_kernels to the end of the first call, and a warm look-up, on a CPU.
-    `--schedule 'wide:merge.forward={"threads": 256}'` times one schedule more; tunables that it does not name are the
-    default's.
+    "load" measures, on a CPU, fresh processes from mhc.load_kernels to the end of the first call, and a warm look-up.
+    `--schedule 'wide:merge.forward={"threads": 256}'` adds an implementation named "wide"; tunables that are not given
+    keep their defaults.
     """
     device = measured_device(target)
-    known_choices("op", op, TIMED)
-    known_choices("direction", direction, DIRECTIONS)
+    check_choices("op", op, BENCH_OPS)
+    check_choices("direction", direction, DIRECTIONS)
     shapes = _shapes(streams, width, tokens, dtype)
     folder = existing_cache(cache).folder
-    overrides = [ours.override(text) for text in schedule]
-    with stdout_kept_free(json):
+    overrides = [our_kernels.parse_override(text) for text in schedule]
+    with stdout_to_stderr(json):
         report = run(device, folder, shapes, op, direction, IMPLS, overrides)
     labels = [*IMPLS, *(override.label for override in overrides)]
     impls = [impl for impl in labels if any(row["impl"] == impl for row in report["results"])]
@@ -128,19 +111,19 @@ def run(
     ops: Sequence[str],
     directions: Sequence[str],
     impls: Sequence[str],
-    overrides: Sequence[ours.Override] = (),
+    overrides: Sequence[our_kernels.ScheduleOverride] = (),
 ) -> dict[str, Any]:
-    """Measure the ops at every shape with the kernels in `folder`; what `--json` prints."""
+    """Measure the ops at every shape with the kernels in `folder`; returns what `--json` prints."""
     results: list[dict[str, Any]] = []
     skipped: list[str] = []
     load: list[dict[str, Any]] = []
-    if loading.OP in ops and device.kind == "cpu":
-        load = loading.measure(folder, shapes[0], skipped)
-    elif loading.OP in ops:
-        skipped.append(f"{loading.OP}: is timed on a CPU only")
+    if load_time.OP in ops and device.kind == "cpu":
+        load = load_time.measure(folder, shapes[0], skipped)
+    elif load_time.OP in ops:
+        skipped.append(f"{load_time.OP}: is measured on a CPU only")
     roofline = Roofline.measure(device.kind)
     for shape in shapes:
-        fastest = Choice(shape[0], shape[1], shape[3])
+        fastest = FastestTorch(shape[0], shape[1], shape[3])
         for op in (op for op in OPS if op in ops):
             results += measure_op(device, folder, shape, op, directions, impls, overrides, fastest, roofline, skipped)
     return {
@@ -162,21 +145,21 @@ def measure_op(
     op: str,
     directions: Sequence[str],
     impls: Sequence[str],
-    overrides: Sequence[ours.Override],
-    fastest: Choice,
+    overrides: Sequence[our_kernels.ScheduleOverride],
+    fastest: FastestTorch,
     roofline: Roofline,
     skipped: list[str],
 ) -> list[dict[str, Any]]:
-    """Rows of one op at one shape; `skipped` gets a line for each implementation that has none."""
+    """Rows of one op at one shape; `skipped` gets a line for each implementation without one."""
     streams, width, tokens, dtype = shape
     rows: list[dict[str, Any]] = []
     case = make_case(op, streams, width, tokens, dtype, SEED, torch.device(device.kind))
-    for timed in filter(None, ([d for d in together if d in directions] for together in PASSES)):
+    for timed in filter(None, ([d for d in group if d in directions] for group in DIRECTION_GROUPS)):
         say(f"{case.describe()}: {' and '.join(timed)}")
         torch.compiler.reset()
-        torch._functorch.config.donated_buffer = tuple(timed) != RETAINED
-        found = list(_contenders(case, timed, impls, folder, fastest, skipped))
-        found += [made for wanted in overrides for made in ours.overridden(wanted, case, timed, skipped)]
+        torch._functorch.config.donated_buffer = tuple(timed) != BACKWARD_ALONE
+        found = list(_implementations(case, timed, impls, folder, fastest, skipped))
+        found += [made for override in overrides for made in our_kernels.with_override(override, case, timed, skipped)]
         rows += _measure(case, found, timed, roofline)
         del found
         gc.collect()
@@ -186,7 +169,7 @@ def measure_op(
 
 
 def _shapes(streams: list[int], widths: list[int], tokens: list[int], dtypes: list[str]) -> list[Shape]:
-    """All combinations; raises `BadInput` for one that no kernel takes."""
+    """All combinations; raises `BadInput` for one that no kernel supports."""
     shapes = [(n, width, count, dtype) for n, width, count, dtype in product(streams, widths, tokens, dtypes)]
     for n, width, count, dtype in shapes:
         Problem("merge", "forward", n, width, dtype, count)
@@ -195,26 +178,33 @@ def _shapes(streams: list[int], widths: list[int], tokens: list[int], dtypes: li
     return shapes
 
 
-class Poisoned(Exception):
-    """An implementation broke the GPU's context: nothing else runs in this process. `impl` says which."""
+class ContextBroken(Exception):
+    """The implementation `impl` broke the GPU's context: nothing more can run in this process."""
 
     def __init__(self, impl: str, why: str) -> None:
         super().__init__(f"{impl}: {why}")
         self.impl, self.why = impl, why
 
 
-def _contenders(
-    case: Case, directions: Sequence[str], impls: Sequence[str], folder: Path, fastest: Choice, skipped: list[str]
-) -> Iterator[Contender]:
-    """All implementations that are asked for and run here; `skipped` gets a line for each other one.
+def _implementations(
+    case: BenchCase,
+    directions: Sequence[str],
+    impls: Sequence[str],
+    folder: Path,
+    fastest: FastestTorch,
+    skipped: list[str],
+) -> Iterator[Implementation]:
+    """The requested implementations that run here; `skipped` gets a line for each other one.
 
-    Whatever goes wrong in one is a reason, never an error, but for a broken GPU (`Poisoned`).
+    An exception in one of them is such a line, unless the GPU's context is broken: that raises `ContextBroken`.
     """
-    makers: Mapping[str, Callable[[str], Iterator[Contender]]] = {
-        **dict.fromkeys(ours.KERNELS, lambda impl: ours.contender(impl, case, directions, folder, skipped)),
-        **dict.fromkeys(choice.IMPLS, lambda impl: fastest.fastest(impl, case, directions, skipped)),
-        **dict.fromkeys(yardsticks.NAMES, lambda impl: yardsticks.contender(impl, case, directions)),
-        **dict.fromkeys(peers.NAMES, lambda impl: peers.contender(impl, case, directions, skipped)),
+    makers: Mapping[str, Callable[[str], Iterator[Implementation]]] = {
+        **dict.fromkeys(
+            our_kernels.KERNELS, lambda impl: our_kernels.implementations(impl, case, directions, folder, skipped)
+        ),
+        **dict.fromkeys(fastest_torch.IMPLS, lambda impl: fastest.implementations(impl, case, directions, skipped)),
+        **dict.fromkeys(hardware_limits.NAMES, lambda impl: hardware_limits.implementations(impl, case, directions)),
+        **dict.fromkeys(peers.NAMES, lambda impl: peers.implementations(impl, case, directions, skipped)),
     }
     for impl in impls:
         try:
@@ -225,23 +215,23 @@ def _contenders(
             try:
                 torch.cuda.synchronize()
             except Exception as error:
-                raise Poisoned(impl, first_line(error)) from error
+                raise ContextBroken(impl, first_line(error)) from error
 
 
 def _measure(
-    case: Case, found: Sequence[Contender], directions: Sequence[str], roofline: Roofline
+    case: BenchCase, found: Sequence[Implementation], directions: Sequence[str], roofline: Roofline
 ) -> list[dict[str, Any]]:
-    """One row an implementation and direction; those of one direction are timed in interleaved rounds.
+    """One row per implementation and direction; those of one direction are timed in interleaved rounds.
 
-    On a GPU a row also has the CPU's time for one call, in microseconds, and the `Stopwatch.conditions`.
+    On a GPU a row also has the host's time per call (`host_us`) and the `Stopwatch.conditions`.
     """
     calls: dict[str, dict[str, Callable[[], object]]] = {direction: {} for direction in directions}
-    forms: dict[str, dict[str, str]] = {direction: {} for direction in directions}
-    for contender in found:
-        timed = contender.launches(case)
-        for direction in contender.directions:
-            calls[direction][contender.impl] = timed[direction]
-            forms[direction][contender.impl] = contender.chosen
+    variants: dict[str, dict[str, str]] = {direction: {} for direction in directions}
+    for made in found:
+        launches = made.launches(case)
+        for direction in made.directions:
+            calls[direction][made.impl] = launches[direction]
+            variants[direction][made.impl] = made.variant
     rows = []
     for direction in directions:
         stopwatch = queued_stopwatch_for(case.inputs[0].device)
@@ -251,15 +241,15 @@ def _measure(
             rows.append(
                 {"op": case.op, "direction": direction}
                 | {"streams": case.streams, "width": case.width, "tokens": case.tokens, "dtype": case.dtype}
-                | {"impl": impl, "form": forms[direction][impl], "rounds": len(milliseconds)}
+                | {"impl": impl, "form": variants[direction][impl], "rounds": len(milliseconds)}
                 | _rates(case, direction, statistics.median(milliseconds), roofline)
                 | ({} if host is None else {"host_us": 1e6 * host, "conditions": dict(stopwatch.conditions)})
             )
     return rows
 
 
-def _rates(case: Case, direction: str, median_ms: float, roofline: Roofline) -> dict[str, float]:
-    """A median time against what the case must move and compute at least."""
+def _rates(case: BenchCase, direction: str, median_ms: float, roofline: Roofline) -> dict[str, float]:
+    """A median time compared with the least that the case must move and compute."""
     traffic = case.traffic[direction]
     limit_ms = roofline.limit_ms(traffic)
     return {

@@ -1,4 +1,4 @@
-"""One implementation of a case: what is timed, and whether it is right."""
+"""One implementation of a benchmark case: the calls that are timed, and a check of its results."""
 
 from __future__ import annotations
 
@@ -8,53 +8,54 @@ from dataclasses import dataclass
 
 import torch
 
-from cli.bench.cases import DIRECTIONS, ROUNDING, Case
-from cli.bench.torch_ops import Form
+from cli.bench.cases import DIRECTIONS, TOLERANCE, BenchCase
+from cli.bench.torch_ops import OpFunction
 from mhc.dispatch.kernels import Kernels, using
 
 
-def _as_it_is(case: Case) -> Case:
+def _unchanged(case: BenchCase) -> BenchCase:
     return case
 
 
 @dataclass(frozen=True)
-class Contender:
+class Implementation:
     """One implementation of a case.
 
     Fields:
-        chosen, directions: which form of the implementation it is, and where this form is the fastest.
-        kernels: what the ops of `mhc` run meanwhile; None where they are not called.
-        adapted: the case as this implementation's users hold it, such as with transposed parameters: what nobody would
-            do at every call is not in the time.
+        impl: its name in tables and JSON.
+        variant, directions: which variant of the implementation it is, and the directions in which that is timed.
+        kernels: what the ops of `mhc` run during its calls; None if they are not called.
+        adapt: converts the case to how this implementation's users store their tensors, such as transposed parameters,
+            outside of the timed calls.
     """
 
     impl: str
-    form: Form
-    chosen: str
+    function: OpFunction
+    variant: str
     directions: Sequence[str] = DIRECTIONS
     kernels: Kernels | None = None
-    adapted: Callable[[Case], Case] = _as_it_is
+    adapt: Callable[[BenchCase], BenchCase] = _unchanged
 
-    def error(self, case: Case) -> float:
-        """See `Case.error`; gradients count where they are timed."""
+    def error(self, case: BenchCase) -> float:
+        """See `BenchCase.error`; gradients count if they are timed."""
         with self._active():
-            return self.adapted(case).error(self.form, gradients=set(self.directions) != {"forward"})
+            return self.adapt(case).error(self.function, gradients=set(self.directions) != {"forward"})
 
-    def results(self, case: Case) -> tuple[torch.Tensor, ...]:
+    def results(self, case: BenchCase) -> tuple[torch.Tensor, ...]:
         """The results of one run, then the gradients of the inputs."""
-        case = self.adapted(case)
+        case = self.adapt(case)
         with self._active():
-            results = self.form(*case.inputs)
-            gradients = torch.autograd.grad(results, case.inputs, case.upstream)
+            results = self.function(*case.inputs)
+            gradients = torch.autograd.grad(results, case.inputs, case.grad_outputs)
         return tuple(tensor.detach() for tensor in (*results, *gradients))
 
-    def calls(self, case: Case) -> dict[str, Callable[[], object]]:
-        """See `Case.calls`: with this contender's kernels active, in the backward too. A call ends with its work."""
-        started = self.launches(case)
+    def calls(self, case: BenchCase) -> dict[str, Callable[[], object]]:
+        """See `BenchCase.calls`: with this implementation's kernels, also in the backward. Each call synchronizes."""
+        launches = self.launches(case)
         if not case.inputs[0].is_cuda:
-            return started
+            return launches
 
-        def ended(call: Callable[[], object]) -> Callable[[], object]:
+        def synchronized(call: Callable[[], object]) -> Callable[[], object]:
             def run() -> object:
                 result = call()
                 torch.cuda.synchronize()
@@ -62,12 +63,12 @@ class Contender:
 
             return run
 
-        return {direction: ended(call) for direction, call in started.items()}
+        return {direction: synchronized(call) for direction, call in launches.items()}
 
-    def launches(self, case: Case) -> dict[str, Callable[[], object]]:
-        """The same calls, which on a GPU do not wait for their work: for stopwatches that time it there."""
+    def launches(self, case: BenchCase) -> dict[str, Callable[[], object]]:
+        """The same calls without synchronization on a GPU, for stopwatches that time the GPU itself."""
 
-        def pinned(call: Callable[[], object]) -> Callable[[], object]:
+        def with_kernels(call: Callable[[], object]) -> Callable[[], object]:
             def run() -> object:
                 with self._active():
                     return call()
@@ -75,19 +76,20 @@ class Contender:
             return run
 
         with self._active():
-            calls = self.adapted(case).calls(self.form, self.directions)
-        return {direction: pinned(call) for direction, call in calls.items()}
+            calls = self.adapt(case).calls(self.function, self.directions)
+        return {direction: with_kernels(call) for direction, call in calls.items()}
 
     def _active(self) -> AbstractContextManager[object]:
         return nullcontext() if self.kernels is None else using(self.kernels)
 
 
-def is_right(contender: Contender, case: Case, skipped: list[str]) -> bool:
-    """Whether results and gradients are those of the float64 reference to rounding; says so in `skipped` if not."""
-    error, bound = contender.error(case), ROUNDING[case.dtype]
+def is_correct(implementation: Implementation, case: BenchCase, skipped: list[str]) -> bool:
+    """Whether results and gradients equal the float64 reference up to rounding; if not, adds a line to `skipped`."""
+    error, bound = implementation.error(case), TOLERANCE[case.dtype]
     if error <= bound:
         return True
     skipped.append(
-        f"{contender.impl} {case.describe()} ({contender.chosen}): wrong, relative error {error:.1e} above {bound:.0e}"
+        f"{implementation.impl} {case.describe()} ({implementation.variant}): "
+        f"wrong, relative error {error:.1e} above {bound:.0e}"
     )
     return False

@@ -1,4 +1,4 @@
-"""What loading kernels costs: from `load_kernels` to the first call's end in a fresh process, and a warm look-up."""
+"""Load time of kernels: from `load_kernels` to the end of the first call in a fresh process, and a warm look-up."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tiles.kernels.spec import Problem
 from tiles.pack.pack import write_pack
 
 OP = "load"
-"""What `--op` calls it."""
+"""Its name for `--op`."""
 
-LOADS = 7
-"""Fresh processes for the pack and for the folder each."""
+PROCESSES = 7
+"""Fresh processes for the pack, and as many for the folder."""
 
-PATIENCE = 120.0
-"""Seconds that a process may take, importing torch included."""
+TIME_LIMIT = 120.0
+"""Seconds for one process, with its imports."""
 
 CHILD = """
 import json, sys, time
@@ -48,11 +48,11 @@ loaded = time.perf_counter()
 kernels.run(*shape, inputs)
 called = time.perf_counter()
 
-turns = 20_000
+repeats = 20_000
 started = time.perf_counter()
-for _ in range(turns):
+for _ in range(repeats):
     kernels.look_up(*shape, inputs[0])
-looked_up = (time.perf_counter() - started) / turns
+looked_up = (time.perf_counter() - started) / repeats
 
 (row,) = kernels.report()
 measured = {"load_ms": 1e3 * (loaded - start), "total_ms": 1e3 * (called - start), "look_up_us": 1e6 * looked_up}
@@ -61,11 +61,11 @@ print(json.dumps(measured | {"runs": row.runs, "why": row.why}))
 
 
 def measure(folder: Path, shape: tuple[int, int, int, str], skipped: list[str]) -> list[dict[str, Any]]:
-    """A row for the folder's kernels as a pack and one for the folder itself: median milliseconds until the kernels
-    are loaded and until the first call has ended, and microseconds of a warm look-up.
+    """One row for the kernels as a pack and one for the folder: median times to load them (ms), to the end of the first
+    call (ms), and of a warm look-up (us).
 
-    The first call is merge at `shape` (streams, width, tokens, dtype). `skipped` gets a line where no tuned kernel
-    would run, which says nothing about loading.
+    The first call is merge at `shape` (streams, width, tokens, dtype). Where no tuned kernel would run, which would
+    measure something else, `skipped` gets a line instead.
     """
     streams, width, tokens, dtype = shape
     problem = Problem("merge", "forward", streams, width, dtype, tokens)
@@ -73,7 +73,7 @@ def measure(folder: Path, shape: tuple[int, int, int, str], skipped: list[str]) 
     with _as_pack(cache) as pack:
         paths = {"pack": pack, "folder": folder}
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in paths}
-        for _ in range(LOADS):
+        for _ in range(PROCESSES):
             for name, path in paths.items():
                 runs[name].append(_load(path, problem))
     rows = []
@@ -93,7 +93,7 @@ def _row(name: str, found: Sequence[dict[str, Any]], kernels: int) -> dict[str, 
 
 @contextmanager
 def _as_pack(cache: KernelCache) -> Iterator[Path]:
-    """The cache's kernels in one file, signed as `mhc-tune export` does."""
+    """The cache's kernels in one pack, signed as by `mhc-tune export`."""
     with tempfile.TemporaryDirectory(prefix="mhc-tune-") as folder:
         pack = Path(folder) / "kernels.mhcpack"
         write_pack(cache, pack)
@@ -101,9 +101,16 @@ def _as_pack(cache: KernelCache) -> Iterator[Path]:
 
 
 def _load(path: Path, problem: Problem) -> dict[str, Any]:
-    """What a fresh process measured, which has imported torch and mhc and made the inputs before."""
-    command = [sys.executable, "-c", CHILD, str(path), str(torch.get_num_threads()), json.dumps(asdict(problem))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    """Measure in a fresh process, after it has imported torch and mhc and made the inputs."""
+    command = [
+        sys.executable,
+        "-c",
+        CHILD,
+        str(path),
+        str(torch.get_num_threads()),
+        json.dumps(asdict(problem)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIME_LIMIT)
     if done.returncode != 0:
         raise RuntimeError(f"a process that loads {path.name} failed: {done.stderr.strip()[-500:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

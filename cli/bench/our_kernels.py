@@ -1,4 +1,4 @@
-"""Our kernels as contenders: tuned and fused, tuned without the fused passes, default and given schedules."""
+"""Our kernels as implementations: tuned, tuned without fused kernels, default schedules, and given schedules."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from cli.bench.cases import Case
-from cli.bench.implementation import Contender, is_right
-from cli.bench.torch_composites import BLOCKS, COMPOSED
-from cli.bench.torch_ops import Form
+from cli.bench.cases import BenchCase
+from cli.bench.implementation import Implementation, is_correct
+from cli.bench.torch_composites import COMPOSITES, STACK_LAYERS
+from cli.bench.torch_ops import OpFunction
 from mhc import HyperConnection, HyperConnectionStack, functional
 from mhc.dispatch.candidates import KernelCandidate
 from mhc.dispatch.kernel_report import Runs
@@ -31,38 +31,38 @@ KERNELS: Mapping[str, tuple[Callable[[Path], Kernels], Runs]] = {
     "separate": (lambda folder: Kernels.from_path(folder, fused=False), "tuned"),
     "default": (lambda folder: Kernels.defaults(), "default"),
 }
-"""Each implementation's kernels, from the cache folder, and what its name promises to run. A fused pass may be made of
-separate kernels too: where the tuner found those to be faster."""
+"""Implementation -> (its kernels, from the cache folder; what must run under that name). A fused kernel may also run as
+separate kernels, where the tuner found those to be faster."""
 
 
-def contender(
-    impl: str, case: Case, directions: Sequence[str], folder: Path, skipped: list[str]
-) -> Iterator[Contender]:
-    """The case on the kernels of `impl`, unless something else than its name promises would run.
+def implementations(
+    impl: str, case: BenchCase, directions: Sequence[str], folder: Path, skipped: list[str]
+) -> Iterator[Implementation]:
+    """The case on the kernels of `impl`, unless something else would run; `skipped` then gets the reason.
 
-    `separate` differs from `tuned` where there are passes to fuse, and is no contender elsewhere.
+    `separate` is left out for ops that have nothing to fuse, where it would equal `tuned`.
     """
-    if impl == "separate" and case.op not in COMPOSED:
+    if impl == "separate" and case.op not in COMPOSITES:
         return
-    make, promised = KERNELS[impl]
+    make, required = KERNELS[impl]
     kernels = make(folder)
-    made = Contender(impl, form(case, joined=impl != "separate"), "kernels", directions, kernels)
-    if not is_right(made, case, skipped):
+    made = Implementation(impl, op_function(case, fused=impl != "separate"), "kernels", directions, kernels)
+    if not is_correct(made, case, skipped):
         return
     rows = kernels.report()
-    broken = next((row for row in rows if row.runs not in (promised, "separate")), None)
+    broken = next((row for row in rows if row.runs not in (required, "separate")), None)
     if broken:
         skipped.append(
             f"{impl} {case.describe()}: {broken.op} {broken.direction} would run the {broken.runs} ({broken.why}): "
-            "mhc-tune tune makes kernels for this shape and version"
+            "run mhc-tune tune for this shape and version"
         )
     else:
-        yield replace(made, chosen="; ".join(sorted({row.why for row in rows})))
+        yield replace(made, variant="; ".join(sorted({row.why for row in rows})))
 
 
 @dataclass(frozen=True)
-class Override:
-    """A schedule for one kernel, under a name for tables; tunables that `values` lacks are the default's."""
+class ScheduleOverride:
+    """A schedule for one kernel, with a label for tables; tunables that `values` lacks keep their defaults."""
 
     label: str
     op: str
@@ -70,8 +70,8 @@ class Override:
     values: Mapping[str, Any]
 
 
-def override(text: str) -> Override:
-    """Read LABEL:OP.DIRECTION=JSON; raises `BadInput` for anything else and for tunables that the kernel lacks."""
+def parse_override(text: str) -> ScheduleOverride:
+    """Parse LABEL:OP.DIRECTION=JSON; raises `BadInput` for anything else and for tunables that the kernel lacks."""
     name, _, values = text.partition("=")
     label, _, kernel = name.partition(":")
     op, _, direction = kernel.partition(".")
@@ -87,54 +87,56 @@ def override(text: str) -> Override:
     known = dict.fromkeys(field.name for schedule in schedules for field in fields(schedule))
     if not set(found) <= set(known):
         raise BadInput(f"{kernel} has the tunables {', '.join(known)}, got {', '.join(found)}: name some of them")
-    return Override(label, op, cast(Direction, direction), found)
+    return ScheduleOverride(label, op, cast(Direction, direction), found)
 
 
-def overridden(wanted: Override, case: Case, directions: Sequence[str], skipped: list[str]) -> Iterator[Contender]:
-    """The case on default schedules but for one kernel's; `skipped` gets the reason where that does not run."""
-    problem = Problem(wanted.op, wanted.direction, case.streams, case.width, case.dtype, case.tokens)
-    spec = kernel_spec(wanted.op, wanted.direction)
+def with_override(
+    override: ScheduleOverride, case: BenchCase, directions: Sequence[str], skipped: list[str]
+) -> Iterator[Implementation]:
+    """The case on default schedules except for one kernel; `skipped` gets the reason if that does not run."""
+    problem = Problem(override.op, override.direction, case.streams, case.width, case.dtype, case.tokens)
+    spec = kernel_spec(override.op, override.direction)
     target = detect_device("cuda" if case.inputs[0].is_cuda else "cpu").target
-    values = asdict(spec.default(problem, target)) | dict(wanted.values)
+    values = asdict(spec.default(problem, target)) | dict(override.values)
     if why := spec.why_invalid(problem, spec.schedule_from(values), target):
-        skipped.append(f"{wanted.label} {case.describe()}: {why}")
+        skipped.append(f"{override.label} {case.describe()}: {why}")
         return
-    kernels = Kernels(_Overriding(wanted, values))
-    made = Contender(wanted.label, form(case), json.dumps(dict(wanted.values)), directions, kernels)
-    if not is_right(made, case, skipped):
+    kernels = Kernels(_OverrideResolver(override, values))
+    made = Implementation(override.label, op_function(case), json.dumps(dict(override.values)), directions, kernels)
+    if not is_correct(made, case, skipped):
         return
-    ran = [row for row in kernels.report() if (row.op, row.direction) == (wanted.op, wanted.direction)]
+    ran = [row for row in kernels.report() if (row.op, row.direction) == (override.op, override.direction)]
     if ran and all(row.runs == "recompiled" for row in ran):
         yield made
     else:
         why = ran[0].why if ran else f"{case.op} runs no {spec.name} in {' or '.join(directions)}"
-        skipped.append(f"{wanted.label} {case.describe()}: {why}")
+        skipped.append(f"{override.label} {case.describe()}: {why}")
 
 
-class _Overriding(Resolver):
-    """Default schedules but for one kernel."""
+class _OverrideResolver(Resolver):
+    """Default schedules except for one kernel."""
 
-    def __init__(self, wanted: Override, values: Mapping[str, Any]) -> None:
+    def __init__(self, override: ScheduleOverride, values: Mapping[str, Any]) -> None:
         super().__init__(None, compiles=True)
-        self._wanted, self._values = wanted, values
+        self._override, self._values = override, values
 
     def candidates(self, problem: Problem, device: torch.device) -> Iterator[KernelCandidate]:
-        """The given schedule first for its kernel."""
-        if (problem.op, problem.direction) == (self._wanted.op, self._wanted.direction):
+        """The given schedule comes first for its kernel."""
+        if (problem.op, problem.direction) == (self._override.op, self._override.direction):
             yield KernelCandidate(
                 "recompiled",
-                f"the schedule {self._wanted.label}",
+                f"the schedule {self._override.label}",
                 schedule=self._values,
                 why_recompile="it was asked for",
             )
         yield from super().candidates(problem, device)
 
 
-def form(case: Case, *, joined: bool = True) -> Form:
-    """What training code calls: the functional ops, and for the layer and the stack the modules themselves.
+def op_function(case: BenchCase, *, fused: bool = True) -> OpFunction:
+    """What training code calls: the functional ops, and the modules themselves for layer and stack.
 
-    Not `joined`, one layer ends before the next one begins, which is the best use of separate kernels: made of them,
-    step's backward would compute x' twice.
+    If not `fused`, each layer ends before the next one begins, which is the best use of separate kernels: a step made
+    of them would compute x' twice in its backward.
     """
     n, width = case.streams, case.width
 
@@ -142,17 +144,17 @@ def form(case: Case, *, joined: bool = True) -> Form:
         return HyperConnection(width, n, nn.Identity())
 
     if case.op == "layer":
-        return _of_parameters(block())
+        return _functional(block())
     if case.op == "stack":
-        blocks = [block() for _ in range(BLOCKS)]
-        return _of_parameters(HyperConnectionStack(blocks) if joined else nn.Sequential(*blocks))
-    ops: dict[str, Form] = {
+        blocks = [block() for _ in range(STACK_LAYERS)]
+        return _functional(HyperConnectionStack(blocks) if fused else nn.Sequential(*blocks))
+    ops: dict[str, OpFunction] = {
         "project": functional.project,
         "coefficients": lambda *values: functional.coefficients(*values, streams=n, width=width),
         "aggregate": lambda *values: (functional.aggregate(*values),),
         "merge": lambda *values: (functional.merge(*values),),
         "pre": functional.pre,
-        "step": functional.step if joined else _merge_then_pre,
+        "step": functional.step if fused else _merge_then_pre,
     }
     return ops[case.op]
 
@@ -164,8 +166,8 @@ def _merge_then_pre(
     return (x_next, *functional.pre(x_next, *parameters))
 
 
-def _of_parameters(module: nn.Module) -> Form:
-    """A module as a function of x and its parameters, in the order in which it holds them."""
+def _functional(module: nn.Module) -> OpFunction:
+    """A module as a function of x and its parameters, in the order of `named_parameters`."""
     names = [name for name, _ in module.named_parameters()]
 
     def run(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:

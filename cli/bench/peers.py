@@ -1,4 +1,4 @@
-"""Public implementations to compare with, where they are installed and run on this device.
+"""Peers: public implementations, where they are installed and run on this device.
 
 On a CPU that is the torch reference of TileKernels; the kernels of TileKernels and Liger need a GPU
 (`cli.bench.peers_cuda`).
@@ -14,52 +14,54 @@ from types import ModuleType
 
 import torch
 
-from cli.bench import peers_cuda as gpu_peers
-from cli.bench.cases import Case
-from cli.bench.implementation import Contender, is_right
-from cli.bench.torch_composites import composed
-from cli.bench.torch_ops import EPS, ROUNDS, Form
+from cli.bench import peers_cuda
+from cli.bench.cases import BenchCase
+from cli.bench.implementation import Implementation, is_correct
+from cli.bench.torch_composites import composite
+from cli.bench.torch_ops import EPS, ROUNDS, OpFunction
 
 NAMES = ("tile-kernels", "liger")
 
 
-def contender(name: str, case: Case, directions: Sequence[str], skipped: list[str]) -> Iterator[Contender]:
-    """The peer's form of a case, where there is one that is right and runs; else `skipped` says why not."""
-    found = _made(name, case, directions)
+def implementations(
+    name: str, case: BenchCase, directions: Sequence[str], skipped: list[str]
+) -> Iterator[Implementation]:
+    """The peer's implementation of a case, if it is correct and runs; else `skipped` gets the reason."""
+    found = _implementation(name, case, directions)
     if isinstance(found, str):
         skipped.append(f"{name} {case.describe()}: {found}")
-    elif is_right(found, case, skipped):
+    elif is_correct(found, case, skipped):
         for call in found.calls(case).values():
             call()
         yield found
 
 
-def _made(name: str, case: Case, directions: Sequence[str]) -> Contender | str:
-    """The peer as a contender, not checked yet, or why there is none."""
+def _implementation(name: str, case: BenchCase, directions: Sequence[str]) -> Implementation | str:
+    """The peer's implementation, not checked yet, or why there is none."""
     if case.inputs[0].is_cuda:
-        return gpu_peers.contender(name, case, directions)
-    found = form(name, case)
-    return found if isinstance(found, str) else Contender(name, found, "its torch reference", directions)
+        return peers_cuda.implementation(name, case, directions)
+    found = cpu_function(name, case)
+    return found if isinstance(found, str) else Implementation(name, found, "its torch reference", directions)
 
 
-def form(name: str, case: Case) -> Form | str:
-    """The peer's form of a case on a CPU, or why there is none."""
+def cpu_function(name: str, case: BenchCase) -> OpFunction | str:
+    """The peer's function for a case on a CPU, or why there is none."""
     assert name in NAMES
     if name == "liger":
         return "its kernels need a GPU"
     if case.dtype != "bfloat16":
         return "computes in bfloat16 only"
     if case.op in ("project", "coefficients"):
-        return "cuts the work differently between these ops; see pre"
+        return "divides the work between these ops differently; see pre"
     module = _tile_kernels()
     if isinstance(module, str):
         return module
-    return _form(module, case.op, case.streams)
+    return _tile_kernels_function(module, case.op, case.streams)
 
 
 @cache
 def _tile_kernels() -> ModuleType | str:
-    """The torch reference of DeepSeek's TileKernels, one file that stands by itself: its kernels need a GPU."""
+    """The torch reference of DeepSeek's TileKernels, a single file that can be loaded alone; its kernels need a GPU."""
     package = importlib.util.find_spec("tile_kernels")
     if package is None or not package.submodule_search_locations:
         return "not installed: pip install tile-kernels"
@@ -72,8 +74,8 @@ def _tile_kernels() -> ModuleType | str:
     return module
 
 
-def _form(module: ModuleType, op: str, streams: int) -> Form:
-    """Its functions take [batch, T, n, C] and store res transposed; its epsilons are set to our maths."""
+def _tile_kernels_function(module: ModuleType, op: str, streams: int) -> OpFunction:
+    """Its functions take [batch, T, n, C] and store res transposed; its epsilons are set to match our maths."""
     n = streams
     transposed = [*range(2 * n), *(2 * n + i * n + j for j in range(n) for i in range(n))]
 
@@ -91,5 +93,5 @@ def _form(module: ModuleType, op: str, streams: int) -> Form:
         u = module.mhc_pre_apply_mix_ref(batch, weights)
         return u[0], post[0, ..., 0], comb[0].mT
 
-    parts: dict[str, Form] = {"aggregate": aggregate, "merge": merge}
-    return parts[op] if op in parts else composed(op, pre, merge)
+    parts: dict[str, OpFunction] = {"aggregate": aggregate, "merge": merge}
+    return parts[op] if op in parts else composite(op, pre, merge)

@@ -1,6 +1,6 @@
-"""The kernels of DeepSeek's TileKernels and of Liger on a GPU, called as their users call them.
+"""Peers on a GPU: the kernels of DeepSeek's TileKernels and of Liger, called as their users call them.
 
-Parameters are held as each of them wants them, gradients checked in that form: see `Contender.adapted`.
+Parameters are stored as each of them expects, and gradients are checked in that layout: see `Implementation.adapt`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cli.bench.cases import Case
-from cli.bench.implementation import Contender
-from cli.bench.torch_composites import composed, step
-from cli.bench.torch_ops import EPS, ROUNDS, Form
+from cli.bench.cases import BenchCase
+from cli.bench.implementation import Implementation
+from cli.bench.torch_composites import composite, step
+from cli.bench.torch_ops import EPS, ROUNDS, OpFunction
 
 COEFFICIENT_RESULTS = {"pre": 2, "step": 3}
-"""The place of res among the results of ops that give it."""
+"""Index of res among the results of the ops that return it."""
 
 
-def contender(name: str, case: Case, directions: Sequence[str]) -> Contender | str:
-    """The peer's kernels as a contender, not checked yet, or why there is none. Raises what importing them raises."""
+def implementation(name: str, case: BenchCase, directions: Sequence[str]) -> Implementation | str:
+    """The peer's implementation, not checked yet, or why there is none. Raises what importing the peer raises."""
     if case.op == "coefficients" or (case.op == "project" and name == "liger"):
-        return "cuts the work differently between these ops; see pre"
+        return "divides the work between these ops differently; see pre"
     if case.op == "stack":
         return "is compared in the layer"
     return {"tile-kernels": _tile_kernels, "liger": _liger}[name](case, directions)
@@ -38,7 +38,7 @@ def contender(name: str, case: Case, directions: Sequence[str]) -> Contender | s
 
 
 class TileKernels(NamedTuple):
-    """The modules of its mHC part."""
+    """The modules of the mHC part of TileKernels."""
 
     functional: ModuleType
     ops: ModuleType
@@ -47,7 +47,7 @@ class TileKernels(NamedTuple):
 
 @cache
 def tile_kernels() -> TileKernels | str:
-    """Its mHC part. Its top package imports parts that need another tilelang, so an empty module takes its place."""
+    """The mHC part. The top package imports parts that need another tilelang, so an empty module replaces it."""
     package = importlib.util.find_spec("tile_kernels")
     if package is None or not package.submodule_search_locations:
         return "not installed: pip install tile-kernels==1.0.0"
@@ -58,13 +58,13 @@ def tile_kernels() -> TileKernels | str:
     return TileKernels(*(importlib.import_module(f"tile_kernels.{name}") for name in names))
 
 
-def _tile_kernels(case: Case, directions: Sequence[str]) -> Contender | str:
+def _tile_kernels(case: BenchCase, directions: Sequence[str]) -> Implementation | str:
     if case.streams != 4 or case.dtype != "bfloat16":
         return "has kernels for n = 4 in bfloat16 only"
     modules = tile_kernels()
     if isinstance(modules, str):
         return modules
-    made: dict[str, Form] = {
+    made: dict[str, OpFunction] = {
         "project": partial(_project, modules),
         "aggregate": partial(_aggregate, modules),
         "merge": partial(_merge, modules),
@@ -72,30 +72,31 @@ def _tile_kernels(case: Case, directions: Sequence[str]) -> Contender | str:
         "step": step(partial(_pre, modules), partial(_merge, modules)),
         "layer": partial(_layer, modules),
     }
-    return Contender("tile-kernels", made[case.op], "kernels", directions, adapted=transposed)
+    return Implementation("tile-kernels", made[case.op], "kernels", directions, adapt=transpose_res)
 
 
-def transposed(case: Case) -> Case:
-    """The case with the res block of every parameter, input and result transposed; project does not know of blocks."""
+def transpose_res(case: BenchCase) -> BenchCase:
+    """The case with the res block of every parameter, input and result transposed; project has no such block."""
     if case.op == "project":
         return case
     n = case.streams
     order = torch.tensor([*range(2 * n), *(2 * n + i * n + j for j in range(n) for i in range(n))])
 
-    def turned(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def transpose(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name in ("phi", "bias"):
             return tensor[order.to(tensor.device)]
         return tensor.mT.contiguous() if name == "res" else tensor
 
-    place = COEFFICIENT_RESULTS.get(case.op)
-    results = ["res" if index == place else "" for index in range(len(case.upstream))]
+    index_of_res = COEFFICIENT_RESULTS.get(case.op)
+    results = ["res" if index == index_of_res else "" for index in range(len(case.grad_outputs))]
     return replace(
         case,
         inputs=tuple(
-            turned(name, tensor.detach()).requires_grad_() for name, tensor in zip(case.names, case.inputs, strict=True)
+            transpose(name, tensor.detach()).requires_grad_()
+            for name, tensor in zip(case.names, case.inputs, strict=True)
         ),
-        upstream=tuple(map(turned, results, case.upstream)),
-        wanted=tuple(map(turned, (*results, *case.names), case.wanted)),
+        grad_outputs=tuple(map(transpose, results, case.grad_outputs)),
+        expected=tuple(map(transpose, (*results, *case.names), case.expected)),
     )
 
 
@@ -105,7 +106,7 @@ def _project(modules: TileKernels, x: torch.Tensor, phi: torch.Tensor) -> tuple[
 
 
 class _Project(torch.autograd.Function):
-    """z and s by the kernels inside of its norm, which has no function of its own for them."""
+    """z and s from the kernels inside its norm, as it has no public function for them."""
 
     @staticmethod
     def forward(
@@ -142,13 +143,13 @@ def _merge(
 
 
 PAPER = {"post_mult_value": 2.0, "pre_eps": 0.0, "sinkhorn_eps": 0.0, "sinkhorn_repeat": ROUNDS, "norm_eps": EPS}
-"""Arguments that make its maths the paper's."""
+"""Arguments with which its maths is the paper's."""
 
 
 def _pre(
     modules: TileKernels, x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Without gradients its fused kernel; with them its ops, as no merge follows whose gradient they could add to."""
+    """Its fused kernel without gradients; with them its single ops, as there is no merge whose gradient to add to."""
     streams = x[None]
     if not torch.is_grad_enabled():
         u, (post, comb) = modules.functional.mhc_pre(streams, phi, alpha, bias, **PAPER)
@@ -163,25 +164,25 @@ def _pre(
 def _layer(
     modules: TileKernels, x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """As in a network: the gradients of pre are added to that of merge in place."""
+    """As in a network: the gradients of pre are added to those of merge in index_of_res."""
     streams = x[None]
     u, (post, comb) = modules.functional.mhc_pre(streams, phi, alpha, bias, **PAPER)
     return (modules.ops.mhc_post(u, streams, post, comb)[0],)
 
 
-# Liger: phi [K, N], best held in half precision, and an alpha for each group. Its Sinkhorn begins with the rows, which
-# after 20 rounds is no difference that rounding does not hide.
+# Liger: phi [K, N], best stored in half precision, and one alpha per group. Its Sinkhorn begins with the rows; after 20
+# rounds the difference is below rounding.
 
 
 @cache
 def liger() -> ModuleType | str:
-    """Its functional interface."""
+    """The functional interface of Liger."""
     if importlib.util.find_spec("liger_kernel") is None:
         return "not installed: pip install liger-kernel==0.8.5"
     return importlib.import_module("liger_kernel.transformers.functional")
 
 
-def _liger(case: Case, directions: Sequence[str]) -> Contender | str:
+def _liger(case: BenchCase, directions: Sequence[str]) -> Implementation | str:
     if case.streams not in (2, 4, 8, 16) or case.dtype == "float32":
         return "has kernels for n = 2, 4, 8 or 16 in half precision only"
     module = liger()
@@ -200,25 +201,25 @@ def _liger(case: Case, directions: Sequence[str]) -> Contender | str:
         weights, post, res = module.liger_mhc_coeffs(x, phi, bias, a, b, c, tmax=ROUNDS, rms_eps=EPS, sinkhorn_eps=0.0)
         return module.liger_mhc_pre(x, weights), post, res
 
-    parts: dict[str, Form] = {"aggregate": aggregate, "merge": merge}
-    found = parts[case.op] if case.op in parts else composed(case.op, pre, merge)
+    parts: dict[str, OpFunction] = {"aggregate": aggregate, "merge": merge}
+    found = parts[case.op] if case.op in parts else composite(case.op, pre, merge)
     label = "kernels, phi in half precision" if "phi" in case.names else "kernels"
-    return Contender("liger", found, label, directions, adapted=unpacked)
+    return Implementation("liger", found, label, directions, adapt=split_parameters)
 
 
-def unpacked(case: Case) -> Case:
+def split_parameters(case: BenchCase) -> BenchCase:
     """The case with phi transposed and in the streams' dtype, and alpha as three numbers."""
 
-    def split(name: str, tensor: torch.Tensor, turned: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-        return list(tensor.unbind()) if name == "alpha" else [turned(tensor) if name == "phi" else tensor]
+    def split(name: str, tensor: torch.Tensor, transpose: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        return list(tensor.unbind()) if name == "alpha" else [transpose(tensor) if name == "phi" else tensor]
 
-    x, results = case.inputs[0], len(case.upstream)
-    named = list(zip(case.names, case.inputs, case.wanted[results:], strict=True))
+    x, results = case.inputs[0], len(case.grad_outputs)
+    named = list(zip(case.names, case.inputs, case.expected[results:], strict=True))
     given = [part for name, tensor, _ in named for part in split(name, tensor, lambda phi: phi.T.to(x.dtype))]
     wanted = [part for name, _, tensor in named for part in split(name, tensor, lambda phi: phi.T)]
     return replace(
         case,
         inputs=tuple(tensor.detach().contiguous().clone().requires_grad_() for tensor in given),
         names=tuple(part for name in case.names for part in ([name] * 3 if name == "alpha" else [name])),
-        wanted=(*case.wanted[:results], *wanted),
+        expected=(*case.expected[:results], *wanted),
     )

@@ -1,4 +1,4 @@
-"""A time limit for what may take very long, such as compiling a large graph."""
+"""A time limit for a block of code that may take very long, such as compiling a large graph."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class TooSlow(BaseException):
-    """The time is up. No `Exception`, as `KeyboardInterrupt` is none: compilers catch those and go on."""
+class TimeLimitExceeded(BaseException):
+    """The time is up. A `BaseException` like `KeyboardInterrupt`, as compilers catch every `Exception` and continue."""
 
 
 @contextmanager
-def patience(seconds: float) -> Iterator[None]:
-    """Raise `TooSlow` in the block when it takes longer than `seconds`; in a process's main thread alone.
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeLimitExceeded` in the block after `seconds`. Works in a process's main thread only.
 
-    Another timer that was running goes on afterwards.
+    A timer that was running before continues afterwards.
     """
 
-    def give_up(number: int, frame: FrameType | None) -> None:
-        raise TooSlow(f"not ready after {seconds:g} s")
+    def expire(number: int, frame: FrameType | None) -> None:
+        raise TimeLimitExceeded(f"not ready after {seconds:g} s")
 
     started = time.monotonic()
-    before = signal.signal(signal.SIGALRM, give_up)
+    before = signal.signal(signal.SIGALRM, expire)
     left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield

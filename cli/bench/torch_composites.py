@@ -1,6 +1,6 @@
-"""What is made of the four ops: pre, step, the layer (around an identity sublayer) and a stack of layers.
+"""Composites of the four single ops: pre, step, layer (around an identity sublayer) and a stack of layers.
 
-Their parameters are phi, alpha and bias of one layer, or of one layer after the other.
+Their parameters are phi, alpha and bias of each layer in turn.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from collections.abc import Mapping
 
 import torch
 
-from cli.bench.torch_ops import Form, forms
+from cli.bench.torch_ops import OpFunction, variants
 
-PARTS = ("project", "coefficients", "aggregate", "merge")
-COMPOSED = ("pre", "step", "layer", "stack")
+SINGLE_OPS = ("project", "coefficients", "aggregate", "merge")
+COMPOSITES = ("pre", "step", "layer", "stack")
 
-BLOCKS = 8
-"""Layers of a stack."""
+STACK_LAYERS = 8
 
-PARAMETERS = 3
-"""Parameters of a layer."""
+PARAMETERS_PER_LAYER = 3
 
 HALF, SINGLE = "bfloat16 and float16", "float32"
 
@@ -43,25 +41,27 @@ COMBINATIONS: Mapping[tuple[str, str], tuple[tuple[str, str, str, str], ...]] = 
         ("matmul, float32", "scaling vectors", "broadcast, float32", "broadcast, float32"),
     ),
 }
-"""Forms of the four ops that go well together, the best that is known first. For half precision there is always one
-that keeps phi and the coefficients in float32, as the paper does."""
+"""Variants of the single ops that are fast together, the best known first. For half precision one of them keeps phi and
+the coefficients in float32, as the paper does."""
 
 
-def combinations(impl: str, streams: int, width: int, dtype: str) -> dict[str, Mapping[str, Form]]:
-    """The forms of the four ops to compose for eager or compile, by a name that tells them all."""
-    known = {op: forms(op, streams, width, dtype) for op in PARTS}
-    chosen = COMBINATIONS[impl, SINGLE if dtype == "float32" else HALF]
-    return {"; ".join(names): {op: known[op][name] for op, name in zip(PARTS, names, strict=True)} for names in chosen}
+def combinations(impl: str, streams: int, width: int, dtype: str) -> dict[str, Mapping[str, OpFunction]]:
+    """The single ops' variants to compose for eager or compile, by their joined names."""
+    known = {op: variants(op, streams, width, dtype) for op in SINGLE_OPS}
+    listed = COMBINATIONS[impl, SINGLE if dtype == "float32" else HALF]
+    return {
+        "; ".join(names): {op: known[op][name] for op, name in zip(SINGLE_OPS, names, strict=True)} for names in listed
+    }
 
 
-def composed(op: str, pre: Form, merge: Form) -> Form:
-    """One of `COMPOSED` made of a pre and a merge."""
+def composite(op: str, pre: OpFunction, merge: OpFunction) -> OpFunction:
+    """One of `COMPOSITES`, made of a pre and a merge."""
     one = layer(pre, merge)
     return {"pre": pre, "step": step(pre, merge), "layer": one, "stack": stack(one)}[op]
 
 
-def pre(parts: Mapping[str, Form]) -> Form:
-    """All that precedes a sublayer: (x, phi, alpha, bias) -> (u, post, res)."""
+def pre(parts: Mapping[str, OpFunction]) -> OpFunction:
+    """Everything before a sublayer: (x, phi, alpha, bias) -> (u, post, res)."""
     project, coefficients, aggregate = (parts[op] for op in ("project", "coefficients", "aggregate"))
 
     def run(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -72,8 +72,8 @@ def pre(parts: Mapping[str, Form]) -> Form:
     return run
 
 
-def step(pre: Form, merge: Form) -> Form:
-    """From a sublayer's output to the next one's input: (x, f, post, res, *parameters) -> (x', u', post', res')."""
+def step(pre: OpFunction, merge: OpFunction) -> OpFunction:
+    """From one sublayer's output to the next one's input: (x, f, post, res, *parameters) -> (x', u', post', res')."""
 
     def run(
         x: torch.Tensor, f: torch.Tensor, post: torch.Tensor, res: torch.Tensor, *parameters: torch.Tensor
@@ -84,7 +84,7 @@ def step(pre: Form, merge: Form) -> Form:
     return run
 
 
-def layer(pre: Form, merge: Form) -> Form:
+def layer(pre: OpFunction, merge: OpFunction) -> OpFunction:
     """(x, *parameters) -> (x',)."""
 
     def run(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -94,12 +94,12 @@ def layer(pre: Form, merge: Form) -> Form:
     return run
 
 
-def stack(layer: Form) -> Form:
-    """One layer after the other, as many as there are parameters for: (x, *parameters) -> (x',)."""
+def stack(layer: OpFunction) -> OpFunction:
+    """Layers in sequence, as many as there are parameters for: (x, *parameters) -> (x',)."""
 
     def run(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        for first in range(0, len(parameters), PARAMETERS):
-            (x,) = layer(x, *parameters[first : first + PARAMETERS])
+        for first in range(0, len(parameters), PARAMETERS_PER_LAYER):
+            (x,) = layer(x, *parameters[first : first + PARAMETERS_PER_LAYER])
         return (x,)
 
     return run

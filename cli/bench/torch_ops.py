@@ -1,8 +1,8 @@
-"""What a competent torch user would write for the ops of mHC: the forms that `mhc-tune bench` compares with.
+"""The mHC ops in plain torch, in the variants that a PyTorch user would write: the baselines of `mhc-tune bench`.
 
-Shapes and maths are those of `mhc.functional` on flat tokens (x [T, n, C]). All forms accumulate coefficients in
+Shapes and maths are those of `mhc.functional` on flat tokens (x [T, n, C]). All variants accumulate coefficients in
 float32. "native" multiplies streams in their own dtype with coefficients cast to it, as under autocast; "float32"
-casts the streams up first. For float32 streams the two are the same form.
+casts the streams up first. For float32 streams the two are the same.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from functools import partial
 
 import torch
 
-Form = Callable[..., tuple[torch.Tensor, ...]]
+OpFunction = Callable[..., tuple[torch.Tensor, ...]]
 
 ROUNDS, EPS = 20, 1e-6
 
-COMPILED = {
+FUSIBLE = {
     "project": ("matmul, native", "matmul, float32"),
     "coefficients": ("divide loop", "scaling vectors"),
     "aggregate": ("broadcast, float32",),
     "merge": ("broadcast, float32", "unrolled, float32"),
 }
-"""The forms that a compiler can fuse best: it is tried on these and on eager's fastest."""
+"""The variants that torch.compile fuses best: it is tried on these and on the fastest eager one."""
 
 
 def project(x: torch.Tensor, phi: torch.Tensor, *, cast: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,7 +34,7 @@ def project(x: torch.Tensor, phi: torch.Tensor, *, cast: bool) -> tuple[torch.Te
 
 
 def project_norm(x: torch.Tensor, phi: torch.Tensor, *, cast: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with s from torch's vector norm, which makes no tensor of squares."""
+    """The same with s from torch's vector norm, which allocates no tensor of squares."""
     rows = x.flatten(1)
     factor = rows.float() if cast else rows
     s = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
@@ -108,7 +108,7 @@ def merge_einsum(
 def merge_matmul(
     x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: torch.Tensor, *, cast: bool
 ) -> tuple[torch.Tensor]:
-    """x' = [res post]·[x; f], the product of the sublayer added by the batched matrix product itself."""
+    """x' = [res post]·[x; f], with post·f added by the batched matrix product itself."""
     x_, f, res, post = _same_dtype(x, f, res, post, cast=cast)
     return (torch.baddbmm(post[:, :, None] * f[:, None], res, x_).to(x.dtype),)
 
@@ -119,37 +119,39 @@ def merge_broadcast(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: t
 
 
 def merge_unrolled(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: torch.Tensor) -> tuple[torch.Tensor]:
-    """The same with the sum over input streams written out: no tensor larger than x'."""
+    """The same with an unrolled sum over input streams: no tensor is larger than x'."""
     out = post[:, :, None] * f[:, None]
     for j in range(x.shape[1]):
         out = out + res[:, :, j, None] * x[:, None, j]
     return (out.to(x.dtype),)
 
 
-def forms(op: str, streams: int, width: int, dtype: str) -> dict[str, Form]:
-    """The forms of an op by name."""
-    known: Mapping[str, dict[str, Form]] = {
-        "project": _both("matmul", project) | _both("matmul and norm", project_norm),
+def variants(op: str, streams: int, width: int, dtype: str) -> dict[str, OpFunction]:
+    """The variants of an op by name."""
+    known: Mapping[str, dict[str, OpFunction]] = {
+        "project": _native_and_float32("matmul", project) | _native_and_float32("matmul and norm", project_norm),
         "coefficients": {
             name: partial(coefficients, streams=streams, width=width, sinkhorn=sinkhorn)
             for name, sinkhorn in (("divide loop", sinkhorn_divide), ("scaling vectors", sinkhorn_scale))
         },
         "aggregate": {
-            **_both("einsum", aggregate_einsum),
-            **_both("bmm", aggregate_matmul),
+            **_native_and_float32("einsum", aggregate_einsum),
+            **_native_and_float32("bmm", aggregate_matmul),
             "broadcast, float32": aggregate_broadcast,
         },
         "merge": {
-            **_both("einsum", merge_einsum),
-            **_both("baddbmm", merge_matmul),
+            **_native_and_float32("einsum", merge_einsum),
+            **_native_and_float32("baddbmm", merge_matmul),
             "broadcast, float32": merge_broadcast,
             "unrolled, float32": merge_unrolled,
         },
     }
-    return {name: form for name, form in known[op].items() if not (dtype == "float32" and name.endswith("native"))}
+    return {
+        name: function for name, function in known[op].items() if not (dtype == "float32" and name.endswith("native"))
+    }
 
 
-def _both(name: str, function: Callable[..., tuple[torch.Tensor, ...]]) -> dict[str, Form]:
+def _native_and_float32(name: str, function: Callable[..., tuple[torch.Tensor, ...]]) -> dict[str, OpFunction]:
     return {f"{name}, native": partial(function, cast=False), f"{name}, float32": partial(function, cast=True)}
 
 

@@ -1,1 +1,1 @@
-"""Commands of `mhc-tune`, one a file."""
+"""The commands of `mhc-tune`, one per file."""

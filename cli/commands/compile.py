@@ -1,4 +1,4 @@
-"""`mhc-tune compile`: what the compiler says about schedules, for devices that need not be there."""
+"""`mhc-tune compile`: compiler results of schedules (registers, spills, shared memory), also for absent devices."""
 
 from __future__ import annotations
 
@@ -13,28 +13,15 @@ from autotune.measuring.resource_check import resource_usage, why_rejected
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Job, Workers
 from autotune.search.pool import enumerate_pool
-from cli.ui.options import (
-    DEFAULT_DTYPE,
-    DEFAULT_STREAMS,
-    DEFAULT_TOKENS,
-    DEFAULT_WIDTH,
-    DtypeOption,
-    JsonOption,
-    StreamsOption,
-    TokensOption,
-    WidthOption,
-    known_choices,
-    problems,
-)
-from cli.ui.output import messages, say, show, show_json, stdout_kept_free
+from cli.ui import options
+from cli.ui.options import KERNEL_OPS, check_choices, problems
+from cli.ui.output import messages, say, show, show_json, stdout_to_stderr
 from cli.ui.render import SHAPE, number, schedule_text, table
 from tiles.compiler.compile import Artifact, why_no_compiler
 from tiles.errors import BadInput
-from tiles.kernels.registry import kernel_spec, kernel_specs
+from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
 from tiles.target import Target, parse_target
-
-OPS = list(dict.fromkeys(op for op, _ in kernel_specs()))
 
 GPU_COLUMNS = ("registers", "spilled_bytes", "shared_bytes", "occupancy_percent")
 
@@ -43,45 +30,46 @@ Row = dict[str, Any]
 
 def compile_(
     target: Annotated[
-        list[str], typer.Option("--target", help="auto, cpu, cuda or an architecture such as cuda:sm_90a. May repeat.")
-    ] = ["auto"],  # noqa: B006 - typer reads it, nobody changes it
-    streams: StreamsOption = DEFAULT_STREAMS,
-    width: WidthOption = DEFAULT_WIDTH,
-    tokens: TokensOption = DEFAULT_TOKENS,
-    dtype: DtypeOption = DEFAULT_DTYPE,
-    op: Annotated[list[str], typer.Option("--op", help=f"Of {', '.join(OPS)}; default: all. May repeat.")] = OPS,
+        list[str],
+        typer.Option("--target", help="Compile for auto, cpu, cuda or one architecture (cuda:sm_90a). May repeat."),
+    ] = ["auto"],  # noqa: B006 - typer only reads it
+    streams: options.StreamsOption = options.DEFAULT_STREAMS,
+    width: options.WidthOption = options.DEFAULT_WIDTH,
+    tokens: options.TokensOption = options.DEFAULT_TOKENS,
+    dtype: options.DtypeOption = options.DEFAULT_DTYPE,
+    op: options.OpOption = KERNEL_OPS,
     schedules: Annotated[
-        int, typer.Option("--schedules", min=1, help="The default schedule and so many others of each kernel's pool.")
+        int, typer.Option("--schedules", min=1, help="Schedules per kernel: the default one, then others of its pool.")
     ] = 1,
-    json: JsonOption = False,
+    json: options.JsonOption = False,
 ) -> None:
-    """Compile schedules for targets, without running anything: by default every kernel's default schedule.
+    """Compile schedules for one or more targets without running them.
 
-    For a GPU, prints the registers, spills and shared memory that the compiler reports and the occupancy that follows,
-    and names the schedules that tuning would drop for it; the GPU need not be there, nvcc must be. Exits with 1 when a
-    kernel does not compile.
+    By default, every kernel's default schedule is compiled. For a GPU, shows the registers, spills and shared memory
+    that the compiler reports, the occupancy that follows, and which schedules tuning would drop for these reasons; this
+    needs nvcc but no GPU. Exits with 1 when a kernel does not compile.
     """
     targets = list(dict.fromkeys(parse_target(each) for each in target))
     for built in targets:
         if why := why_no_compiler(built):
             raise BadInput(f"compiling for {built} needs its compiler: {why}")
-    known_choices("op", op, OPS)
+    check_choices("op", op, KERNEL_OPS)
     todo = problems(streams, width, tokens, dtype, op)
-    jobs = [job for built in targets for problem in todo for job in _chosen(problem, built, schedules)]
+    jobs = [job for built in targets for problem in todo for job in _jobs(problem, built, schedules)]
     say(f"compiling {len(jobs)} schedules for {', '.join(map(str, targets))}")
-    with stdout_kept_free(json), Workers() as workers:
+    with stdout_to_stderr(json), Workers() as workers:
         done = list(track(workers.compile_each(jobs), total=len(jobs), console=messages, transient=True))
     rows = _rows(jobs, done)
     if json:
         show_json({"targets": [str(built) for built in targets], "results": rows})
     for built in targets:
-        _tell(built, [row for row in rows if row["target"] == str(built)], shown=not json)
+        _report(built, [row for row in rows if row["target"] == str(built)], shown=not json)
     if any("failed" in row for row in rows):
         raise typer.Exit(1)
 
 
-def _chosen(problem: Problem, target: Target, count: int) -> list[Job]:
-    """The default schedule first, then members of the pool at equal distances."""
+def _jobs(problem: Problem, target: Target, count: int) -> list[Job]:
+    """The default schedule, then other schedules of the pool, evenly spaced."""
     spec = kernel_spec(problem.op, problem.direction)
     if count == 1:
         return [(problem, spec.default(problem, target), target)]
@@ -92,21 +80,21 @@ def _chosen(problem: Problem, target: Target, count: int) -> list[Job]:
 
 
 def _rows(jobs: Sequence[Job], done: Sequence[Artifact | TaskFailed]) -> list[Row]:
-    """One row a schedule, in order; each is held against the others of its kernel and target."""
+    """One row per schedule, in order; each is compared with the others of its kernel and target."""
     others: dict[tuple[Problem, Target], list[Artifact]] = {}
     for (problem, _, target), artifact in zip(jobs, done, strict=True):
         if isinstance(artifact, Artifact):
             others.setdefault((problem, target), []).append(artifact)
     return [
         {"target": str(target), **asdict(problem), "schedule": asdict(schedule)}
-        | ({"failed": str(artifact)} if isinstance(artifact, TaskFailed) else _told(problem, artifact))
+        | ({"failed": str(artifact)} if isinstance(artifact, TaskFailed) else _resources(problem, artifact))
         | _dropped(artifact, others.get((problem, target), []))
         for (problem, schedule, target), artifact in zip(jobs, done, strict=True)
     ]
 
 
-def _told(problem: Problem, artifact: Artifact) -> Row:
-    """What the compiler made. `bytes_per_token` is what the kernel must move, whatever its schedule."""
+def _resources(problem: Problem, artifact: Artifact) -> Row:
+    """Size and resources of compiled code. `bytes_per_token`: what the kernel must move, whatever its schedule."""
     traffic = kernel_spec(problem.op, problem.direction).traffic
     moved = traffic(problem, 1025).bytes - traffic(problem, 1).bytes
     seen = resource_usage(artifact)
@@ -118,8 +106,8 @@ def _dropped(artifact: Artifact | TaskFailed, others: Sequence[Artifact]) -> Row
     return {"dropped": why} if why else {}
 
 
-def _tell(target: Target, rows: Sequence[Row], *, shown: bool) -> None:
-    """The table of one target where it is to be `shown`, and in a line or more what is to be known of it."""
+def _report(target: Target, rows: Sequence[Row], *, shown: bool) -> None:
+    """Print the table of one target if `shown`, then lines on failures and spills, and for a GPU a summary."""
     if shown:
         _show(target, [row for row in rows if "failed" not in row])
     for row in rows:
@@ -132,7 +120,7 @@ def _tell(target: Target, rows: Sequence[Row], *, shown: bool) -> None:
 
 
 def summary(target: Target, rows: Sequence[Row]) -> str:
-    """What became of a GPU's schedules, on one line."""
+    """One line: how many of a GPU's schedules compile, fail, spill and would be dropped."""
     looked = [row for row in rows if "failed" not in row]
     spilling, dropped = sum(row["spilled_bytes"] > 0 for row in looked), sum("dropped" in row for row in looked)
     most = {name: max((row[name] for row in looked), default=0) for name in ("registers", "shared_bytes")}

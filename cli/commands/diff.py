@@ -1,4 +1,4 @@
-"""`mhc-tune diff`: what differs between two packs or cache folders."""
+"""`mhc-tune diff`: differences between two packs or cache folders."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.commands.packs import PATH_HELP, described, open_shelf, warn
-from cli.ui.options import JsonOption
-from cli.ui.output import say, show, show_json
-from cli.ui.render import SHAPE, device_text, number, shape_of, table
+from cli.ui.options import PATH_HELP, JsonOption, cache_or_pack
+from cli.ui.output import say, show, show_json, warn
+from cli.ui.render import SHAPE, device_text, number, record_json, shape_of, table
 from tiles.cache.record import Record
 from tiles.target import Device
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One kernel's difference: a record is None where a side has no such kernel; `changed` says what is not equal."""
+    """Difference of one kernel: None for a side that lacks it; `changed` names what is not equal."""
 
     a: Record | None
     b: Record | None
@@ -27,7 +26,7 @@ class Difference:
 
     @property
     def record(self) -> Record:
-        """A record of the kernel."""
+        """The record of A, or else of B."""
         record = self.a or self.b
         assert record
         return record
@@ -38,19 +37,19 @@ def diff(
     b: Annotated[Path, typer.Argument(metavar="B", help=PATH_HELP)],
     json: JsonOption = False,
 ) -> None:
-    """Show which kernels only one of two packs or cache folders holds, and whose schedule, code or times differ.
+    """Compare two packs or cache folders: missing kernels, and different schedules, code or times.
 
-    Kernels are the same where op, shape and device are; of several versions of one, this version's or else the latest
-    counts. Exits with 0 when both hold the same and with 1 when they do not. Dates, hosts and commands do not count.
+    Kernels are matched by op, shape and device; among several versions of one, this version counts, or else the latest.
+    Dates, hosts and commands are not compared. Exits with 0 when both hold the same and with 1 when they differ.
     """
     sides = []
     for path in (a, b):
-        shelf = open_shelf(path)
-        sides.append(shelf.records())
-        warn(shelf.complaints)
+        source = cache_or_pack(path)
+        sides.append(source.records())
+        warn(source.complaints)
     found = differences(*sides)
     if json:
-        show_json({"a": str(a), "b": str(b), "equal": not found, "differences": [_described(item) for item in found]})
+        show_json({"a": str(a), "b": str(b), "equal": not found, "differences": [_as_json(item) for item in found]})
     elif found:
         show(_table(found, f"{a} (A) against {b} (B)"))
     say(f"{len(found)} kernels differ" if found else "both hold the same kernels")
@@ -59,11 +58,11 @@ def diff(
 
 
 def differences(a: Sequence[Record], b: Sequence[Record]) -> list[Difference]:
-    """What differs, kernel by kernel, ordered by shape."""
-    ours, theirs = _by_kernel(a), _by_kernel(b)
+    """The kernels that differ, ordered by shape."""
+    in_a, in_b = _by_kernel(a), _by_kernel(b)
     found = []
-    for kernel in sorted(ours.keys() | theirs.keys(), key=_order):
-        one, other = ours.get(kernel), theirs.get(kernel)
+    for kernel in sorted(in_a.keys() | in_b.keys(), key=_order):
+        one, other = in_a.get(kernel), in_b.get(kernel)
         changed = _changed(one, other) if one and other else ("only in A" if one else "only in B",)
         if changed:
             found.append(Difference(one, other, changed))
@@ -75,14 +74,14 @@ _Kernel = tuple[tuple[str, str, int, int, int, str], int, Device]
 
 
 def _by_kernel(records: Sequence[Record]) -> dict[_Kernel, Record]:
-    """One record a kernel; those that count come last and stay."""
+    """One record per kernel: sorted so that the one that counts comes last and overwrites the others."""
 
-    def weight(record: Record) -> tuple[bool, str]:
+    def precedence(record: Record) -> tuple[bool, str]:
         return record.key.current, str(record.provenance.get("date", ""))
 
     return {
         (shape_of(record.key.problem), record.key.rounds, record.key.device): record
-        for record in sorted(records, key=weight)
+        for record in sorted(records, key=precedence)
     }
 
 
@@ -119,7 +118,7 @@ def _table(found: Sequence[Difference], title: str) -> Any:
 
 
 def _schedule_change(item: Difference) -> str:
-    """The tunables that differ, as `block_width=64 -> 128`."""
+    """The tunables that differ, such as `block_width=64 -> 128`."""
     if not item.a or not item.b:
         return ""
     a, b = item.a.schedule, item.b.schedule
@@ -127,11 +126,11 @@ def _schedule_change(item: Difference) -> str:
     return " ".join(f"{name}={a.get(name, '-')} -> {b.get(name, '-')}" for name in names)
 
 
-def _described(item: Difference) -> dict[str, Any]:
+def _as_json(item: Difference) -> dict[str, Any]:
     return {
         "problem": item.record.key.problem.describe(),
         "device": item.record.key.device.as_dict(),
         "changed": list(item.changed),
-        "a": described(item.a) if item.a else None,
-        "b": described(item.b) if item.b else None,
+        "a": record_json(item.a) if item.a else None,
+        "b": record_json(item.b) if item.b else None,
     }

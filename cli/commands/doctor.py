@@ -1,4 +1,4 @@
-"""`mhc-tune doctor`: what this machine offers, and what will and will not work here."""
+"""`mhc-tune doctor`: a check of this machine's device, compilers and kernel cache."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cli.ui.render import device_text, table
 from tiles.cache.cache import KernelCache, default_folder
 from tiles.compiler.compile import why_no_compiler
 from tiles.compiler.toolchain import TILELANG
-from tiles.target import Device, Target, cuda_available, detect_device
+from tiles.target import Target, cuda_available, detect_device
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `remedy` says what to do where something does not work."""
+    """One line of the report; `remedy` says what to do if something does not work."""
 
     what: str
     found: str
@@ -29,7 +29,7 @@ class Finding:
 
 
 def doctor() -> None:
-    """Report this machine's device, compilers and cache, and how to mend what will not work.
+    """Check this machine's device, compilers and kernel cache, and say how to fix what does not work.
 
     Exits with 1 when kernels cannot be tuned here.
     """
@@ -63,7 +63,7 @@ def _tilelang() -> Finding:
     except PackageNotFoundError:
         return Finding("TileLang", "not installed", f"to tune or compile: pip install tilelang=={TILELANG}")
     wrong = found != TILELANG
-    remedy = f"kernels are written for {TILELANG}: pip install tilelang=={TILELANG}" if wrong else None
+    remedy = f"kernels need {TILELANG}: pip install tilelang=={TILELANG}" if wrong else None
     return Finding("TileLang", found, remedy)
 
 
@@ -74,9 +74,8 @@ def _compiler(what: str, target: Target) -> Finding:
 
 def _gpu() -> Finding:
     if not cuda_available():
-        return Finding("GPU", "none visible to torch: the CPU is used")
-    seen: Device = detect_device("cuda")
-    return Finding("GPU", f"{device_text(seen)}: kernels compile for it, this version runs them on CPUs only")
+        return Finding("GPU", "none visible to torch: kernels run on the CPU")
+    return Finding("GPU", device_text(detect_device("cuda")))
 
 
 def _cache_folder() -> Finding:

@@ -1,4 +1,4 @@
-"""`mhc-tune explain`: which kernel a problem gets, and why not another."""
+"""`mhc-tune explain`: the kernel that runs for a problem, and why the other candidates do not."""
 
 from __future__ import annotations
 
@@ -9,43 +9,41 @@ from typing import Annotated, Any, cast
 import torch
 import typer
 
-from cli.commands.packs import TrustOption
-from cli.ui.options import CacheOption, JsonOption, existing_cache, known_choices
+from cli.ui import options
+from cli.ui.options import check_choices, existing_cache
 from cli.ui.output import say, show_json
 from cli.ui.render import device_text, schedule_text
 from mhc.dispatch.kernels import Kernels
 from mhc.dispatch.resolve import Explanation, Resolver
 from tiles.cache.cache import token_bucket
 from tiles.errors import BadInput
-from tiles.kernels.registry import kernel_specs
 from tiles.kernels.spec import DTYPES, Direction, Problem
 from tiles.target import detect_device
 
-OPS = list(dict.fromkeys(op for op, _ in kernel_specs()))
 DIRECTIONS = ("forward", "backward")
 
 
 def explain(
     path: Annotated[
-        Path | None, typer.Argument(metavar="[PATH]", help="What mhc.load_kernels takes: a folder or a .mhcpack file.")
+        Path | None, typer.Argument(metavar="[PATH]", help="A folder or .mhcpack file, as for mhc.load_kernels.")
     ] = None,
-    op: Annotated[str, typer.Option("--op", help=f"One of {', '.join(OPS)}.")] = "merge",
-    direction: Annotated[str, typer.Option("--direction", help="forward or backward.")] = "forward",
+    op: Annotated[str, typer.Option("--op", help=f"One of {', '.join(options.KERNEL_OPS)}.")] = "merge",
+    direction: Annotated[str, typer.Option("--direction", help=f"One of {', '.join(DIRECTIONS)}.")] = "forward",
     streams: Annotated[int, typer.Option("--streams", help="Residual streams n.")] = 4,
     width: Annotated[int, typer.Option("--width", help="Model width C.")] = 2560,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens a call (batch x sequence).")] = 4096,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the streams: float32, bfloat16 or float16.")] = "bfloat16",
-    cache: CacheOption = None,
-    trust_binaries: TrustOption = False,
-    json: JsonOption = False,
+    tokens: Annotated[int, typer.Option("--tokens", help=options.TOKENS_HELP)] = 4096,
+    dtype: Annotated[str, typer.Option("--dtype", help=options.DTYPE_HELP)] = "bfloat16",
+    cache: options.CacheOption = None,
+    trust_binaries: options.TrustOption = False,
+    json: options.JsonOption = False,
 ) -> None:
-    """Show every kernel that could run a problem, in the order in which they are tried, and which one does.
+    """Show which kernel would run for a problem on this machine, and why the other candidates would not.
 
-    Looks in PATH, else in the kernel cache, as training code on this machine would. Nothing is compiled.
+    Candidates come from PATH, or else from the kernel cache, in the order in which they are tried. Nothing is compiled.
     """
-    known_choices("op", [op], OPS)
-    known_choices("direction", [direction], DIRECTIONS)
-    known_choices("dtype", [dtype], DTYPES)
+    check_choices("op", [op], options.KERNEL_OPS)
+    check_choices("direction", [direction], DIRECTIONS)
+    check_choices("dtype", [dtype], DTYPES)
     if path is not None and cache is not None:
         raise BadInput(f"explain takes PATH or --cache, got {path} and {cache}: leave one out")
     problem = Problem(op, cast(Direction, direction), streams, width, dtype, tokens)
@@ -60,7 +58,7 @@ def explain(
             {
                 "problem": problem.describe(),
                 "runs": chosen.candidate.runs,
-                "candidates": [_described(one) for one in found],
+                "candidates": [_as_json(one) for one in found],
             }
         )
         return
@@ -84,7 +82,7 @@ def _schedule(one: Explanation) -> str:
     return schedule_text(one.candidate.schedule) if one.candidate.schedule is not None else "no schedule"
 
 
-def _described(one: Explanation) -> dict[str, Any]:
-    option = one.candidate
-    schedule = None if option.schedule is None else dict(option.schedule)
-    return {"kind": option.runs, "why": option.why, "runs": one.runs, "verdict": one.verdict, "schedule": schedule}
+def _as_json(one: Explanation) -> dict[str, Any]:
+    found = one.candidate
+    schedule = None if found.schedule is None else dict(found.schedule)
+    return {"kind": found.runs, "why": found.why, "runs": one.runs, "verdict": one.verdict, "schedule": schedule}

@@ -1,4 +1,4 @@
-"""`mhc-tune keys`: the key that your packs are signed with, and those of others whose packs you trust."""
+"""`mhc-tune keys`: your signing key, and the list of trusted keys."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from tiles.pack.signing import forget_key, keys_folder, own_key, trust_key, trus
 
 def keys(
     trust: Annotated[
-        str, typer.Option(metavar="KEY", help='List a key: "ed25519:..." or, with a note, "ed25519:... Alice".')
+        str, typer.Option(metavar="KEY", help='Trust a key: "ed25519:...", or with a note "ed25519:... Alice".')
     ] = "",
-    forget: Annotated[str, typer.Option(metavar="KEY", help="Take a key off the list.")] = "",
+    forget: Annotated[str, typer.Option(metavar="KEY", help="No longer trust a key.")] = "",
     json: JsonOption = False,
 ) -> None:
-    """Show your public key and those that you have listed.
+    """Show your public key and the keys that you trust.
 
-    The compiled code of a pack that one of these keys signed is loaded; of any other pack, the schedules are compiled
-    anew. Get a key from its owner, who sees it with this command, and not from the pack.
+    Compiled code is loaded from packs that one of these keys signed; schedules of other packs are compiled here. Get a
+    key from its owner, who sees it with this command, and never from the pack itself.
     """
     if trust:
-        say(f"listed {trust_key(trust)}: code that it signed now runs with your rights")
+        say(f"now trusted: {trust_key(trust)}; code that it signed runs with your permissions")
     if forget:
         forget_key(forget)
-        say(f"took {forget} off the list")
+        say(f"no longer trusted: {forget}")
     own, listed = own_key(create=not (trust or forget)), trusted_keys()
     if json:
         show_json({"folder": str(keys_folder()), "own": own, "listed": listed})
         return
-    typer.echo(f"{own}  yours" if own else "you have no key yet: mhc-tune keys or export makes one")
+    typer.echo(f"{own}  yours" if own else "you have no key yet: mhc-tune keys or mhc-tune export makes one")
     for key, note in listed.items():
         typer.echo(f"{key}  trusted{f': {note}' if note else ''}")

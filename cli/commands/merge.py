@@ -1,4 +1,4 @@
-"""`mhc-tune merge`: several packs or cache folders in one pack."""
+"""`mhc-tune merge`: one pack from several packs or cache folders."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from cli.commands.packs import PATH_HELP, TrustOption, UnsignedOption, described, open_shelf, warn
-from cli.ui.options import JsonOption
-from cli.ui.output import say, show_json
+from cli.ui.options import PATH_HELP, JsonOption, TrustOption, UnsignedOption, cache_or_pack
+from cli.ui.output import say, show_json, warn
+from cli.ui.render import record_json
 from tiles.cache.record import Key, Record
 from tiles.errors import BadInput
 from tiles.pack.pack import read_kernels, write_kernels
@@ -24,19 +24,21 @@ def merge(
     unsigned: UnsignedOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Join packs or cache folders in one pack.
+    """Merge packs or cache folders into one pack.
 
-    Of kernels for the same op, shape, device and version, the one with the shorter measured time is taken, else the
-    one named first. Your signature vouches for all of the code, so it must come from you, from a key that you have
-    listed, or with --trust-binaries; or leave the signature out.
+    Among kernels of the same op, shape, device and version, the one with the shorter measured time is kept, or else the
+    first. You sign all of the code, so it must be your own or signed by a trusted key (see mhc-tune keys); otherwise
+    say --trust-binaries or --unsigned.
     """
     if out.exists() and not any(out.resolve() == path.resolve() for path in paths):
-        raise BadInput(f"a merge replaces no file that it has not read, got {out}: name a new file, or name it twice")
+        raise BadInput(
+            f"a merge must not overwrite a file that it does not read, got {out}: name a new file, or list it too"
+        )
     taken: dict[Key, tuple[Path, PackedKernel]] = {}
     twice = []
     for path in paths:
-        shelf = open_shelf(path)
-        for kernel in read_kernels(shelf, shelf.records(), to_sign=not (unsigned or trust_binaries)):
+        source = cache_or_pack(path)
+        for kernel in read_kernels(source, source.records(), to_sign=not (unsigned or trust_binaries)):
             key = kernel.record.key
             first, held = taken.setdefault(key, (path, kernel))
             if held is kernel:
@@ -45,15 +47,15 @@ def merge(
                 taken[key] = path, kernel
             left, kept = (first, path) if taken[key][0] is path else (path, first)
             twice.append({"problem": key.problem.describe(), "kept": str(kept), "left": str(left)})
-        warn(shelf.complaints)
+        warn(source.complaints)
     if not taken:
-        raise BadInput(f"a merge must hold a kernel, found none in {', '.join(map(str, paths))}: tune or export some")
+        raise BadInput(f"a merge needs a kernel, found none in {', '.join(map(str, paths))}: tune or export some")
     written = write_kernels(out, [kernel for _, kernel in taken.values()], signed=not unsigned)
     for choice in twice:
         say(f"{choice['problem']}: from {choice['kept']}, not from {choice['left']}")
     say(f"wrote {len(written)} kernels of {len(paths)} sources to {out}")
     if json:
-        show_json({"path": str(out), "records": [described(record) for record in written], "twice": twice})
+        show_json({"path": str(out), "records": [record_json(record) for record in written], "twice": twice})
 
 
 def tuned_ms(record: Record) -> float:

@@ -1,4 +1,4 @@
-"""Which of the kernels of a cache an export takes, and the same schedules for other ISA levels."""
+"""Selection of the kernels that an export takes, and the same schedules compiled for other ISA levels."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cli.commands.recompile import recompile
-from cli.ui.options import known_choices
+from cli.ui.options import KERNEL_OPS, check_choices
 from tiles.cache.record import Key, Record, check_schedule
 from tiles.errors import BadInput
-from tiles.kernels.registry import kernel_specs
 from tiles.kernels.spec import DTYPES
 from tiles.pack.zip_format import PackedKernel
 from tiles.target import X86_LEVELS, detect_device
 
 HERE = "current"
-"""The device's name that stands for those of this machine."""
+"""The `--device` that means the devices of this machine."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What to take; an empty field takes all. `target` is cpu or cuda, or one architecture such as cuda:sm_90a."""
+    """Filters of an export; an empty one takes all. `target`: cpu, cuda, or one architecture such as cuda:sm_90a."""
 
     target: Sequence[str] = ()
     device: str = ""
@@ -31,19 +30,19 @@ class Selection:
     dtype: Sequence[str] = ()
 
     def of(self, records: Sequence[Record]) -> list[Record]:
-        """Those of `records` that are asked for; raises `BadInput` where there is none."""
-        known_choices("dtype", self.dtype, DTYPES)
-        known_choices("op", self.op, sorted({op for op, _ in kernel_specs()}))
+        """The records that pass all filters; raises `BadInput` where there is none."""
+        check_choices("dtype", self.dtype, DTYPES)
+        check_choices("op", self.op, KERNEL_OPS)
         here = [detect_device("cpu").name] if self.device == HERE else []
         if self.device == HERE and any(record.key.device.kind == "cuda" for record in records):
             here += _gpu_names()
         chosen = [record for record in records if self._takes(record.key, here)]
         if not chosen:
-            raise BadInput(f"an export must hold a kernel, none of {len(records)} is for {self}: see mhc-tune inspect")
+            raise BadInput(f"an export needs a kernel, none of {len(records)} is for {self}: see mhc-tune inspect")
         return chosen
 
     def __str__(self) -> str:
-        """What was asked for, e.g. `op merge, width 64 or 128`."""
+        """The filters, e.g. `op merge, width 64 or 128`."""
         asked = ((name, [value] if isinstance(value, str) else value) for name, value in vars(self).items() if value)
         return ", ".join(f"{name} {' or '.join(map(str, values))}" for name, values in asked)
 
@@ -65,12 +64,12 @@ class Selection:
         )
 
 
-def for_levels(records: Sequence[Record], levels: Sequence[str]) -> tuple[list[PackedKernel], list[str]]:
-    """The CPU records' schedules compiled for other psABI levels, so that one pack serves a fleet; and what failed.
+def compile_for_levels(records: Sequence[Record], levels: Sequence[str]) -> tuple[list[PackedKernel], list[str]]:
+    """The CPU records' schedules compiled for other x86-64 ISA levels, so that one pack serves them all; and failures.
 
-    What was measured stays with the device that it was measured on: `measured_on` of the provenance names it.
+    The measurement stays that of the original device, which `measured_on` of the provenance names.
     """
-    known_choices("isa", levels, list(X86_LEVELS))
+    check_choices("isa", levels, list(X86_LEVELS))
     x86 = [record for record in records if record.key.device.kind == "cpu" and record.key.device.arch in X86_LEVELS]
     if levels and not x86:
         raise BadInput(f"--isa compiles kernels of x86-64 CPUs, got none of {len(records)}: leave it out")

@@ -1,4 +1,4 @@
-"""`mhc-tune prune`: remove from a kernel cache what nothing will read again."""
+"""`mhc-tune prune`: removal of unused files from a kernel cache."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def prune(
     stale: Annotated[
         bool,
         typer.Option(
-            "--stale", help="Also kernels of other sources or another TileLang; their schedules go with them."
+            "--stale", help="Also remove kernels made with other sources or another TileLang, with their schedules."
         ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Remove superseded binaries, corrupt entries and left-over temporary files from a kernel cache.
 
-    What a sound record points at stays, and so does what was written within the last hour: other processes may read
-    and write the cache meanwhile.
+    Files of valid records stay, and so does everything written within the last hour, as other processes may be using
+    the cache.
     """
     folder = cache if cache is not None else default_folder()
     removed = prune_folder(folder, stale=stale, dry_run=dry_run)
@@ -39,5 +39,5 @@ def prune(
     for file in removed:
         say(f"{file.path.relative_to(folder)}: {file.why}")
     would = "would free" if dry_run else "freed"
-    older = f"what is younger than {GRACE_SECONDS / 60:.0f} minutes stays"
+    older = f"files younger than {GRACE_SECONDS / 60:.0f} minutes stay"
     say(f"{would} {freed / 1024:.0f} KiB in {len(removed)} files of {folder}; {older}")

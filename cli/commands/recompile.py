@@ -1,4 +1,4 @@
-"""Compiles the schedules of records in processes of their own: they come from elsewhere and may take what they want."""
+"""Compilation of records' schedules in separate processes with limited memory, as schedules may come from anywhere."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tiles.compiler.compile import Artifact, CompileError, compile_kernel
 from tiles.kernels.registry import kernel_spec
 
 SECONDS = 120.0
-"""What one kernel may take; a usual one takes two."""
+"""Time limit for one kernel; a typical one takes two."""
 
 
 def recompile(records: Sequence[Record]) -> Iterator[Artifact | Exception]:
-    """For each record, in order: its schedule compiled for its device, or the `CompileError` that there was."""
+    """Compile each record's schedule for its device; yields in order the artifact or a `CompileError`."""
     if not records:
         return
     say(f"compiling {len(records)} kernels, some seconds each")

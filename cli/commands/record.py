@@ -1,4 +1,4 @@
-"""`mhc-tune record`: measure every valid schedule of one kernel, for `mhc-tune replay`."""
+"""`mhc-tune record`: measurements of every valid schedule of one kernel, for `mhc-tune replay`."""
 
 from __future__ import annotations
 
@@ -7,57 +7,45 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn, TimeRemainingColumn
 
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Workers
 from autotune.recorded.sweep import record as sweep
-from cli.ui.options import TargetOption, known_choices, measured_device
-from cli.ui.output import messages, say
+from cli.ui import options
+from cli.ui.options import check_choices, measured_device
+from cli.ui.output import say
+from cli.ui.progress import progress_bars
 from cli.ui.render import number
 from tiles.compiler.compile import why_no_compiler
 from tiles.errors import BadInput
-from tiles.kernels.registry import kernel_spec, kernel_specs
+from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
-
-INTERRUPTED = 130
-
-OPS = list(dict.fromkeys(op for op, _ in kernel_specs()))
 
 
 def record(
-    op: Annotated[str, typer.Option("--op", help=f"One of {', '.join(OPS)}.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT.json.gz", help="The file to make.")],
-    direction: Annotated[Literal["forward", "backward"], typer.Option("--direction")] = "forward",
-    target: TargetOption = "cpu",
+    op: Annotated[str, typer.Option("--op", help=f"One of {', '.join(options.KERNEL_OPS)}.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT.json.gz", help="The file to write.")],
+    direction: Annotated[Literal["forward", "backward"], typer.Option("--direction", help="Pass.")] = "forward",
+    target: options.TargetOption = "cpu",
     streams: Annotated[int, typer.Option("--streams", help="Residual streams n, 1 to 16.")] = 4,
     width: Annotated[int, typer.Option("--width", help="Model width C, a multiple of 8.")] = 1280,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens a call.")] = 2048,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the streams: float32, bfloat16 or float16.")] = "float32",
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help=options.TOKENS_HELP)] = 2048,
+    dtype: Annotated[str, typer.Option("--dtype", help=options.DTYPE_HELP)] = "float32",
 ) -> None:
-    """Compile, verify and time every valid schedule of one kernel on this device, and write them to a file.
+    """Time every valid schedule of one kernel on this device, for mhc-tune replay.
 
-    What is measured is kept in OUT.part at once: after Ctrl-C or a crash the same command goes on. Schedules that fail
-    are recorded with the reason.
+    Every schedule is compiled and verified first; failures are recorded with the reason. Each measurement is kept in
+    OUT.part at once: after Ctrl-C or a crash, run the same command to continue.
     """
-    known_choices("op", [op], OPS)
+    check_choices("op", [op], options.KERNEL_OPS)
     device = measured_device(target)
     if why := why_no_compiler(device.target):
         raise BadInput(f"recording compiles kernels for {device.target}: {why}")
     asked = Problem(op, direction, streams, width, dtype, tokens)
     problem = replace(kernel_spec(op, direction).canonical(asked), tokens=tokens)
     say(f"recording {problem.describe()} to {out}")
-    bars = Progress(
-        TextColumn("schedules"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=messages,
-        disable=not messages.is_terminal,
-        transient=True,
-    )
+    bars = progress_bars("schedules", TextColumn("{task.fields[note]}"), TimeRemainingColumn())
     bar = bars.add_task("", total=None, note="")
 
     def on_member(done: int, failed: int, members: int) -> None:
@@ -70,8 +58,8 @@ def record(
         say(f"FAILED: {problem.describe()}: the default schedule fails: {error}")
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        say(f"interrupted: what was measured is kept beside {out}; run the same command to go on")
-        raise typer.Exit(INTERRUPTED) from None
+        say(f"interrupted: the measurements are kept beside {out}; run the same command to continue")
+        raise typer.Exit(options.INTERRUPTED) from None
     default_ms = space.ms[space.pool.default]
     say(
         f"{problem.describe()}: {len(space.pool)} schedules, {len(space.reasons)} failed; "

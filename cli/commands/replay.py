@@ -1,4 +1,4 @@
-"""`mhc-tune replay`: searches against recorded spaces, ours beside others."""
+"""`mhc-tune replay`: search samplers compared on recorded spaces."""
 
 from __future__ import annotations
 
@@ -7,45 +7,38 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from autotune.recorded.replay import replay_all
 from autotune.recorded.samplers import SAMPLERS
-from cli.ui.options import JsonOption, known_choices
-from cli.ui.output import messages, show, show_json
+from cli.ui.options import JsonOption, check_choices
+from cli.ui.output import show, show_json
+from cli.ui.progress import progress_bars
 from cli.ui.render import number, table
 
-USUAL = ["ours", "tpe", "random", "local"]
+DEFAULT_SAMPLERS = ["ours", "tpe", "random", "local"]
 
 
 def replay(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Of mhc-tune record, Kernel Tuner caches, or T4.")
+        list[Path], typer.Argument(metavar="FILE...", help="From mhc-tune record, or Kernel Tuner caches, or T4.")
     ],
     sampler: Annotated[
-        list[str], typer.Option("--sampler", help=f"Of {', '.join(SAMPLERS)}; default: all but gp. May repeat.")
-    ] = USUAL,
+        list[str],
+        typer.Option("--sampler", help=f"Sampler: {', '.join(SAMPLERS)}. May repeat.", show_default="all but gp"),
+    ] = DEFAULT_SAMPLERS,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Configurations to try, failing ones included.")] = 100,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Searches for each file and sampler.")] = 25,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Searches per file and sampler.")] = 25,
     json: JsonOption = False,
 ) -> None:
-    """Replay searches on recorded spaces: how near to the optimum they come, and how soon.
+    """Compare search samplers on recorded spaces: how close they come to the optimum, and how soon.
 
-    Nothing is compiled or measured. A search starts at the default schedule, or at a random member where the file knows
+    Nothing is compiled or measured. A search starts at the default schedule, or at a random member where the file has
     none. The score is 0 for random search (its exact expectation) and 1 for finding the optimum at once.
     """
-    known_choices("sampler", sampler, list(SAMPLERS))
+    check_choices("sampler", sampler, list(SAMPLERS))
     samplers = list(dict.fromkeys(sampler))
-    bars = Progress(
-        TextColumn("searches"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=messages,
-        disable=not messages.is_terminal,
-        transient=True,
-    )
+    bars = progress_bars("searches")
     bar = bars.add_task("", total=len(files) * len(samplers) * seeds)
     with bars:
         rows = replay_all(files, samplers, trials, seeds, lambda: bars.advance(bar))
@@ -56,22 +49,12 @@ def replay(
 
 
 def replay_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a space and sampler."""
+    """One row per space and sampler."""
     title = (
         f"time found / optimum over {rows[0]['seeds']} seeds; trials to 95 % and 99 % of the optimum's speed, medians"
     )
-    numbers = (
-        "members",
-        "trials",
-        "median",
-        "quartiles",
-        "to 95 %",
-        "to 99 %",
-        "score",
-        "repeated",
-        "outside",
-        "ms/trial",
-    )
+    found = ("members", "trials", "median", "quartiles", "to 95 %", "to 99 %", "score")
+    numbers = (*found, "repeated", "outside", "ms/trial")
     made = table(title, ("space", "sampler"), numbers)
     for row in rows:
         found = row["found"]

@@ -1,4 +1,4 @@
-"""`mhc-tune tune`: search the fastest correct schedule of every kernel for the given shapes on this device."""
+"""`mhc-tune tune`: search for the fastest correct schedule of every kernel at the given shapes on this device."""
 
 from __future__ import annotations
 
@@ -16,24 +16,9 @@ from autotune.measuring.roofline import Roofline
 from autotune.processes.workers import Workers
 from autotune.tuner import TuneFailed, TuneResult
 from autotune.tuner import tune as tune_kernel
-from cli.ui.options import (
-    DEFAULT_DTYPE,
-    DEFAULT_STREAMS,
-    DEFAULT_TOKENS,
-    DEFAULT_WIDTH,
-    CacheOption,
-    DtypeOption,
-    JsonOption,
-    StreamsOption,
-    TargetOption,
-    TokensOption,
-    WidthOption,
-    cache_at,
-    known_choices,
-    measured_device,
-    problems,
-)
-from cli.ui.output import say, show, show_json, stdout_kept_free
+from cli.ui import options
+from cli.ui.options import INTERRUPTED, KERNEL_OPS, cache_at, check_choices, measured_device, problems
+from cli.ui.output import say, show, show_json, stdout_to_stderr
 from cli.ui.progress import TuneProgress
 from cli.ui.render import device_text, records_table
 from tiles.cache.cache import KernelCache
@@ -41,51 +26,48 @@ from tiles.cache.record import record_dict
 from tiles.cache.shipped import shipped_records
 from tiles.compiler.compile import why_no_compiler
 from tiles.errors import BadInput
-from tiles.kernels.registry import kernel_specs
 from tiles.kernels.spec import Problem
 from tiles.target import Device
 
-INTERRUPTED = 130
-
-OPS = list(dict.fromkeys(op for op, _ in kernel_specs()))
-
 
 def tune(
-    target: TargetOption = "auto",
-    streams: StreamsOption = DEFAULT_STREAMS,
-    width: WidthOption = DEFAULT_WIDTH,
-    tokens: TokensOption = DEFAULT_TOKENS,
-    dtype: DtypeOption = DEFAULT_DTYPE,
-    op: Annotated[list[str], typer.Option("--op", help=f"Of {', '.join(OPS)}; default: all. May repeat.")] = OPS,
+    target: options.TargetOption = "auto",
+    streams: options.StreamsOption = options.DEFAULT_STREAMS,
+    width: options.WidthOption = options.DEFAULT_WIDTH,
+    tokens: options.TokensOption = options.DEFAULT_TOKENS,
+    dtype: options.DtypeOption = options.DEFAULT_DTYPE,
+    op: options.OpOption = KERNEL_OPS,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Most schedules to try for each kernel.")] = 40,
     seconds: Annotated[
-        float | None, typer.Option("--seconds", min=0.0, help="Time for the whole run, shared by its kernels.")
+        float | None, typer.Option("--seconds", min=0.0, help="Time budget of the whole run, shared by its kernels.")
     ] = None,
-    cache: CacheOption = None,
+    cache: options.CacheOption = None,
     storage: Annotated[
         str | None,
         typer.Option(
             "--storage",
-            help="Database URL where workers on several machines share trials; default: a journal in the cache.",
+            help="Database URL, for workers on several machines that share trials.",
+            show_default="a journal in the cache",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the search's random choices.")] = 0,
-    json: JsonOption = False,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of the search.")] = 0,
+    json: options.JsonOption = False,
 ) -> None:
-    """Tune all kernels, forward and backward, for the given shapes on this device.
+    """Tune all kernels, forward and backward, at the given shapes on this device.
 
-    Every schedule is checked against a float64 reference before it is timed, and a kernel whose default schedule
-    nothing beats keeps it. The fused kernels pre and step come last and meet the separate kernels, which run in their
-    place where they are faster. For several token counts, few schedules are chosen that are within 2 % of the best at
-    each of them. What is finished is in the cache at once: after Ctrl-C the same command goes on.
+    Every schedule is checked against a float64 reference before it is timed. A kernel keeps its default schedule where
+    no other is faster beyond the noise. The fused kernels pre and step are tuned last and compared with the separate
+    kernels, which run instead where they are faster. For several token counts, a few schedules are chosen that are
+    within 2 % of the best at each. Each finished kernel is in the cache at once: after Ctrl-C, run the same command to
+    continue. Exits with 1 when a kernel fails.
     """
     device = measured_device(target)
     if why := why_no_compiler(device.target):
         raise BadInput(f"tuning compiles kernels for {device.target}: {why}")
-    known_choices("op", op, OPS)
+    check_choices("op", op, KERNEL_OPS)
     todo, kernels = problems(streams, width, tokens, dtype, op), cache_at(cache)
     say(f"tuning {len(todo)} kernels on {device_text(device)}, {torch.get_num_threads()} threads")
-    with stdout_kept_free(json):
+    with stdout_to_stderr(json):
         run = _Run(todo, device, kernels)
         run.go(trials=trials, seconds=seconds, storage=storage, seed=seed)
     if json:
@@ -94,66 +76,68 @@ def tune(
         show(records_table([event.record for event in run.finished if event.record], str(kernels.folder)))
     if run.interrupted:
         kept = sum(event.record is not None for event in run.finished)
-        say(f"interrupted: {kept} of {len(todo)} kernels are kept in {kernels.folder}; run the same command to go on")
+        say(
+            f"interrupted: {kept} of {len(todo)} kernels are kept in {kernels.folder}; run the same command to continue"
+        )
         raise typer.Exit(INTERRUPTED)
     if run.failed:
         raise typer.Exit(1)
 
 
 class _Run:
-    """One run over several problems: passes events to the display and remembers how each problem ended."""
+    """One run over several problems: passes events to the display and keeps the result of each problem."""
 
     def __init__(self, todo: list[Problem], device: Device, cache: KernelCache) -> None:
         self.todo, self.device, self.cache = todo, device, cache
         self.finished: list[ProblemFinished] = []
         self.failed: dict[str, str] = {}
         self.served: list[BucketSchedulesChosen] = []
-        self.begun = 0
+        self.started = 0
         self.interrupted = False
         self.roofline: Roofline | None = None
 
     def go(self, *, trials: int, seconds: float | None, storage: str | None, seed: int) -> None:
-        """Tune one problem after the other; what remains of `seconds` is shared evenly by the problems that remain."""
+        """Tune one problem after another; the time left of `seconds` is shared evenly by the problems left."""
         deadline = None if seconds is None else time.monotonic() + seconds
-        options: dict[str, Any] = {"trials": trials, "storage": storage, "seed": seed}
+        settings: dict[str, Any] = {"trials": trials, "storage": storage, "seed": seed}
         try:
             with TuneProgress(len(self.todo), seconds) as display, Workers(kind=self.device.kind) as workers:
 
                 def on_event(event: Event) -> None:
-                    self._remember(event)
+                    self._record(event)
                     display(event)
 
-                options |= {"on_event": on_event, "workers": workers, "advice": shipped_records()}
+                settings |= {"on_event": on_event, "workers": workers, "advice": shipped_records()}
                 for group in group_by_tokens(self.todo):
-                    self._tune_buckets(group, deadline, options)
+                    self._tune_buckets(group, deadline, settings)
         except KeyboardInterrupt:
             self.interrupted = True
 
-    def _tune_buckets(self, group: list[Problem], deadline: float | None, options: dict[str, Any]) -> None:
-        """Tune problems that differ in tokens only, then choose few schedules for them."""
+    def _tune_buckets(self, group: list[Problem], deadline: float | None, settings: dict[str, Any]) -> None:
+        """Tune problems that differ in tokens only, then choose a few schedules for all of them."""
         results: dict[Problem, TuneResult] = {}
         for problem in group:
             if deadline is not None:
-                left = len(self.todo) - self.begun
-                options = options | {"seconds": max(0.0, deadline - time.monotonic()) / left}
-            self.begun += 1
+                left = len(self.todo) - self.started
+                settings = settings | {"seconds": max(0.0, deadline - time.monotonic()) / left}
+            self.started += 1
             try:
-                results[problem] = tune_kernel(problem, self.device, self.cache, **options)
+                results[problem] = tune_kernel(problem, self.device, self.cache, **settings)
             except TuneFailed as error:
-                self._remember_failure(problem, error)
+                self._record_failure(problem, error)
         if len(results) > 1:
             try:
-                shared = {name: options[name] for name in ("workers", "seed", "on_event")}
+                shared = {name: settings[name] for name in ("workers", "seed", "on_event")}
                 choose_schedules(results, self.device, self.cache, **shared)
             except TuneFailed as error:
-                self._remember_failure(group[0], error)
+                self._record_failure(group[0], error)
 
-    def _remember_failure(self, problem: Problem, error: TuneFailed) -> None:
+    def _record_failure(self, problem: Problem, error: TuneFailed) -> None:
         self.failed[problem.describe()] = str(error)
         say(f"FAILED: {error}")
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """The run as `--json` prints it."""
         return {
             "device": self.device.as_dict(),
             "threads": torch.get_num_threads(),
@@ -185,7 +169,7 @@ class _Run:
             ],
         }
 
-    def _remember(self, event: Event) -> None:
+    def _record(self, event: Event) -> None:
         if isinstance(event, ProblemStarted):
             self.roofline = event.roofline
         if isinstance(event, ProblemFinished):

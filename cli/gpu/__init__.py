@@ -1,1 +1,1 @@
-"""The GPU host's command: what `make gpu` runs."""
+"""`mhc-tune gpu`, which `make gpu` runs on a machine with a GPU: its plan, items, results and tables."""

@@ -1,4 +1,4 @@
-"""What mHC adds to a training step: transformer layers with it, recomputation on and off, and with plain residuals."""
+"""Overhead of mHC in a training step: transformer layers with plain residuals, with mHC, and with recomputation."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tiles.target import Device
 
 
 @dataclass(frozen=True)
-class Size:
-    """Of the network that is timed. A layer is attention and an MLP of four times the width."""
+class NetworkSize:
+    """Size of the network that is timed. A layer is attention and an MLP of four times the width."""
 
     layers: int = 4
     streams: int = 4
@@ -34,19 +34,19 @@ class Size:
 ROUNDS, SECONDS = 20, 20.0
 
 
-def measure(device: Device, folder: Path, size: Size = Size()) -> dict[str, Any]:
-    """Rows for `plain`, `mhc` and `mhc, recomputed`: median time (ms) of forward and backward, the peak of memory (on
-    a GPU, bytes) in one step, and `overhead_percent` over plain. Also `runs`, the kernels that ran."""
-    place = torch.device(device.kind)
+def measure(device: Device, folder: Path, size: NetworkSize = NetworkSize()) -> dict[str, Any]:
+    """Rows for `plain`, `mhc` and `mhc, recomputed`: median time (ms) of forward and backward, peak memory of one step
+    (bytes, on a GPU), and `overhead_percent` over plain. Also `runs`, the kernels that ran."""
+    torch_device = torch.device(device.kind)
     kernels = Kernels.from_path(folder) if any(folder.glob("*.json")) else Kernels.defaults()
-    with using(kernels), torch.random.fork_rng(devices=[0] if place.type == "cuda" else []):
+    with using(kernels), torch.random.fork_rng(devices=[0] if torch_device.type == "cuda" else []):
         torch.manual_seed(0)
         made = [sublayer for _ in range(size.layers) for sublayer in model.sublayers(size.width, size.heads)]
-        sublayers = [sublayer.to(device=place, dtype=size.dtype) for sublayer in made]
-        x = torch.randn(1, size.tokens, size.width, device=place, dtype=size.dtype, requires_grad=True)
-        steps = {name: _step(network, x) for name, network in _networks(sublayers, size, place).items()}
-        peaks = {name: _peak_bytes(step, place) for name, step in steps.items()}
-        times = interleaved(steps, stopwatch=queued_stopwatch_for(place), rounds=ROUNDS, seconds=SECONDS)
+        sublayers = [sublayer.to(device=torch_device, dtype=size.dtype) for sublayer in made]
+        x = torch.randn(1, size.tokens, size.width, device=torch_device, dtype=size.dtype, requires_grad=True)
+        steps = {name: _step(network, x) for name, network in _networks(sublayers, size, torch_device).items()}
+        peaks = {name: _peak_bytes(step, torch_device) for name, step in steps.items()}
+        times = interleaved(steps, stopwatch=queued_stopwatch_for(torch_device), rounds=ROUNDS, seconds=SECONDS)
     medians = {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
     rows = [
         {"network": name, "median_ms": median, "overhead_percent": 100 * (median / medians["plain"] - 1)}
@@ -60,8 +60,8 @@ def measure(device: Device, folder: Path, size: Size = Size()) -> dict[str, Any]
     }
 
 
-class _Plain(nn.Module):
-    """h + sublayer(h), one sublayer after the other."""
+class _PlainResiduals(nn.Module):
+    """Plain residuals: h + sublayer(h) for each sublayer in turn."""
 
     def __init__(self, sublayers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class _Plain(nn.Module):
 
 
 class _WithStreams(nn.Module):
-    """Streams made before a stack and reduced behind it."""
+    """A stack with streams expanded before it and reduced after it."""
 
     def __init__(self, streams: int, stack: nn.Module) -> None:
         super().__init__()
@@ -84,18 +84,18 @@ class _WithStreams(nn.Module):
         return mhc.reduce_streams(self.stack(mhc.expand_streams(h, self.streams)))
 
 
-def _networks(sublayers: Sequence[nn.Module], size: Size, place: torch.device) -> dict[str, nn.Module]:
-    """The same sublayers, joined in three ways."""
-    blocks = [mhc.HyperConnection(size.width, size.streams, sublayer).to(place) for sublayer in sublayers]
+def _networks(sublayers: Sequence[nn.Module], size: NetworkSize, torch_device: torch.device) -> dict[str, nn.Module]:
+    """The same sublayers with plain residuals, mHC, and mHC with recomputation."""
+    blocks = [mhc.HyperConnection(size.width, size.streams, sublayer).to(torch_device) for sublayer in sublayers]
     return {
-        "plain": _Plain(sublayers),
+        "plain": _PlainResiduals(sublayers),
         "mhc": _WithStreams(size.streams, mhc.HyperConnectionStack(blocks)),
         "mhc, recomputed": _WithStreams(size.streams, mhc.recompute(blocks)),
     }
 
 
 def _step(network: nn.Module, x: torch.Tensor) -> Callable[[], object]:
-    """Forward and backward to x and all weights."""
+    """One forward, and the backward to x and all weights."""
     wanted = [x, *network.parameters()]
 
     def run() -> object:
@@ -104,10 +104,10 @@ def _step(network: nn.Module, x: torch.Tensor) -> Callable[[], object]:
     return run
 
 
-def _peak_bytes(step: Callable[[], object], place: torch.device) -> int | None:
-    """The most memory that a step held beyond what was there before; the first one builds things."""
+def _peak_bytes(step: Callable[[], object], torch_device: torch.device) -> int | None:
+    """Peak memory (bytes) of a step beyond what was allocated before it; after one step to warm up."""
     step()
-    if place.type != "cuda":
+    if torch_device.type != "cuda":
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

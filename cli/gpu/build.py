@@ -1,4 +1,4 @@
-"""Default schedules compiled side by side and kept, before anything is timed: one after another they take minutes."""
+"""Parallel compilation of default schedules before anything is timed; one after another they would take minutes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tiles.kernels.spec import Direction, Problem
 from tiles.target import Device
 
 KERNELS = {"layer": ("pre", "merge"), "stack": ("pre", "step", "merge"), "step": ("step", "pre", "merge")}
-"""The ops whose kernels run, where those are not the op's own."""
+"""The kernels that run for ops that have no kernel of their own, or more than one."""
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
-def defaults(device: Device, shape: Sequence[int], ops: Sequence[str]) -> None:
-    """Compile what these ops run on default schedules. What does not compile is left to be found out by the op."""
+def compile_defaults(device: Device, shape: Sequence[int], ops: Sequence[str]) -> None:
+    """Compile and keep the default schedules that these ops run. Failures are ignored: the op itself reports them."""
     streams, width, tokens = shape
-    wanted = dict.fromkeys((op, way) for named in ops for op in KERNELS.get(named, (named,)) for way in DIRECTIONS)
-    problems = [Problem(op, direction, streams, width, DTYPE, tokens) for op, direction in wanted]
+    kernels = dict.fromkeys((kernel, way) for op in ops for kernel in KERNELS.get(op, (op,)) for way in DIRECTIONS)
+    problems = [Problem(op, direction, streams, width, DTYPE, tokens) for op, direction in kernels]
     missing = [
         problem for problem in problems if find_compiled(problem, _default(problem, device), device, "defaults") is None
     ]

@@ -1,4 +1,4 @@
-"""`mhc-tune gpu`: tests, tuning and measurements of one GPU within a time budget, the most telling first."""
+"""`mhc-tune gpu`: tests, tuning and benchmarks on one GPU within a time budget, the most important first."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from cli.ui.render import device_text
 from tiles.target import Device
 
 RESULTS = "gpu.json"
-ENDING = 10.0
-"""Seconds kept for the tables, the pictures and the pack."""
+RESERVED_SECONDS = 10.0
+"""Time kept for the tables, the plots and the pack."""
 
-ORDER = {"": 0, "partial": 1, "skipped": 2, "failed": 2}
-"""What was begun and not finished comes after what was never begun, and what failed comes last."""
+STATUS_ORDER = {"": 0, "partial": 1, "skipped": 2, "failed": 2}
+"""Items that were never started come first, then unfinished ones, then those that failed."""
 
 CHECKS = ("numerics", "tests", "sanitizer")
-"""Kinds of items that say whether kernels are right."""
+"""Kinds of items that check whether kernels are correct."""
 
 
 def gpu(
-    seconds: Annotated[float, typer.Option("--seconds", min=1.0, help="Time for this call.")] = 1500.0,
+    seconds: Annotated[float, typer.Option("--seconds", min=1.0, help="Time budget of this call.")] = 1500.0,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the results; default: results/ and the device's name.")
+        Path | None,
+        typer.Option("--out", help="Folder for the results.", show_default="results/ and the device's name"),
     ] = None,
     target: TargetOption = "cuda",
 ) -> None:
-    """Run the GPU tests, tune the kernels and measure them against public ones, all on this machine's GPU.
+    """Run the GPU tests, tune the kernels and compare them with public ones, all on this machine's GPU.
 
-    In the order of what tells most: numerics and tests, then n = 4, width 2560 and 4096 tokens, then the other shapes
-    of n in 2, 4, 8, width in 1280, 2560, 4096, 7168, and tokens in 1, 64, 4096, 16384. Ends within --seconds; the same
-    command goes on where it ended. Writes gpu.json after every item, in the end results.md, pictures and
-    kernels.mhcpack. Exits with 1 when a check (numerics, tests, the memory checker) failed.
+    The most important items come first: numerics and tests, then n = 4 with width 2560 and 4096 tokens, then the other
+    shapes of n in 2, 4, 8, width in 1280, 2560, 4096, 7168 and tokens in 1, 64, 4096, 16384. Ends within --seconds; run
+    the same command to continue. Writes gpu.json after every item, and at the end results.md, plots and
+    kernels.mhcpack. Exits with 1 when a check (numerics, tests, memory checker) failed.
     """
     device = measured_device(target)
     folder = (out or Path("results") / folder_name(device)).absolute()
@@ -50,35 +51,35 @@ def gpu(
 
 
 def run(device: Device, target: str, store: Store, deadline: float) -> None:
-    """Do what is left of the plan until the deadline (of `time.monotonic`), then write tables and pictures."""
+    """Do the rest of the plan until the deadline (of `time.monotonic`), then write tables and plots."""
     folder = store.path.parent
-    store.values["about"] = items.about()
+    store.values["about"] = items.versions()
     store.write()
     items.restore_kernels(folder)
     todo = sorted(
-        (item for item in plan() if _status(store, item) != "done"), key=lambda item: ORDER[_status(store, item)]
+        (item for item in plan() if _status(store, item) != "done"), key=lambda item: STATUS_ORDER[_status(store, item)]
     )
     say(f"{device_text(device)}: {len(todo)} of {len(plan())} items to do, {deadline - time.monotonic():.0f} s")
     try:
         for item in todo:
-            left = deadline - ENDING - time.monotonic()
-            if left >= item.least:
-                do(item, target, store, min(item.most, left))
+            left = deadline - RESERVED_SECONDS - time.monotonic()
+            if left >= item.min_seconds:
+                run_item(item, target, store, min(item.max_seconds, left))
     except KeyboardInterrupt:
-        say("interrupted: the same command goes on")
+        say("interrupted: run the same command to continue")
     items.save_kernels(folder)
     table.write(store.values, folder / "results.md")
-    plots.draw(store.values, folder)
+    plots.write(store.values, folder)
     done = [item for item in plan() if _status(store, item) == "done"]
-    say(f"{len(done)} of {len(plan())} items are done: {folder}; the same command goes on with the others")
+    say(f"{len(done)} of {len(plan())} items are done, in {folder}; run the same command for the others")
 
 
-def do(item: Item, target: str, store: Store, seconds: float) -> None:
+def run_item(item: Item, target: str, store: Store, seconds: float) -> None:
     """Do one item for at most `seconds` and keep what came of it: a failure is a result too."""
     say(f"{item.name}: {seconds:.0f} s at most")
     earlier, started = store.get(item.name), time.monotonic()
     try:
-        found = items.DO[item.kind](item, target, store.path.parent, seconds, earlier)
+        found = items.RUNNERS[item.kind](item, target, store.path.parent, seconds, earlier)
     except Exception as error:
         found = {**earlier, "status": "failed", "why": f"{type(error).__name__}: {error}"}
     spent = earlier.get("seconds", 0.0) + time.monotonic() - started
@@ -87,7 +88,7 @@ def do(item: Item, target: str, store: Store, seconds: float) -> None:
 
 
 def folder_name(device: Device) -> str:
-    """A device's name as that of a folder."""
+    """A folder name from a device's name."""
     return "-".join("".join(letter if letter.isalnum() else " " for letter in device.name.lower()).split())
 
 

@@ -1,7 +1,7 @@
-"""How each kind of item of `mhc-tune gpu` is done: in processes of their own, which may crash or hang.
+"""Runners of the items of `mhc-tune gpu`, one per kind: each works in child processes, which may crash or hang.
 
-Every function takes (item, target, folder of the results, seconds, what is known from an earlier call) and gives what
-is to be kept: `status` (done, partial, failed, skipped), `why` where it is not done, and what was found.
+Every runner takes (item, target, folder of the results, seconds, its result of an earlier call) and returns the result
+to store: `status` (done, partial, failed, skipped), `why` if it is not done, and the measurements.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from cli.gpu.plan import DTYPE, Item, Kind
 from cli.gpu.process import ROOT, python
 
 WORK = "work"
-"""Folder for the kernel cache, the log and what processes leave: nothing to keep in a repository."""
+"""Folder of the kernel cache, the log and temporary files, ignored by git."""
 
 LOG = "gpu.log"
 TRIALS = 16
-"""Of each kernel: two rounds of the compilers of a large host; compiling one takes seconds."""
+"""Trials per kernel: two rounds of parallel compilation on a large host; each takes seconds."""
 
 Result = dict[str, Any]
 
 PACKAGES = ("torch", "triton", "tilelang", "tile-kernels", "liger-kernel", "optuna")
 
 
-def about() -> dict[str, str]:
-    """Versions of what is measured and of what it runs on."""
+def versions() -> dict[str, str]:
+    """Versions of the measured packages, Python and the platform."""
     found = {"python": platform.python_version(), "machine": platform.platform()}
     for package in PACKAGES:
         try:
@@ -44,14 +44,14 @@ def about() -> dict[str, str]:
     return found
 
 
-FOUND = {"rows", "errors"}
-"""What an op that need not be done again has."""
+RESULT_KEYS = {"rows", "errors"}
+"""An op that has one of these is done."""
 
 
-def measured(item: Item, target: str, folder: Path, seconds: float, earlier: Mapping[str, Any]) -> Result:
-    """What `cli.gpu.child` finds, op by op. An op that ends its process is a failure, and the others go on."""
+def run_measurements(item: Item, target: str, folder: Path, seconds: float, earlier: Mapping[str, Any]) -> Result:
+    """Measure op by op in `cli.gpu.child`. An op that ends its process has failed; the others continue."""
     deadline = time.monotonic() + seconds
-    ops = {name: found for name, found in earlier.get("ops", {}).items() if FOUND & set(found)}
+    ops = {name: found for name, found in earlier.get("ops", {}).items() if RESULT_KEYS & set(found)}
     without: dict[str, str] = dict(earlier.get("without", {}))
     roofline: Any = earlier.get("roofline")
     wanted = [timing.op for timing in item.timings] or list(item.ops) or [item.kind]
@@ -66,36 +66,38 @@ def measured(item: Item, target: str, folder: Path, seconds: float, earlier: Map
         given = max(1.0, deadline - time.monotonic())
         code = process.run(python("-m", "cli.gpu.child", str(spec)), given, _log(folder), _environment(folder))
         found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-        news = {**found.get("ops", {}), **found.get("without", {})}
+        progress = {**found.get("ops", {}), **found.get("without", {})}
         ops |= found.get("ops", {})
         without |= found.get("without", {})
         roofline = found.get("roofline") or roofline
         doing = found.get("doing")
         if code is None:
-            why = f"{doing or 'its start'} took longer than the {seconds:.0f} s that were given"
+            why = f"{doing or 'starting'} took longer than its {seconds:.0f} s"
         elif code != 0 and doing and not found["without"]:
             ops[doing] = {"failed": f"the process ended with exit code {code}, see {LOG}"}
-        elif code == 0 or not news:
+        elif code == 0 or not progress:
             why = f"the process ended with exit code {code}, see {LOG}"
-    return _settled(item, ops, wanted, why, seconds) | {"ops": ops, "without": without, "roofline": roofline}
+    return _item_status(item, ops, wanted, why, seconds) | {"ops": ops, "without": without, "roofline": roofline}
 
 
-def _settled(item: Item, ops: Mapping[str, Any], wanted: list[str], why: str, seconds: float) -> Result:
-    """Whether all ops are there. One that all of an item's time was not enough for has failed."""
+def _item_status(item: Item, ops: Mapping[str, Any], wanted: list[str], why: str, seconds: float) -> Result:
+    """Status of an item from its ops. An op that an item's full time is not enough for has failed."""
     failed = [f"{op}: {ops[op]['failed']}" for op in wanted if "failed" in ops.get(op, {})]
     failed += [f"{op}: beyond its limits" for op in wanted if not ops.get(op, {}).get("within", True)]
     failed += [f"{op}: does not repeat bit for bit" for op in wanted if not ops.get(op, {}).get("repeats", True)]
-    skipped = [line for op in wanted if not FOUND & set(ops.get(op, {})) for line in ops.get(op, {}).get("skipped", [])]
+    skipped = [
+        line for op in wanted if not RESULT_KEYS & set(ops.get(op, {})) for line in ops.get(op, {}).get("skipped", [])
+    ]
     if all(op in ops for op in wanted) and not skipped:
         return {"status": "failed", "why": "; ".join(failed)} if failed else {"status": "done"}
     if skipped and not failed:
         return {"status": "partial", "why": "; ".join(skipped)}
-    status = "failed" if failed or seconds >= item.most else "partial"
+    status = "failed" if failed or seconds >= item.max_seconds else "partial"
     return {"status": status, "why": "; ".join([*failed, why])}
 
 
-def tuned(item: Item, target: str, folder: Path, seconds: float, earlier: Mapping[str, Any]) -> Result:
-    """`mhc-tune tune` at one shape; a later call goes on with its studies."""
+def run_tune(item: Item, target: str, folder: Path, seconds: float, earlier: Mapping[str, Any]) -> Result:
+    """Run `mhc-tune tune` at one shape; a later call continues its studies."""
     streams, width, tokens = item.shape
     shape = ["--streams", str(streams), "--width", str(width), "--tokens", str(tokens), "--dtype", DTYPE]
     ops = [word for op in item.ops for word in ("--op", op)]
@@ -118,16 +120,16 @@ def tuned(item: Item, target: str, folder: Path, seconds: float, earlier: Mappin
 
 
 def _kernel(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What a table tells of a tuned kernel."""
+    """The values of a tuned kernel that are stored."""
     names = ("op", "direction", "stopped", "failed_trials")
     return {name: found[name] for name in names} | {name: found["record"][name] for name in ("schedule", "measurement")}
 
 
-OUTCOME = re.compile(r"^(tests/\S+) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)", re.MULTILINE)
+TEST_OUTCOME = re.compile(r"^(tests/\S+) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)", re.MULTILINE)
 
 
-def tested(item: Item, target: str, folder: Path, seconds: float, earlier: Mapping[str, Any]) -> Result:
-    """The tests that need a GPU; those that passed in an earlier call are not run again."""
+def run_tests(item: Item, target: str, folder: Path, seconds: float, earlier: Mapping[str, Any]) -> Result:
+    """Run the tests that need a GPU, except those that passed in an earlier call."""
     if util.find_spec("pytest") is None:
         return {"status": "skipped", "why": "pytest is not installed: pip install pytest"}
     files = sorted(
@@ -137,14 +139,14 @@ def tested(item: Item, target: str, folder: Path, seconds: float, earlier: Mappi
     )
     passed = [name for name, outcome in earlier.get("tests", {}).items() if outcome == "PASSED"]
     known = [word for name in passed for word in ("--deselect", name)]
-    # A machine without a package registry may have other versions of what tests import, and may lack some of it.
+    # A machine without a package registry may have other versions of the test dependencies, or lack some.
     lenient = ["-W", "default", "--continue-on-collection-errors", "-o", "addopts=--import-mode=importlib"]
     plugins = [*lenient, "-p", "no:cacheprovider", "-m", "gpu", "-v", "--color=no"]
     out = _work(folder) / "tests.txt"
     command = python("-m", "pytest", *plugins, *files, *known)
     code = process.run(command, seconds, _log(folder), {"MHC_TUNE_CACHE": str(_work(folder) / "tests-cache")}, out)
     said = out.read_text(encoding="utf-8", errors="replace")
-    tests = dict.fromkeys(passed, "PASSED") | dict(OUTCOME.findall(said))
+    tests = dict.fromkeys(passed, "PASSED") | dict(TEST_OUTCOME.findall(said))
     bad = [name for name, outcome in tests.items() if outcome in ("FAILED", "ERROR")]
     kept: Result = {"tests": tests, "counts": {name: [*tests.values()].count(name) for name in set(tests.values())}}
     if bad:
@@ -156,8 +158,8 @@ def tested(item: Item, target: str, folder: Path, seconds: float, earlier: Mappi
     return kept | {"status": "done"}
 
 
-def sanitized(item: Item, target: str, folder: Path, seconds: float, earlier: Mapping[str, Any]) -> Result:
-    """`mhc-tune verify` of what is tuned, under NVIDIA's memory checker where it is installed."""
+def run_sanitizer(item: Item, target: str, folder: Path, seconds: float, earlier: Mapping[str, Any]) -> Result:
+    """Run `mhc-tune verify` on the tuned kernels under NVIDIA's memory checker, if that is installed."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return {"status": "skipped", "why": "compute-sanitizer is not installed: it comes with the CUDA toolkit"}
@@ -177,30 +179,29 @@ def sanitized(item: Item, target: str, folder: Path, seconds: float, earlier: Ma
     return {"status": "done", "errors": 0}
 
 
-DO: Mapping[Kind, Callable[[Item, str, Path, float, Mapping[str, Any]], Result]] = {
-    "numerics": measured,
-    "bench": measured,
-    "block": measured,
-    "tune": tuned,
-    "tests": tested,
-    "sanitizer": sanitized,
+RUNNERS: Mapping[Kind, Callable[[Item, str, Path, float, Mapping[str, Any]], Result]] = {
+    "numerics": run_measurements,
+    "bench": run_measurements,
+    "block": run_measurements,
+    "tune": run_tune,
+    "tests": run_tests,
+    "sanitizer": run_sanitizer,
 }
-
 
 PACK = "kernels.mhcpack"
 
 
 def save_kernels(folder: Path) -> None:
-    """Export what is tuned to one file beside the results."""
+    """Export the tuned kernels to one file beside the results."""
     if any(_cache(folder).glob("*.json")):
         command = python("-m", "cli.main", "export", str(folder / PACK), "--cache", str(_cache(folder)))
         process.run(command, 60, _log(folder), _environment(folder))
 
 
 def restore_kernels(folder: Path) -> None:
-    """Take the kernels of an earlier call from its pack where the cache has gone, as on a machine that starts bare.
+    """Import the kernels of an earlier call from its pack if there is no cache, as on a fresh machine.
 
-    Code that is not signed with a trusted key is not run: its schedules are compiled (see `mhc-tune import`).
+    Code without a trusted signature is not run: its schedules are compiled (see `mhc-tune import`).
     """
     if (folder / PACK).exists() and not any(_cache(folder).glob("*.json")):
         command = python("-m", "cli.main", "import", str(folder / PACK), "--cache", str(_cache(folder)))
@@ -224,5 +225,5 @@ def _log(folder: Path) -> Path:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Default schedules that are compiled are kept beside the tuned ones."""
+    """Environment of child processes: compiled default schedules go to the same cache as the tuned ones."""
     return {"MHC_TUNE_CACHE": str(_cache(folder))}

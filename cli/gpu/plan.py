@@ -1,4 +1,4 @@
-"""What `mhc-tune gpu` does, the most telling first: as plain data."""
+"""The plan of `mhc-tune gpu` as plain data: its items, the most important first."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Literal
 from cli.bench import peers
 
 STREAMS, WIDTHS, TOKENS, DTYPE = (2, 4, 8), (1280, 2560, 4096, 7168), (1, 64, 4096, 16384), "bfloat16"
-TELLING = (4, 2560, 4096)
-FEW = 64
-"""Tokens up to which a call is one of decoding."""
+MAIN_SHAPE = (4, 2560, 4096)
+DECODE_TOKENS = 64
+"""Most tokens per call in decoding."""
 
 Kind = Literal["numerics", "tests", "tune", "bench", "block", "sanitizer"]
 
@@ -25,17 +25,17 @@ SECONDS: Mapping[Kind, tuple[float, float]] = {
     "block": (30, 120),
     "sanitizer": (45, 150),
 }
-"""Seconds that an item is worth starting with, and the most that it gets."""
+"""The least seconds that an item is started with, and the most that it gets."""
 
-MEASURED = ("layer", "merge", "project", "aggregate", "pre", "step", "coefficients")
-"""The most telling op first."""
+TIMED_OPS = ("layer", "merge", "project", "aggregate", "pre", "step", "coefficients")
+"""The most important op first."""
 
-OURS = ("tuned", "default")
+OUR_IMPLS = ("tuned", "default")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What is timed of one op: in which directions, by which implementations, with which schedules besides."""
+    """Timing of one op: its directions, implementations, and additional schedules (as for `mhc-tune bench`)."""
 
     op: str
     directions: tuple[str, ...]
@@ -45,11 +45,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to do: resumed, timed out and reported by itself. A shape is streams, width, tokens; `impl` says whose
-    numerics."""
+    """One item: resumed, timed out and reported by itself. `shape`: streams, width, tokens; `impl`: whose numerics."""
 
     kind: Kind
-    shape: tuple[int, int, int] = TELLING
+    shape: tuple[int, int, int] = MAIN_SHAPE
     ops: tuple[str, ...] = ()
     impl: str = ""
     timings: tuple[Timing, ...] = field(default=())
@@ -62,34 +61,34 @@ class Item:
         return f"{what} n={streams} C={width} T={tokens}" if self.ops or self.timings else what
 
     @property
-    def least(self) -> float:
-        """Seconds that it is worth starting with."""
+    def min_seconds(self) -> float:
+        """The least seconds that it is started with."""
         return SECONDS[self.kind][0]
 
     @property
-    def most(self) -> float:
-        """Seconds that it gets at most: twice as many at the most telling shape."""
-        return SECONDS[self.kind][1] * (2 if self.shape == TELLING and self.kind in ("tune", "bench") else 1)
+    def max_seconds(self) -> float:
+        """The most seconds that it gets: twice as many at the main shape."""
+        return SECONDS[self.kind][1] * (2 if self.shape == MAIN_SHAPE and self.kind in ("tune", "bench") else 1)
 
 
 def plan() -> list[Item]:
-    """All items in order: is it right, then the most telling shape, a transformer's step, and the other shapes."""
+    """All items in order: checks, then the main shape, a transformer's step, and the other shapes."""
     first, *others = shapes()
     tune, bench = _at(first)
-    default, tuned = (Item("numerics", first, MEASURED, impl) for impl in ("default", "tuned"))
+    default, tuned = (Item("numerics", first, TIMED_OPS, impl) for impl in ("default", "tuned"))
     items = [default, Item("tests"), tune, tuned, bench, Item("block"), Item("sanitizer")]
     return items + [item for shape in others for item in _at(shape)]
 
 
 def shapes() -> list[tuple[int, int, int]]:
-    """Every shape: those that differ from `TELLING` in one thing first, by width, streams, then tokens."""
+    """All shapes, those that differ from `MAIN_SHAPE` in one value first: in width, then streams, then tokens."""
 
-    def far(shape: tuple[int, int, int]) -> tuple[int, ...]:
-        streams, width, tokens = (a != b for a, b in zip(shape, TELLING, strict=True))
+    def distance(shape: tuple[int, int, int]) -> tuple[int, ...]:
+        streams, width, tokens = (a != b for a, b in zip(shape, MAIN_SHAPE, strict=True))
         order = {4096: 0, 64: 1, 1: 2, 16384: 3}
         return streams + width + tokens, order.get(shape[2], 4) if tokens else 0, streams, width
 
-    return sorted(product(STREAMS, WIDTHS, TOKENS), key=far)
+    return sorted(product(STREAMS, WIDTHS, TOKENS), key=distance)
 
 
 def _at(shape: tuple[int, int, int]) -> tuple[Item, Item]:
@@ -99,26 +98,28 @@ def _at(shape: tuple[int, int, int]) -> tuple[Item, Item]:
 
 
 def _tuned_ops(shape: tuple[int, int, int]) -> tuple[str, ...]:
-    """The kernels of what is timed; fused ones meet the separate ones, which therefore come before them."""
-    if shape == TELLING:
+    """The kernels that are timed; separate ones come before the fused ones that are compared with them."""
+    if shape == MAIN_SHAPE:
         return ("merge", "project", "aggregate", "coefficients", "pre", "step")
-    return ("merge", "pre") if shape[2] <= FEW else ("merge", "project", "aggregate", "pre")
+    return ("merge", "pre") if shape[2] <= DECODE_TOKENS else ("merge", "project", "aggregate", "pre")
 
 
 def _timed_ops(shape: tuple[int, int, int]) -> tuple[str, ...]:
-    if shape == TELLING:
-        return MEASURED
-    return ("pre", "layer") if shape[2] <= FEW else ("layer", "merge", "project", "aggregate")
+    if shape == MAIN_SHAPE:
+        return TIMED_OPS
+    return ("pre", "layer") if shape[2] <= DECODE_TOKENS else ("layer", "merge", "project", "aggregate")
 
 
 def timing(op: str, shape: tuple[int, int, int]) -> Timing:
-    """What is timed of an op at a shape. Compiling with torch takes long: ops by themselves at one shape alone."""
-    directions = ("forward", "both") if op == "layer" or shape[2] <= FEW else ("forward", "backward")
-    compiled = ("compile",) if op == "layer" or (shape == TELLING and op in ("merge", "project", "aggregate")) else ()
-    schedules = unsplit() if op == "pre" and shape[2] <= FEW else ()
-    return Timing(op, directions, (*OURS, *peers.NAMES, "eager", *compiled, "copy"), schedules)
+    """The timing of an op at a shape. torch.compile takes long: single ops are compiled at the main shape only."""
+    directions = ("forward", "both") if op == "layer" or shape[2] <= DECODE_TOKENS else ("forward", "backward")
+    compiled = (
+        ("compile",) if op == "layer" or (shape == MAIN_SHAPE and op in ("merge", "project", "aggregate")) else ()
+    )
+    schedules = unsplit_schedule() if op == "pre" and shape[2] <= DECODE_TOKENS else ()
+    return Timing(op, directions, (*OUR_IMPLS, *peers.NAMES, "eager", *compiled, "copy"), schedules)
 
 
-def unsplit() -> tuple[str, ...]:
-    """The schedule of pre that leaves the dot products of a token to one thread block."""
+def unsplit_schedule() -> tuple[str, ...]:
+    """The schedule of pre in which one thread block does all dot products of a token."""
     return (f"unsplit:pre.forward={json.dumps({'splits': 1})}",)

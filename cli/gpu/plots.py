@@ -1,4 +1,4 @@
-"""Pictures of the results of `mhc-tune gpu`."""
+"""Plots of the results of `mhc-tune gpu`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.gpu.plan import FEW, TELLING
-from cli.gpu.table import SHAPE, Row, best_of_ours, by_impl, measured_rows
+from cli.gpu.plan import DECODE_TOKENS, MAIN_SHAPE
+from cli.gpu.table import SHAPE, Row, by_impl, measured_rows, our_row
 from cli.ui.output import say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DRAWN = ("tuned", "default", "tile-kernels", "liger", "compile", "eager")
+PLOTTED = ("tuned", "default", "tile-kernels", "liger", "compile", "eager")
 
 
-def draw(values: Mapping[str, Any], folder: Path) -> None:
-    """Draw what there is data for: shares of the copy bandwidth, the layer over widths, and few tokens."""
+def write(values: Mapping[str, Any], folder: Path) -> None:
+    """Write the plots that there is data for: shares of copy bandwidth, layer over width, pre over few tokens."""
     try:
         import matplotlib
     except ImportError:
-        say("no pictures: matplotlib is not installed: pip install matplotlib")
+        say("no plots: matplotlib is not installed: pip install matplotlib")
         return
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
@@ -37,22 +37,22 @@ def draw(values: Mapping[str, Any], folder: Path) -> None:
 
 
 def _shares(axes: Axes, rows: Sequence[Row]) -> bool:
-    """Our share of the copy bandwidth, by op, at the most telling shape."""
-    here = [row for row in rows if (row["streams"], row["width"], row["tokens"]) == TELLING]
+    """Our kernels' share of the copy bandwidth by op, at the main shape."""
+    here = [row for row in rows if (row["streams"], row["width"], row["tokens"]) == MAIN_SHAPE]
     shares = {
-        f"{op} {direction}": ours["percent_of_copy"]
+        f"{op} {direction}": our["percent_of_copy"]
         for (op, direction), impls in by_impl(here, ("op", "direction")).items()
-        if (ours := best_of_ours(impls))
+        if (our := our_row(impls))
     }
     axes.barh(list(reversed(shares)), list(reversed(shares.values())), height=0.6)
     axes.axvline(100, color="gray", linewidth=0.8)
-    axes.set(xlabel="% of the copy bandwidth", title="n = {}, width {}, {} tokens, bfloat16".format(*TELLING))
+    axes.set(xlabel="% of the copy bandwidth", title="n = {}, width {}, {} tokens, bfloat16".format(*MAIN_SHAPE))
     return bool(shares)
 
 
 def _widths(axes: Axes, rows: Sequence[Row]) -> bool:
-    """The layer, forward and backward, over widths."""
-    streams, _, tokens = TELLING
+    """The layer, forward and backward, over width."""
+    streams, _, tokens = MAIN_SHAPE
     here = [row for row in rows if (row["op"], row["direction"]) == ("layer", "both")]
     here = [row for row in here if (row["streams"], row["tokens"]) == (streams, tokens)]
     _lines(axes, here, "width", 1.0)
@@ -61,9 +61,11 @@ def _widths(axes: Axes, rows: Sequence[Row]) -> bool:
 
 
 def _tokens(axes: Axes, rows: Sequence[Row]) -> bool:
-    """All that precedes a sublayer, forward, at few tokens."""
-    streams, width, _ = TELLING
-    here = [row for row in rows if (row["op"], row["direction"]) == ("pre", "forward") and row["tokens"] <= FEW]
+    """pre, forward, over few tokens."""
+    streams, width, _ = MAIN_SHAPE
+    here = [
+        row for row in rows if (row["op"], row["direction"]) == ("pre", "forward") and row["tokens"] <= DECODE_TOKENS
+    ]
     here = [row for row in here if (row["streams"], row["width"]) == (streams, width)]
     _lines(axes, here, "tokens", 1e3)
     axes.set(xlabel="tokens", ylabel="us", title=f"pre, forward, n = {streams}, width {width}")
@@ -71,9 +73,9 @@ def _tokens(axes: Axes, rows: Sequence[Row]) -> bool:
 
 
 def _lines(axes: Axes, rows: Sequence[Row], along: str, scale: float) -> None:
-    """A line for each implementation, both axes logarithmic."""
+    """One line per implementation, both axes logarithmic."""
     by_shape = by_impl(rows, SHAPE).values()
-    for impl in (*DRAWN, "unsplit"):
+    for impl in (*PLOTTED, "unsplit"):
         points = sorted((impls[impl][along], scale * impls[impl]["median_ms"]) for impls in by_shape if impl in impls)
         if points:
             axes.loglog(*zip(*points, strict=True), marker="o", label=impl)

@@ -1,4 +1,4 @@
-"""The results of `mhc-tune gpu`: one JSON file, written anew after every item, that a later call goes on with."""
+"""The results of `mhc-tune gpu`: one JSON file that is rewritten after every item and continued by later calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMAT = 1
 
 
 class Store:
-    """Items by name: `status` (done, partial, failed or skipped), `seconds`, `why` it is not done, what was found."""
+    """Results of items by name: `status` (done, partial, failed, skipped), `seconds`, `why`, and measurements."""
 
     def __init__(self, path: Path, device: Device) -> None:
         self.path = path
@@ -31,16 +31,16 @@ class Store:
         self.values = found
 
     def get(self, name: str) -> dict[str, Any]:
-        """What is known of an item; empty where it was never begun."""
+        """The result of an item; empty if it was never started."""
         found: dict[str, Any] = self.values["items"].get(name, {})
         return found
 
     def put(self, name: str, result: dict[str, Any]) -> None:
-        """Keep an item's result; it is on disk when this returns."""
+        """Store an item's result; it is on disk when this returns."""
         self.values["items"][name] = result
         self.write()
 
     def write(self) -> None:
-        """Write everything, whole or not at all."""
+        """Write all results atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps(self.values, indent=1, allow_nan=False).encode())

@@ -1,4 +1,4 @@
-"""The results of `mhc-tune gpu` as tables (Markdown)."""
+"""Tables (Markdown) of the results of `mhc-tune gpu`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from cli.bench import peers
-from cli.gpu.plan import FEW
+from cli.gpu.plan import DECODE_TOKENS
 from cli.ui.render import number
 from tiles.cache.cache import write_atomically
 
-RIVALS = (*peers.NAMES, "compile", "eager")
-"""What does the same work."""
+OTHERS = (*peers.NAMES, "compile", "eager")
+"""Implementations by others of the same ops."""
 
 Row = Mapping[str, Any]
 
@@ -26,12 +26,12 @@ def _lines(values: Mapping[str, Any]) -> Iterator[str]:
     about = ", ".join(f"{name} {version}" for name, version in values["about"].items())
     yield f"# {values['device']['name']} ({values['device']['arch']})\n\nMeasured by `mhc-tune gpu` with {about}.\n"
     rows = measured_rows(values)
-    yield from _section("Right", _numerics(values))
+    yield from _section("Numerics", _numerics(values))
     yield from _section("Share of the copy bandwidth", _shares(rows))
-    yield from _section("Beside public kernels", _races(rows))
-    yield from _section(f"{FEW} tokens and fewer", _few(rows))
-    yield from _section("A transformer's step", _block(values))
-    yield from _section("What is missing", _missing(values))
+    yield from _section("Compared with public kernels", _comparisons(rows))
+    yield from _section(f"{DECODE_TOKENS} tokens and fewer", _decode(rows))
+    yield from _section("A transformer's training step", _block(values))
+    yield from _section("Missing results", _missing(values))
 
 
 def measured_rows(values: Mapping[str, Any]) -> list[Row]:
@@ -41,7 +41,7 @@ def measured_rows(values: Mapping[str, Any]) -> list[Row]:
 
 
 def by_impl(rows: Sequence[Row], names: Sequence[str]) -> dict[tuple[Any, ...], dict[str, Row]]:
-    """{(the values of `names`): {implementation: row}}, in the order of the rows."""
+    """{values of `names`: {implementation: row}}, in the order of the rows."""
     found: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         found.setdefault(tuple(row[name] for name in names), {})[row["impl"]] = row
@@ -51,14 +51,14 @@ def by_impl(rows: Sequence[Row], names: Sequence[str]) -> dict[tuple[Any, ...], 
 SHAPE = ("op", "direction", "streams", "width", "tokens")
 
 
-def best_of_ours(impls: Mapping[str, Row]) -> Row | None:
-    """The tuned kernels' row, where there are none the default schedules'."""
+def our_row(impls: Mapping[str, Row]) -> Row | None:
+    """The row of the tuned kernels, or else of the default schedules."""
     return impls.get("tuned") or impls.get("default")
 
 
-def fastest_rival(impls: Mapping[str, Row]) -> Row | None:
-    """The row of the fastest implementation by others."""
-    return min((impls[name] for name in RIVALS if name in impls), key=lambda row: row["median_ms"], default=None)
+def fastest_other(impls: Mapping[str, Row]) -> Row | None:
+    """The row of the fastest of `OTHERS`."""
+    return min((impls[name] for name in OTHERS if name in impls), key=lambda row: row["median_ms"], default=None)
 
 
 def _section(title: str, lines: Iterator[str]) -> Iterator[str]:
@@ -77,11 +77,15 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str
 def _numerics(values: Mapping[str, Any]) -> Iterator[str]:
     rows = []
     for name, item in values["items"].items():
-        for op, judged in item.get("ops", {}).items():
-            if "errors" in judged:
+        for op, checked in item.get("ops", {}).items():
+            if "errors" in checked:
                 impl = name.split()[1]
-                worst = max(judged["errors"], key=lambda result: _size(judged["errors"][result]))
-                said = [f"{worst} {number(judged['errors'][worst])}", _yes(judged["within"]), _yes(judged["repeats"])]
+                worst = max(checked["errors"], key=lambda result: _size(checked["errors"][result]))
+                said = [
+                    f"{worst} {number(checked['errors'][worst])}",
+                    _yes(checked["within"]),
+                    _yes(checked["repeats"]),
+                ]
                 rows.append([op, impl, *said])
     yield from _table(("op", "kernels", "largest relative error", "within limits", "repeats bit for bit"), rows)
     counts = values["items"].get("tests", {}).get("counts")
@@ -94,40 +98,40 @@ def _numerics(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _shares(rows: Sequence[Row]) -> Iterator[str]:
     lines = []
-    large = [row for row in rows if row["tokens"] > FEW and row["op"] != "layer"]
+    large = [row for row in rows if row["tokens"] > DECODE_TOKENS and row["op"] != "layer"]
     for (op, direction, *shape), impls in by_impl(large, SHAPE).items():
-        ours = best_of_ours(impls)
-        if ours:
-            share = [number(ours["median_ms"]), f"{ours['gb_per_s']:.0f}", f"{ours['percent_of_copy']:.0f}"]
-            limit = f"{ours['percent_of_limit']:.0f}"
+        our = our_row(impls)
+        if our:
+            share = [number(our["median_ms"]), f"{our['gb_per_s']:.0f}", f"{our['percent_of_copy']:.0f}"]
+            limit = f"{our['percent_of_limit']:.0f}"
             copied = number(impls["copy"]["median_ms"]) if "copy" in impls else "-"
-            lines.append([op, direction, *shape, ours["impl"], *share, limit, copied])
+            lines.append([op, direction, *shape, our["impl"], *share, limit, copied])
     header = ("op", "pass", "n", "width", "tokens", "kernels", "ms", "GB/s", "% of copy", "% of roofline", "copy ms")
     yield from _table(header, lines)
 
 
-def _races(rows: Sequence[Row]) -> Iterator[str]:
+def _comparisons(rows: Sequence[Row]) -> Iterator[str]:
     lines = []
-    for shape, impls in by_impl([row for row in rows if row["tokens"] > FEW], SHAPE).items():
-        ours, rival = best_of_ours(impls), fastest_rival(impls)
-        if ours and rival:
-            times = [number(impls[name]["median_ms"]) if name in impls else "-" for name in RIVALS]
-            gain = f"{rival['median_ms'] / ours['median_ms']:.2f}"
-            lines.append([*shape, number(ours["median_ms"]), *times, rival["impl"], gain])
-    header = ("op", "pass", "n", "width", "tokens", "ours ms", *(f"{name} ms" for name in RIVALS), "fastest", "times")
+    for shape, impls in by_impl([row for row in rows if row["tokens"] > DECODE_TOKENS], SHAPE).items():
+        our, other = our_row(impls), fastest_other(impls)
+        if our and other:
+            times = [number(impls[name]["median_ms"]) if name in impls else "-" for name in OTHERS]
+            gain = f"{other['median_ms'] / our['median_ms']:.2f}"
+            lines.append([*shape, number(our["median_ms"]), *times, other["impl"], gain])
+    header = ("op", "pass", "n", "width", "tokens", "ours ms", *(f"{name} ms" for name in OTHERS), "fastest", "times")
     yield from _table(header, lines)
 
 
-def _few(rows: Sequence[Row]) -> Iterator[str]:
+def _decode(rows: Sequence[Row]) -> Iterator[str]:
     lines = []
-    for shape, impls in by_impl([row for row in rows if row["tokens"] <= FEW], SHAPE).items():
-        ours, rival = best_of_ours(impls), fastest_rival(impls)
-        if not ours:
+    for shape, impls in by_impl([row for row in rows if row["tokens"] <= DECODE_TOKENS], SHAPE).items():
+        our, other = our_row(impls), fastest_other(impls)
+        if not our:
             continue
-        rivals = [f"{rival['impl']} {number(1e3 * rival['median_ms'])}"] if rival else ["-"]
+        others = [f"{other['impl']} {number(1e3 * other['median_ms'])}"] if other else ["-"]
         unsplit = number(1e3 * impls["unsplit"]["median_ms"]) if "unsplit" in impls else "-"
-        host = number(ours.get("host_us"))
-        lines.append([*shape, ours["impl"], number(1e3 * ours["median_ms"]), unsplit, *rivals, host])
+        host = number(our.get("host_us"))
+        lines.append([*shape, our["impl"], number(1e3 * our["median_ms"]), unsplit, *others, host])
     header = ("op", "pass", "n", "width", "tokens", "kernels", "us", "unsplit us", "fastest other us", "CPU us a call")
     yield from _table(header, lines)
 

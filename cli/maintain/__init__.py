@@ -1,1 +1,1 @@
-"""Scripts of the maintainers: they are no commands of `mhc-tune`."""
+"""Scripts for maintainers; none is a command of `mhc-tune`."""

@@ -1,7 +1,7 @@
-"""Digests of generated code, up to names: `python -m cli.maintain.code_digests OUT.json`, before and after a change.
+"""Digests of generated code up to names: `python -m cli.maintain.code_digests OUT.json`, before and after a change.
 
-Two texts have one digest where they differ in nothing but names and comments, in how a process lays out shared memory
-(`tiles.compiler.canonical_source`), and in white space. `python -m cli.maintain.code_digests A.json B.json` compares.
+Two sources have the same digest if they differ only in names, comments, white space, and the layout of shared memory
+(`tiles.compiler.canonical_source`). `python -m cli.maintain.code_digests BEFORE.json AFTER.json` lists what differs.
 """
 
 from __future__ import annotations
@@ -27,21 +27,26 @@ from tiles.target import Target
 TARGETS = ("cpu:x86-64-v4", "cuda:sm_80", "cuda:sm_90a")
 STREAMS, WIDTHS, DTYPES, TOKENS = (1, 2, 4, 8, 16), (64, 1280), ("float32", "bfloat16"), (16, 4096)
 SAMPLES = 2
-"""Schedules drawn from each space, beside the default one."""
+"""Random schedules of each space, besides the default one."""
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
 
 def without_names(source: str) -> str:
-    """The text with every name replaced by the number of its first use."""
+    """The source with every name replaced by the number of its first use."""
     numbers: dict[str, str] = {}
     text = _COMMENT.sub("", stable_form(source))
     return " ".join(_WORD.sub(lambda word: numbers.setdefault(word[0], f"n{len(numbers)}"), text).split())
 
 
+def digest(source: str) -> str:
+    """Digest of a source up to names."""
+    return hashlib.sha256(without_names(source).encode()).hexdigest()[:16]
+
+
 def schedules(spec: KernelSpec, problem: Problem, target: Target) -> Iterator[Any]:
-    """The default schedule, then a few drawn from the space; the same ones whatever their fields are called."""
+    """The default schedule, then random ones of the space, which do not depend on the names of fields."""
     default = spec.default(problem, target)
     yield default
     drawn = random.Random(f"{spec.name} {problem.describe()} {target}")
@@ -57,7 +62,7 @@ def schedules(spec: KernelSpec, problem: Problem, target: Target) -> Iterator[An
 
 
 def digests(case: tuple[str, str, str, int, int, str, int]) -> dict[str, str]:
-    """Of one problem on one target: schedule number -> digest of the code, or what the compiler said."""
+    """Of one problem on one target: number of the schedule -> digest of its code, or `refused` by the compiler."""
     named, op, direction, streams, width, dtype, tokens = case
     kind, _, arch = named.partition(":")
     target = Target(cast("Any", kind), arch)
@@ -66,8 +71,7 @@ def digests(case: tuple[str, str, str, int, int, str, int]) -> dict[str, str]:
     found = {}
     for number, schedule in enumerate(schedules(spec, problem, target)):
         try:
-            text = without_names(generate_source(spec, problem, schedule, target))
-            found[str(number)] = hashlib.sha256(text.encode()).hexdigest()[:16]
+            found[str(number)] = digest(generate_source(spec, problem, schedule, target))
         except CompileError:
             found[str(number)] = "refused"
     return found
@@ -95,7 +99,7 @@ def collect(out: Path) -> None:
 
 
 def compare(before: Path, after: Path) -> list[str]:
-    """The cases whose code differs by more than names, or that one of the two files lacks."""
+    """The cases whose digests differ, or that only one of the two files holds."""
     old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (before, after))
     return sorted(case for case in old | new if old.get(case) != new.get(case))
 

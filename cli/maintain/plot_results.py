@@ -1,5 +1,5 @@
-"""Figures for results/ and README: `python -m cli.maintain.plot_results scaling OUT.json OUT.png`, `gains CACHE`,
-`replay IN.json OUT.png`, `speedup FOLDER OUT.png`."""
+"""Plots and tables for results/ and README: `python -m cli.maintain.plot_results scaling OUT.json OUT.png`,
+`gains CACHE`, `replay IN.json OUT.png`, or `speedup FOLDER OUT.png`."""
 
 from __future__ import annotations
 
@@ -22,30 +22,26 @@ OPS = ("project", "coefficients", "aggregate", "merge", "pre", "step")
 STREAMS, DTYPE = 4, "float32"
 TOKENS = (40, 126, 400, 1264, 4000)
 WIDTHS = (64, 200, 640, 2024, 6400)
-USUAL_TOKENS, USUAL_WIDTH = 512, 1280
+FIXED_TOKENS, FIXED_WIDTH = 512, 1280
 
 app = typer.Typer(help=__doc__, add_completion=False)
 
 
 @app.command()
-def scaling(data: Path, picture: Path) -> None:
-    """Time forward and backward of every op on default schedules over two decades of tokens and of width; draw them."""
-    by_tokens: list[Shape] = [(STREAMS, USUAL_WIDTH, tokens, DTYPE) for tokens in TOKENS]
-    by_width: list[Shape] = [(STREAMS, width, USUAL_TOKENS, DTYPE) for width in WIDTHS]
+def scaling(data: Path, image: Path) -> None:
+    """Time forward and backward of every op on default schedules over two decades of tokens and of width; plot them."""
+    by_tokens: list[Shape] = [(STREAMS, FIXED_WIDTH, tokens, DTYPE) for tokens in TOKENS]
+    by_width: list[Shape] = [(STREAMS, width, FIXED_TOKENS, DTYPE) for width in WIDTHS]
     report = run(detect_device("cpu"), Path(), [*by_tokens, *by_width], OPS, ("both",), ("default",))
     data.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    draw(report["results"], picture)
+    plot_scaling(report["results"], image)
 
 
-def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
-    """Milliseconds over tokens and over width, both axes logarithmic, beside a line of slope one."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+def plot_scaling(rows: Sequence[dict[str, Any]], image: Path) -> None:
+    """Plot milliseconds over tokens and over width, both axes logarithmic, with a line of slope one."""
+    plt = _pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    fixed = {"tokens": ("width", USUAL_WIDTH), "width": ("tokens", USUAL_TOKENS)}
+    fixed = {"tokens": ("width", FIXED_WIDTH), "width": ("tokens", FIXED_TOKENS)}
     for axis, (along, (other, value)) in zip(axes, fixed.items(), strict=True):
         for op in OPS:
             line = sorted((row[along], row["median_ms"]) for row in rows if row["op"] == op and row[other] == value)
@@ -57,31 +53,27 @@ def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
     axes[0].set_ylabel("ms")
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(picture, dpi=110)
+    figure.savefig(image, dpi=110)
 
 
 @app.command()
-def replay(data: Path, picture: Path) -> None:
-    """Draw what `mhc-tune replay --json` printed: best time over trials, of every sampler and of random search."""
+def replay(data: Path, image: Path) -> None:
+    """Plot the output of `mhc-tune replay --json`: best time over trials, for every sampler and random search."""
     try:
         rows = json.loads(data.read_text(encoding="utf-8"))["results"]
         if not rows:
             raise ValueError("no results")
-        draw_replay(rows, picture)
+        plot_replay(rows, image)
     except (OSError, ValueError, LookupError, TypeError) as error:
         typer.echo(
-            f"error: {data} must hold the output of mhc-tune replay --json, got {error!r}: make it anew", err=True
+            f"error: {data} must hold the output of mhc-tune replay --json, got {error!r}: run it again", err=True
         )
         raise typer.Exit(2) from error
 
 
-def draw_replay(rows: Sequence[dict[str, Any]], picture: Path) -> None:
-    """One panel a space: the median of the best time over the optimum, beside the expectation of random search."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+def plot_replay(rows: Sequence[dict[str, Any]], image: Path) -> None:
+    """One panel per space: median of best time over optimum, and the exact expectation of random search."""
+    plt = _pyplot()
     spaces = list(dict.fromkeys(row["space"] for row in rows))
     columns = min(3, len(spaces))
     lines = -(-len(spaces) // columns)
@@ -92,25 +84,35 @@ def draw_replay(rows: Sequence[dict[str, Any]], picture: Path) -> None:
         shown = [row for row in rows if row["space"] == space]
         for row in shown:
             axis.plot(range(1, len(row["curve"]) + 1), row["curve"], label=row["sampler"])
-        calculated = shown[0]["random_curve"]
-        axis.plot(range(1, len(calculated) + 1), calculated, "k:", label="random, calculated")
+        expected = shown[0]["random_curve"]
+        axis.plot(range(1, len(expected) + 1), expected, "k:", label="random, calculated")
         axis.axhline(1, color="gray", linewidth=0.5)
         axis.set(title=f"{space}, {shown[0]['members']} members", xlabel="trials", ylabel="best time / optimum")
         axis.title.set_fontsize(8)
     axes.flat[0].legend()
     figure.tight_layout()
-    figure.savefig(picture, dpi=110)
+    figure.savefig(image, dpi=110)
     plt.close(figure)
+
+
+def _pyplot() -> Any:
+    """Pyplot, which draws to files only. Imported here because matplotlib is an extra."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 @app.command()
 def gains(cache: Path) -> None:
-    """Print a table (Markdown) of what fusing gains: by the bytes that are saved, and as the tuner measured it."""
+    """Print a table (Markdown) of the speed-up of fused kernels: predicted from bytes, and as the tuner measured it."""
     typer.echo("\n".join(gain_table(KernelCache(cache).records())))
 
 
 def gain_table(records: Iterable[Record]) -> list[str]:
-    """One line for each fused kernel that was compared with the separate ones."""
+    """One line per fused kernel that was compared with the separate ones."""
     lines = [
         "| kernel | n | width | tokens | dtype | predicted | measured | chosen |",
         "|---|---|---|---|---|---|---|---|",
@@ -131,10 +133,10 @@ def _order(problem: Problem) -> tuple[Any, ...]:
 
 
 @app.command()
-def speedup(folder: Path, picture: Path) -> None:
-    """Draw how many times faster tuned kernels are than torch, from bench.json and stack-*.json in `folder`."""
+def speedup(folder: Path, image: Path) -> None:
+    """Plot the speed-up of tuned kernels over torch, from bench.json and stack-*.json in `folder`."""
     files = (folder / "bench.json", *sorted(folder.glob("stack-*.json")))
-    draw_speedup([row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["results"]], picture)
+    plot_speedup([row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["results"]], image)
 
 
 def speedups(rows: Iterable[dict[str, Any]], dtype: str, baseline: str) -> dict[str, float]:
@@ -147,13 +149,9 @@ def speedups(rows: Iterable[dict[str, Any]], dtype: str, baseline: str) -> dict[
     return {op: ms[op, baseline] / ms[op, "tuned"] for op, impl in ms if impl == "tuned"}
 
 
-def draw_speedup(rows: Sequence[dict[str, Any]], picture: Path) -> None:
-    """One panel a dtype, two bars an op: against eager torch and against torch.compile."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+def plot_speedup(rows: Sequence[dict[str, Any]], image: Path) -> None:
+    """One panel per dtype, two bars per op: over eager torch and over torch.compile."""
+    plt = _pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
     for axis, dtype in zip(axes, ("bfloat16", "float32"), strict=True):
         for side, (baseline, name) in enumerate((("eager", "than eager torch"), ("compile", "than torch.compile"))):
@@ -165,21 +163,21 @@ def draw_speedup(rows: Sequence[dict[str, Any]], picture: Path) -> None:
         axis.axhline(1, color="gray", linewidth=0.8)
         axis.margins(y=0.1)
         axis.set_title(f"{dtype}, forward and backward")
-    axes[0].set_ylabel("tuned is so many times faster")
+    axes[0].set_ylabel("times faster with tuned kernels")
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(picture, dpi=90)
+    figure.savefig(image, dpi=90)
     plt.close(figure)
 
 
 def predicted_gain(problem: Problem) -> float:
-    """How many times the fused kernel's bytes `tiles.kernels.fused.separate` moves, its sums of gradients included."""
+    """Bytes that `tiles.kernels.fused.separate` moves, sums of gradients included, over those of the fused kernel."""
     spec = kernel_spec(problem.op, problem.direction)
     assert spec.separate
     parts = (replace(problem, op=op, direction=direction) for op, direction in spec.separate.parts)
     moved = sum(kernel_spec(part.op, part.direction).traffic(part, problem.tokens).bytes for part in parts)
     if problem.direction == "backward":
-        # Two gradients of x are added to a third: each addition reads two and writes one. step copies that one first.
+        # Two gradients of x are added to a third: each addition reads two and writes one. step copies the third first.
         x = next(argument for argument in spec.arguments(problem) if argument.name == "x")
         moved += (2 * 3 + (2 if problem.op == "step" else 0)) * x.nbytes(problem.tokens)
     return moved / spec.traffic(problem, problem.tokens).bytes

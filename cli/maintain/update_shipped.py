@@ -1,7 +1,7 @@
-"""Make tiles/cache/shipped.json, the schedules that the wheel carries: `python -m cli.maintain.update_shipped
+"""Update of tiles/cache/shipped.json, the schedules in the wheel: `python -m cli.maintain.update_shipped
 results/*/kernels*.json`.
 
-Of each device and problem the newest measurement is kept, as far as today's kernels take its schedule.
+For each device and problem the newest measurement is kept, if today's kernels accept its schedule.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tiles.cache.record import Key, Record, check_schedule, from_json, record_fr
 from tiles.errors import BadInput
 
 KEPT = ("default_kept", "default_ms", "ratio", "separate_ratio", "separate_wins", "threads", "tuned_ms")
-"""What is shipped of a measurement."""
+"""The values of a measurement that are shipped."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A record under today's key, the file that it comes from and the commit that brought it there."""
+class MeasuredRecord:
+    """A record, the file that it comes from, and the last commit that changed the file."""
 
     record: Record
     file: str
@@ -35,13 +35,13 @@ class Measured:
 
     @property
     def date(self) -> str:
-        """When it was measured."""
+        """The date of the measurement."""
         return str(self.record.provenance.get("date", ""))[:10]
 
 
-def ship(files: list[Path], out: Path = shipped.FILE) -> None:
-    """Write the schedules of FILES, each made by `mhc-tune inspect --json`, to tiles/cache/shipped.json."""
-    newest: dict[Key, Measured] = {}
+def update_shipped(files: list[Path], out: Path = shipped.FILE) -> None:
+    """Write the schedules of FILES, which `mhc-tune inspect --json` made, to tiles/cache/shipped.json."""
+    newest: dict[Key, MeasuredRecord] = {}
     for file in files:
         kept = list(_valid(_measured(file)))
         say(f"{file}: {len(kept)} schedules")
@@ -53,27 +53,25 @@ def ship(files: list[Path], out: Path = shipped.FILE) -> None:
     say(f"wrote {len(newest)} schedules, {out.stat().st_size / 1024:.0f} KiB, to {out}")
 
 
-def _measured(file: Path) -> list[Measured]:
+def _measured(file: Path) -> list[MeasuredRecord]:
     try:
         values = from_json(file.read_bytes())
         records = [
             record_from_dict({name: entry[name] for name in entry if name != "digest"}) for entry in values["records"]
         ]
     except (OSError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(
-            f"FILES must be made by mhc-tune inspect --json, got {file} ({error!r}): make it again"
-        ) from None
-    return [Measured(record, file.as_posix(), _commit(file)) for record in records]
+        raise BadInput(f"FILES must come from mhc-tune inspect --json, got {file} ({error!r}): make it again") from None
+    return [MeasuredRecord(record, file.as_posix(), _commit(file)) for record in records]
 
 
 def _commit(file: Path) -> str:
-    """The last commit that changed a file, or nothing where git knows none."""
+    """The last commit that changed a file; empty if git has none."""
     command = ["git", "log", "-1", "--format=%h", "--", file.name]
     return subprocess.run(command, cwd=file.parent, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def _valid(found: Iterable[Measured]) -> Iterable[Measured]:
-    """What today's kernels take, under today's keys; says what they do not."""
+def _valid(found: Iterable[MeasuredRecord]) -> Iterable[MeasuredRecord]:
+    """The records that today's kernels accept, under today's keys; prints a line for each other one."""
     for measured in found:
         record = measured.record
         try:
@@ -85,8 +83,8 @@ def _valid(found: Iterable[Measured]) -> Iterable[Measured]:
             yield replace(measured, record=today)
 
 
-def _text(found: Sequence[Measured]) -> str:
-    """One schedule a line, ordered by device and problem, so that a new measurement changes few lines."""
+def _text(found: Sequence[MeasuredRecord]) -> str:
+    """One schedule per line, ordered by device and problem, so that a new measurement changes few lines."""
     sources = sorted({_source(measured) for measured in found})
     rows = [_row(measured, sources.index(_source(measured))) for measured in found]
     rows.sort(key=lambda row: [row[name] for name in ("source", *shipped.PROBLEM)])
@@ -94,13 +92,13 @@ def _text(found: Sequence[Measured]) -> str:
     return "{" + ",\n".join([*head, f'"schedules": {_lines(rows)}']) + "}\n"
 
 
-def _source(measured: Measured) -> str:
-    """Where schedules come from, as JSON, which can be compared and sorted."""
+def _source(measured: MeasuredRecord) -> str:
+    """The source of a schedule as JSON text, which can be compared and sorted."""
     device = measured.record.key.device.as_dict()
     return json.dumps({"file": measured.file, "commit": measured.commit, "device": device})
 
 
-def _row(measured: Measured, source: int) -> dict[str, Any]:
+def _row(measured: MeasuredRecord, source: int) -> dict[str, Any]:
     record = measured.record
     return {
         "source": source,
@@ -122,7 +120,7 @@ def _lines(values: Iterable[Any]) -> str:
 
 if __name__ == "__main__":
     try:
-        typer.run(ship)
+        typer.run(update_shipped)
     except BadInput as error:
         say(f"error: {error}")
         raise SystemExit(2) from None

@@ -1,1 +1,1 @@
-"""The report: one page about the studies of a cache."""
+"""`mhc-tune report`: studies as one HTML page or as data."""

@@ -1,4 +1,4 @@
-"""The charts of a report as inline SVG. Colours are the page's own variables, so that they follow light and dark."""
+"""Charts of a report as inline SVG. Colours are the page's CSS variables, so that they follow light and dark mode."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = {"ink": "#010101", "soft": "#020202", "line": "#030303", "accent": "#040404", "bad": "#050505"}
-"""What matplotlib draws with, and the variable of the page's style that takes each one's place."""
+"""CSS variable of the page -> the placeholder colour that matplotlib draws with, replaced in the SVG."""
 
 INK, SOFT, LINE, ACCENT, BAD = COLOURS.values()
 
 SIZE = (4.6, 2.7)
-"""Inches at 72 dots: narrow enough for a telephone, where the text is not to shrink."""
+"""Inches at 72 dpi: narrow enough for a phone without shrinking the text."""
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -34,42 +34,42 @@ _STYLE = {
     "xtick.labelcolor": SOFT,
     "ytick.labelcolor": SOFT,
     "axes.unicode_minus": False,
-    "text.parse_math": False,  # names come from files
+    "text.parse_math": False,  # text from files
 }
 
 
-def charts(findings: Mapping[str, Any], number: int) -> dict[str, str]:
-    """{name: SVG} of those charts that a study (`findings.findings`) has data for; `number` keeps their ids apart.
+def charts(summary: Mapping[str, Any], number: int) -> dict[str, str]:
+    """{name: SVG} of the charts that a study's summary has data for; `number` makes their ids unique.
 
-    Raises `BadInput` where matplotlib is missing.
+    Raises `BadInput` if matplotlib is missing.
     """
     drawings = {"history": _history, "intervals": _intervals, "roofline": _roofline, "importance": _importance}
     drawn = {}
     for name, draw in drawings.items():
-        svg = _svg(draw, findings, f"s{number}-{name}-")
+        svg = _svg(draw, summary, f"s{number}-{name}-")
         if svg:
             drawn[name] = svg
     return drawn
 
 
 def require_matplotlib() -> None:
-    """Raise `BadInput` where matplotlib is missing."""
+    """Raise `BadInput` if matplotlib is missing."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise BadInput(
-            f"a report's charts need matplotlib, got {error}: run pip install matplotlib jinja2, or use --json"
+            f"charts need matplotlib, got {error}: run pip install matplotlib jinja2, or use --json"
         ) from error
 
 
-def _svg(draw: Any, findings: Mapping[str, Any], prefix: str) -> str:
+def _svg(draw: Any, summary: Mapping[str, Any], prefix: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
-        if not draw(axes, findings):
+        if not draw(axes, summary):
             return ""
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -78,7 +78,7 @@ def _svg(draw: Any, findings: Mapping[str, Any], prefix: str) -> str:
 
 
 def _themed(svg: str, prefix: str) -> str:
-    """With the page's colours and fonts, and ids that no other chart of the page has."""
+    """The SVG with the page's colours and fonts, and with ids that are unique on the page."""
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
     svg = re.sub(r'\b(id="|href="#)', rf"\g<1>{prefix}", svg).replace("url(#", f"url(#{prefix}")
@@ -87,21 +87,20 @@ def _themed(svg: str, prefix: str) -> str:
     return re.sub(r"font-family: [^;]*; ", "", svg)
 
 
-def _history(axes: Axes, findings: Mapping[str, Any]) -> bool:
-    """Every trial's ratio with its bounds, and the best so far; failures at the bottom."""
+def _history(axes: Axes, summary: Mapping[str, Any]) -> bool:
+    """Every trial's ratio with its interval, and the best so far; failures at the bottom."""
     from matplotlib.ticker import MaxNLocator
 
-    measured = [trial for trial in findings["trials"] if trial["state"] == "measured"]
-    failed = [trial["number"] for trial in findings["trials"] if trial["state"] == "failed"]
+    measured = [trial for trial in summary["trials"] if trial["state"] == "measured"]
+    failed = [trial["number"] for trial in summary["trials"] if trial["state"] == "failed"]
     if not measured:
         return False
     numbers, ratios = [trial["number"] for trial in measured], [trial["ratio"] for trial in measured]
     best = [max(ratios[: done + 1]) for done in range(len(ratios))]
     axes.axhline(1, color=LINE, linewidth=1)
-    axes.errorbar(
-        numbers, ratios, yerr=_bars(measured), fmt="o", color=SOFT, markersize=2.5, elinewidth=0.6, label="measured"
-    )
-    axes.step([*numbers, findings["trials"][-1]["number"]], [*best, best[-1]], where="post", color=ACCENT, label="best")
+    bars = _error_bars(measured)
+    axes.errorbar(numbers, ratios, yerr=bars, fmt="o", color=SOFT, markersize=2.5, elinewidth=0.6, label="measured")
+    axes.step([*numbers, summary["trials"][-1]["number"]], [*best, best[-1]], where="post", color=ACCENT, label="best")
     if failed:
         axes.plot(failed, [0] * len(failed), "x", color=BAD, markersize=4, label="failed", clip_on=False)
     axes.set_ylim(0, 1.1 * max(trial["high"] or trial["ratio"] for trial in measured))
@@ -111,14 +110,14 @@ def _history(axes: Axes, findings: Mapping[str, Any]) -> bool:
     return True
 
 
-def _intervals(axes: Axes, findings: Mapping[str, Any]) -> bool:
-    """The finalists of the shoot-out against the default, with the bounds of their 95 % confidence intervals."""
-    rows = list(reversed(contestants(findings)))
+def _intervals(axes: Axes, summary: Mapping[str, Any]) -> bool:
+    """The finalists' ratios to the default with their 95 % confidence intervals."""
+    rows = list(reversed(finalists(summary)))
     if not rows:
         return False
     for height, row in enumerate(rows):
         colour = ACCENT if row["chosen"] else SOFT
-        axes.errorbar(row["ratio"], height, xerr=_bars([row]), fmt="o", color=colour, markersize=4, capsize=3)
+        axes.errorbar(row["ratio"], height, xerr=_error_bars([row]), fmt="o", color=colour, markersize=4, capsize=3)
     axes.axvline(1, color=LINE, linewidth=1)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
@@ -126,34 +125,34 @@ def _intervals(axes: Axes, findings: Mapping[str, Any]) -> bool:
     return True
 
 
-def contestants(findings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The finalists by letter, fastest first: those of the shoot-out without the default, which all are compared with.
+def finalists(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The finalists by letter, fastest first: those of the shoot-out except the default, which all are compared with.
 
-    A study that has had none, or of an older version, shows the fastest of its trials instead.
+    A study without a shoot-out, or of an older version, shows its fastest trials instead.
     """
-    conclusion = findings["conclusion"]
+    conclusion = summary["conclusion"]
     rows = [row for row in conclusion["finalists"] if not row["default"]] if conclusion else []
     if not rows:
         chosen = None if conclusion is None or conclusion["default_kept"] else conclusion["schedule"]
-        measured = (trial for trial in findings["trials"] if trial["state"] == "measured" and trial["ratio"] > 1)
+        measured = (trial for trial in summary["trials"] if trial["state"] == "measured" and trial["ratio"] > 1)
         best = sorted(measured, key=lambda trial: trial["ratio"], reverse=True)[:3]
         rows = [trial | {"chosen": trial["schedule"] == chosen} for trial in best]
     ordered = sorted(rows, key=lambda row: row["ratio"], reverse=True)
     return [row | {"name": chr(ord("A") + place)} for place, row in enumerate(ordered)]
 
 
-def _roofline(axes: Axes, findings: Mapping[str, Any]) -> bool:
-    """The kernel's place under copy bandwidth and the arithmetic peak."""
-    about = findings["about"]
+def _roofline(axes: Axes, summary: Mapping[str, Any]) -> bool:
+    """The kernel below copy bandwidth and the arithmetic peak."""
+    about = summary["about"]
     if not about or not about["bytes"] or not about["flops"]:
         return False
     intensity, ridge = about["flops"] / about["bytes"], about["gflops_peak"] / about["copy_gb_per_s"]
     left, right = min(intensity, ridge) / 8, max(intensity, ridge) * 8
     roof = [(left, left * about["copy_gb_per_s"]), (ridge, about["gflops_peak"]), (right, about["gflops_peak"])]
     axes.loglog(*zip(*roof, strict=True), color=INK, linewidth=1.2)
-    rates = [about["flops"] / trial["ms"] / 1e6 for trial in findings["trials"] if trial["state"] == "measured"]
+    rates = [about["flops"] / trial["ms"] / 1e6 for trial in summary["trials"] if trial["state"] == "measured"]
     axes.plot([intensity] * len(rates), rates, "_", color=SOFT, markersize=9)
-    conclusion = findings["conclusion"]
+    conclusion = summary["conclusion"]
     if conclusion:
         axes.plot(intensity, about["flops"] / conclusion["tuned_ms"] / 1e6, "o", color=ACCENT, markersize=6)
     axes.annotate(
@@ -176,8 +175,8 @@ def _roofline(axes: Axes, findings: Mapping[str, Any]) -> bool:
     return True
 
 
-def _importance(axes: Axes, findings: Mapping[str, Any]) -> bool:
-    shares = findings["importance"]["shares"]
+def _importance(axes: Axes, summary: Mapping[str, Any]) -> bool:
+    shares = summary["importance"]["shares"]
     if not shares:
         return False
     names = sorted(shares, key=shares.__getitem__)
@@ -186,8 +185,8 @@ def _importance(axes: Axes, findings: Mapping[str, Any]) -> bool:
     return True
 
 
-def _bars(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """Lengths of error bars below and above; none where nothing is bounded."""
+def _error_bars(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """Lengths of error bars below and above; zero where there is no bound."""
     below = [max(0.0, row["ratio"] - row["low"]) if row["low"] is not None else 0.0 for row in rows]
     above = [max(0.0, row["high"] - row["ratio"]) if row["high"] is not None else 0.0 for row in rows]
     return [below, above]

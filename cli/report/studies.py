@@ -1,4 +1,4 @@
-"""Finds the studies that a command names, and opens them to read: nothing is written, nothing is repaired."""
+"""Studies that a command names, opened read-only: in journals of cache folders, or in a database."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ SUFFIX = ".journal"
 
 
 @dataclass(frozen=True)
-class Found:
-    """A study, and what the kernel cache beside it holds of it, if anything."""
+class StoredStudy:
+    """A study, and the record in the kernel cache that came from it, if any."""
 
     study: Study
     record: Record | None
 
 
-def find_studies(named: Sequence[str], cache: KernelCache, storage: str | None) -> tuple[list[Found], list[str]]:
-    """The studies of these names, and a complaint for each journal that a folder holds and that cannot be read.
+def find_studies(named: Sequence[str], cache: KernelCache, storage: str | None) -> tuple[list[StoredStudy], list[str]]:
+    """The studies of these names, and a warning for each journal in a folder that cannot be read.
 
-    A name is a study's, or the beginning of one only, in `storage` (a database's URL) or else in the cache folder; or
-    it is a journal file, or a cache folder with all its studies. No name at all means every study there is.
+    A name is that of a study, or the beginning of exactly one, in `storage` (a database URL) or else in the cache
+    folder; or a journal file; or a cache folder with all its studies. No name means all studies.
 
-    Raises `BadInput` where a name fits none or several, and where there is no study.
+    Raises `BadInput` if a name matches no study or several, and if there is no study.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if storage is not None:
@@ -46,21 +46,21 @@ def find_studies(named: Sequence[str], cache: KernelCache, storage: str | None) 
         return [_load(database, name, records) for name in wanted], []
     journals = _journals(named, cache)
     by_folder = {folder: _records(KernelCache(folder)) for folder in {_cache_folder(path) for path in journals}}
-    found, complaints = [], []
-    for path, alone in journals.items():
+    found, warnings = [], []
+    for path, named_itself in journals.items():
         try:
             found.append(_read(path, by_folder[_cache_folder(path)]))
         except BadInput as error:
-            if alone:
+            if named_itself:
                 raise
-            complaints.append(str(error))
-    if not found and not complaints:
-        raise BadInput(f"there must be studies to report, found none in {_folder(cache)}: run mhc-tune tune")
-    return found, complaints
+            warnings.append(str(error))
+    if not found and not warnings:
+        raise BadInput(f"a report needs studies, found none in {_folder(cache)}: run mhc-tune tune")
+    return found, warnings
 
 
 def _journals(named: Sequence[str], cache: KernelCache) -> dict[Path, bool]:
-    """The journals that are meant, each once, and whether it is meant by itself."""
+    """The named journals, each once, and whether it was named itself rather than its folder."""
     if not named:
         return dict.fromkeys(_of_folder(cache), False)
     journals: dict[Path, bool] = {}
@@ -95,27 +95,27 @@ def _of_folder(cache: KernelCache) -> list[Path]:
 
 
 def _one_of(known: Sequence[str], name: str, where: str) -> str:
-    fits = [name] if name in known else [other for other in known if other.startswith(name)]
-    if len(fits) == 1:
-        return fits[0]
-    if not fits:
+    matches = [name] if name in known else [other for other in known if other.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if not matches:
         raise BadInput(
-            f"STUDY must be a study's name or its beginning, a journal file or a cache folder, got {name}, which fits "
-            f"none of {len(known)} studies in {where}: check it, or leave it out for all"
+            f"STUDY must be a study's name or the beginning of it, a journal file or a cache folder, got {name}, which "
+            f"matches none of {len(known)} studies in {where}: check it, or leave it out for all studies"
         )
     raise BadInput(
-        f"STUDY must fit one study, got {name}, which fits {len(fits)}: {', '.join(fits[:3])}"
-        f"{', ...' if len(fits) > 3 else ''}: write more of the name"
+        f"STUDY must match one study, got {name}, which matches {len(matches)}: {', '.join(matches[:3])}"
+        f"{', ...' if len(matches) > 3 else ''}: write more of the name"
     )
 
 
-def _read(path: Path, records: Mapping[str, Record]) -> Found:
+def _read(path: Path, records: Mapping[str, Record]) -> StoredStudy:
     try:
         storage = JournalStorage(JournalFileBackend(str(path)))
         names = optuna.get_all_study_names(storage)
     except OSError as error:
         raise BadInput(f"a journal must be readable, got {path} ({error.strerror}): check it") from error
-    except Exception as error:  # a journal is text that anybody may have written
+    except Exception as error:  # a journal may hold any text
         said = " ".join(str(error).split()) or type(error).__name__
         raise BadInput(f"a journal must hold an Optuna study, got {path} ({said}): check the file") from error
     if len(names) != 1:
@@ -123,10 +123,10 @@ def _read(path: Path, records: Mapping[str, Record]) -> Found:
     return _load(storage, names[0], records)
 
 
-def _load(storage: BaseStorage, name: str, records: Mapping[str, Record]) -> Found:
-    return Found(optuna.load_study(study_name=name, storage=storage), records.get(name))
+def _load(storage: BaseStorage, name: str, records: Mapping[str, Record]) -> StoredStudy:
+    return StoredStudy(optuna.load_study(study_name=name, storage=storage), records.get(name))
 
 
 def _records(cache: KernelCache) -> Mapping[str, Record]:
-    """The records of a cache by the name of the study that they come from."""
+    """The records of a cache by the name of their study."""
     return {str(record.provenance.get("study")): record for record in cache.records()}

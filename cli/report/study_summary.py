@@ -1,4 +1,4 @@
-"""What a study found out, as plain data: what a report shows, and what `mhc-tune report --json` prints."""
+"""Summary of a study as plain data: the content of a report and of `mhc-tune report --json`."""
 
 from __future__ import annotations
 
@@ -14,38 +14,37 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.processes.reasons import by_kind, kind_of
 from autotune.search.trials import REASON, RESULT
 from autotune.study.metadata import CONCLUSION, METADATA
-from cli.report.studies import Found
+from cli.report.studies import StoredStudy
 from tiles.cache.record import Record
-from tiles.errors import BadInput
+from tiles.errors import BadInput, one_line
 from tiles.kernels.spec import Problem
 
-LEAST_FOR_IMPORTANCE = 20
-"""Measured trials below which no importance is given: the method compares the fastest quarter with all of them, and
-fewer than five in that quarter say nothing."""
+MIN_TRIALS_FOR_IMPORTANCE = 20
+"""Measured trials below which no importance is computed: the method compares the fastest quarter with all of them, and
+that quarter needs five trials at least."""
 
-IMPORTANCE = "PED-ANOVA (arXiv 2304.10255): how far the choice of a tunable decides who is in the fastest quarter"
+IMPORTANCE = "PED-ANOVA (arXiv 2304.10255): how much a tunable decides which trials are in the fastest quarter"
 
 _ABOUT_NUMBERS = ("threads", "bytes", "flops", "copy_gb_per_s", "gflops_peak", "limit_ms")
 _MEASURED_NUMBERS = ("tuned_ms", "default_ms", "ratio", "percent_of_copy", "percent_of_limit")
 _VERSIONS = ("tilelang", "torch", "date", "host", "command")
 
 
-def findings(found: Found) -> dict[str, Any]:
-    """What is known of a study, from the study itself and, where it says less, from the cache's record.
+def summarize(stored: StoredStudy) -> dict[str, Any]:
+    """Summarize a study, from the study itself and, for what that lacks, from the cache's record.
 
     Raises `BadInput` for a study that the tuner did not make.
     """
-    study = found.study
+    study = stored.study
     try:
-        return _findings(study, found.record)
+        return _summarize(study, stored.record)
     except (AttributeError, KeyError, TypeError, ValueError, BadInput) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
         raise BadInput(
-            f"a study must be one of mhc-tune tune, got {study.study_name} ({said[:200]}): name another one"
+            f"a study must be one of mhc-tune tune, got {study.study_name} ({one_line(error)[:200]}): name another one"
         ) from error
 
 
-def _findings(study: Study, record: Record | None) -> dict[str, Any]:
+def _summarize(study: Study, record: Record | None) -> dict[str, Any]:
     attributes = study.user_attrs
     about = _about(attributes[METADATA]) if METADATA in attributes else _about_from(record)
     trials = [_trial(trial, about) for trial in study.get_trials(deepcopy=False)]
@@ -76,12 +75,12 @@ def _about(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float:
-    """A number that may be whole; raises for anything else, which a file may hold as well."""
+    """An int or a float; raises for anything else that a file may hold."""
     return value if isinstance(value, int) else float(value)
 
 
 def _about_from(record: Record | None) -> dict[str, Any] | None:
-    """The same from a record: studies of older versions say nothing of themselves."""
+    """The same from a record: studies of older versions have no metadata."""
     if record is None:
         return None
     device, problem = record.key.device.as_dict(), vars(record.key.problem)
@@ -95,7 +94,7 @@ def _trial(trial: FrozenTrial, about: Mapping[str, Any] | None) -> dict[str, Any
     reason = trial.user_attrs.get(REASON)
     if trial.state == TrialState.FAIL and reason is not None:
         return row | {"state": "failed", "reason": str(reason), "kind": kind_of(str(reason))}
-    # A trial that was cut short says nothing of its schedule, which is asked again.
+    # An interrupted trial has no result; its schedule is proposed again.
     return row | {"state": "cut short" if trial.state.is_finished() else "running"}
 
 
@@ -112,14 +111,14 @@ def _timing(given: Mapping[str, Any], about: Mapping[str, Any] | None) -> dict[s
 
 
 def _interval(given: Mapping[str, Any]) -> dict[str, float | None]:
-    """Times faster than the default with the bounds of the 95 % interval: None where few rounds bound nothing."""
+    """Speed-up over the default and its 95 % interval; None for bounds that too few rounds leave infinite."""
     bounds = [None if given[name] is None else float(given[name]) for name in ("low", "high")]
     low, high = bounds if all(bound is not None and math.isfinite(bound) for bound in bounds) else (None, None)
     return {"ratio": float(given["ratio"]), "low": low, "high": high}
 
 
 def _conclusion(given: Mapping[str, Any] | None, record: Record | None) -> dict[str, Any] | None:
-    """How the search ended: the chosen schedule, its measurement, and how the finalists did in their shoot-out."""
+    """The end of the search: the chosen schedule, its measurement, and the finalists of the shoot-out."""
     known: dict[str, Any] = dict(given or {})
     if record is not None:
         known = {"schedule": record.schedule, "measurement": record.measurement} | known
@@ -147,14 +146,14 @@ def _finalist(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, 
 
 
 def _importance(study: Study, trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The share of each tunable that was varied, of 1 in all; none where there are too few trials."""
+    """The importance of each tunable that varied, in shares of 1; none if there are too few trials."""
     measured = [trial["schedule"] for trial in trials if trial["state"] == "measured"]
     varied = [name for name in (measured[0] if measured else ()) if len({str(row.get(name)) for row in measured}) > 1]
-    if len(measured) < LEAST_FOR_IMPORTANCE or not varied:
-        return {"method": IMPORTANCE, "needs": LEAST_FOR_IMPORTANCE, "shares": {}}
+    if len(measured) < MIN_TRIALS_FOR_IMPORTANCE or not varied:
+        return {"method": IMPORTANCE, "needs": MIN_TRIALS_FOR_IMPORTANCE, "shares": {}}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that all times are equal, say: the shares tell it
+        warnings.simplefilter("ignore")  # such as that all times are equal, which the shares show
         shares = get_param_importances(
             study, evaluator=PedAnovaImportanceEvaluator(target_quantile=0.25), params=varied, normalize=True
         )
-    return {"method": IMPORTANCE, "needs": LEAST_FOR_IMPORTANCE, "shares": dict(shares)}
+    return {"method": IMPORTANCE, "needs": MIN_TRIALS_FOR_IMPORTANCE, "shares": dict(shares)}

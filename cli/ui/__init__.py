@@ -1,1 +1,1 @@
-"""Options, tables and progress that commands share."""
+"""Options, tables, messages and progress displays that commands share."""

@@ -1,4 +1,4 @@
-"""The options that several commands share, and the problems and the device that they describe."""
+"""Command-line options that several commands share, and the problems, devices and caches that they name."""
 
 from __future__ import annotations
 
@@ -13,26 +13,44 @@ import typer
 from tiles.cache.cache import KernelCache, default_folder
 from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_specs
-from tiles.kernels.spec import Direction, Problem
+from tiles.kernels.spec import DTYPES, Direction, Problem
+from tiles.pack.pack import Pack
 from tiles.target import Device, cuda_available, detect_device, parse_target, why_cannot_run
 
+KERNEL_OPS = list(dict.fromkeys(op for op, _ in kernel_specs()))
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+DTYPE_HELP = f"Dtype of the streams: {', '.join(DTYPES)}."
+TOKENS_HELP = "Tokens per call (batch x sequence)."
+PATH_HELP = "A kernel cache folder or a .mhcpack file."
+
 TargetOption = Annotated[
-    str, typer.Option("--target", help="What to run on: auto, cpu, cuda, or one architecture such as cuda:sm_90a.")
+    str, typer.Option("--target", help="Device to run on: auto, cpu, cuda, or one architecture such as cuda:sm_90a.")
 ]
 StreamsOption = Annotated[list[int], typer.Option("--streams", help="Residual streams n, 1 to 16. May repeat.")]
 WidthOption = Annotated[list[int], typer.Option("--width", help="Model width C, a multiple of 8. May repeat.")]
 TokensOption = Annotated[
     list[int],
-    typer.Option("--tokens", help="Tokens a call (batch x sequence). Kernels take any count; tuning fits this one."),
+    typer.Option("--tokens", help=f"{TOKENS_HELP} Kernels take any count; this is the one measured. May repeat."),
 ]
-DtypeOption = Annotated[
-    list[str], typer.Option("--dtype", help="Of the streams: float32, bfloat16 or float16. May repeat.")
+DtypeOption = Annotated[list[str], typer.Option("--dtype", help=f"{DTYPE_HELP} May repeat.")]
+OpOption = Annotated[
+    list[str], typer.Option("--op", help=f"Op: {', '.join(KERNEL_OPS)}. May repeat.", show_default="all")
 ]
 CacheOption = Annotated[
     Path | None,
-    typer.Option("--cache", help="Kernel cache folder; default: $MHC_TUNE_CACHE, else your user cache folder."),
+    typer.Option("--cache", help="Kernel cache folder.", show_default="$MHC_TUNE_CACHE, else the user cache folder"),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
+UnsignedOption = Annotated[bool, typer.Option("--unsigned", help="Do not sign the pack (see mhc-tune keys).")]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-binaries",
+        help="Accept compiled code that neither you nor a trusted key signed. It runs with your permissions.",
+    ),
+]
 
 DEFAULT_STREAMS, DEFAULT_WIDTH, DEFAULT_TOKENS, DEFAULT_DTYPE = [4], [2560], [4096], ["bfloat16"]
 
@@ -50,8 +68,17 @@ def existing_cache(folder: Path | None) -> KernelCache:
     return cache
 
 
+def cache_or_pack(path: Path) -> KernelCache | Pack:
+    """Open the cache folder or pack at `path`; raises `BadInput` where there is none."""
+    if path.is_dir():
+        return KernelCache(path)
+    if not path.exists():
+        raise BadInput(f"PATH must be a kernel cache folder or a .mhcpack file, found nothing at {path}: check it")
+    return Pack(path)
+
+
 def measured_device(target: str) -> Device:
-    """The device of this machine that `--target` names, with the ISA level that it asks for.
+    """The device of this machine that `--target` names, at the requested ISA level.
 
     Raises `BadInput` where code for that target does not run here.
     """
@@ -65,7 +92,7 @@ def measured_device(target: str) -> Device:
     return replace(device, arch=wanted.arch)
 
 
-def known_choices(option: str, given: Sequence[str], known: Sequence[str]) -> None:
+def check_choices(option: str, given: Sequence[str], known: Sequence[str]) -> None:
     """Raise `BadInput` for a value that an option does not take."""
     for value in given:
         if value not in known:
@@ -79,7 +106,7 @@ def problems(
     dtypes: Sequence[str],
     ops: Sequence[str] | None = None,
 ) -> list[Problem]:
-    """Every kernel (of `ops`) at every combination, each distinct piece of generated code and token count once."""
+    """Every kernel (of `ops`) at every combination; problems with the same generated code and tokens appear once."""
     found: dict[Problem, None] = {}
     for n, width, count, dtype in product(streams, widths, tokens, dtypes):
         for (op, direction), spec in kernel_specs().items():

@@ -1,11 +1,11 @@
-"""Where things are printed: results on stdout, progress and messages on stderr."""
+"""Output of the commands: results on stdout; progress, warnings and messages on stderr."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -14,32 +14,38 @@ from rich.console import Console, RenderableType
 
 messages = Console(stderr=True)
 
-UNCUT = 200
-"""Columns that a table may take where output goes to a file or a pipe, which no window's width should cut."""
+PIPE_COLUMNS = 200
+"""Width of a table that is written to a file or a pipe, where no window limits it."""
 
 
 def say(text: str) -> None:
-    """One line for people, on stderr. What a terminal would obey (file names may hold it) is shown as `?`."""
+    """Print a message on stderr. Control characters, which file names may contain, are shown as `?`."""
     typer.echo("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text), err=True)
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Print warnings, such as the entries of a cache that were ignored and why, on stderr."""
+    for warning in warnings:
+        say(f"warning: {warning}")
 
 
 def show(renderable: RenderableType, *, on_stderr: bool = False) -> None:
     """Print a table, on stdout unless that is kept for JSON."""
-    console = Console(stderr=on_stderr, markup=False, emoji=False)  # names come from packs: they are text, no markup
+    console = Console(stderr=on_stderr, markup=False, emoji=False)  # names from packs are plain text
     if not console.is_terminal:
-        console.width = UNCUT
+        console.width = PIPE_COLUMNS
     console.print(renderable)
 
 
 def show_json(values: Mapping[str, Any]) -> None:
-    """Print one JSON object on stdout; infinities and NaN are refused, as JSON has none."""
+    """Print one JSON object on stdout; raises `ValueError` for infinities and NaN, which JSON does not have."""
     typer.echo(json.dumps(values, indent=1, allow_nan=False))
 
 
 @contextmanager
-def stdout_kept_free(wanted: bool = True) -> Iterator[None]:
-    """Send to stderr what libraries, compilers and child processes print to stdout, so that `--json` stays pure."""
-    if not wanted:
+def stdout_to_stderr(enabled: bool = True) -> Iterator[None]:
+    """Redirect what libraries, compilers and child processes print on stdout, so that `--json` output stays valid."""
+    if not enabled:
         yield
         return
     sys.stdout.flush()

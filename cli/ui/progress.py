@@ -1,4 +1,4 @@
-"""The display of `mhc-tune tune`: live on a terminal; elsewhere a line now and then, and one for each problem's end."""
+"""Progress displays: of `mhc-tune tune`, live on a terminal and line by line elsewhere; and plain progress bars."""
 
 from __future__ import annotations
 
@@ -7,45 +7,55 @@ from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from autotune.buckets.choose import MAX_SLOWDOWN
 from autotune.events import BucketSchedulesChosen, Event, ProblemFinished
 from cli.ui.output import messages, say
-from cli.ui.progress_stats import Tally, failures
+from cli.ui.progress_stats import ProgressStats, failures
 from cli.ui.render import number
 
 BAR_WIDTH = 24
 
-SIGN_OF_LIFE_SECONDS = 30.0
-"""Without a terminal, a problem that takes longer says how it stands this often."""
+STATUS_SECONDS = 30.0
+"""Interval of status lines without a terminal, where a problem takes longer than that."""
+
+
+def progress_bars(label: str, *columns: ProgressColumn) -> Progress:
+    """Bars that show how many steps are done, on a terminal only; `columns` stand between the count and the time."""
+    return Progress(
+        TextColumn(label),
+        BarColumn(bar_width=BAR_WIDTH),
+        MofNCompleteColumn(),
+        *columns,
+        TimeElapsedColumn(),
+        console=messages,
+        disable=not messages.is_terminal,
+        transient=True,
+    )
 
 
 class TuneProgress:
-    """Shows the tuner's events for a run over `problems` problems that may take `seconds`, if that is given."""
+    """Shows the tuner's events of a run over `problems` problems with an optional time budget of `seconds`."""
 
     def __init__(
-        self,
-        problems: int,
-        seconds: float | None = None,
-        *,
-        every: float = SIGN_OF_LIFE_SECONDS,
-        console: Console = messages,
+        self, problems: int, seconds: float | None = None, *, every: float = STATUS_SECONDS, console: Console = messages
     ) -> None:
-        self._tally = Tally(problems, seconds)
-        self._lock = threading.Lock()  # the display has a thread of its own, as events may be minutes apart
+        self._stats = ProgressStats(problems, seconds)
+        self._lock = threading.Lock()  # events may be minutes apart, so that the display has its own thread
         self._console = console
-        self._live = Live(console=console, get_renderable=self._picture, refresh_per_second=4, transient=True)
-        self._every, self._over = every, threading.Event()
-        self._pulse = threading.Thread(target=self._say_now_and_then, daemon=True)
-        self._spoke = False
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
+        self._every, self._stopped = every, threading.Event()
+        self._printer = threading.Thread(target=self._print_status, daemon=True)
+        self._printed = False
 
     def __enter__(self) -> TuneProgress:
         if self._console.is_terminal:
             self._live.start()
         else:
-            self._pulse.start()
+            self._printer.start()
         return self
 
     def __exit__(
@@ -54,14 +64,14 @@ class TuneProgress:
         if self._console.is_terminal:
             self._live.stop()
         else:
-            self._over.set()
-            self._pulse.join()
+            self._stopped.set()
+            self._printer.join()
 
     def __call__(self, event: Event) -> None:
-        """Take in one event."""
+        """Process one event."""
         with self._lock:
-            self._tally.take(event)
-            self._spoke = self._spoke or isinstance(event, ProblemFinished)
+            self._stats.update(event)
+            self._printed = self._printed or isinstance(event, ProblemFinished)
         if isinstance(event, ProblemFinished):
             self._print(finished_line(event))
         elif isinstance(event, BucketSchedulesChosen):
@@ -73,37 +83,37 @@ class TuneProgress:
         else:
             say(line)
 
-    def _picture(self) -> RenderableType:
+    def _render(self) -> RenderableType:
         with self._lock:
-            tally = self._tally
-            if tally.current is None:
-                return tally.all_line()
+            stats = self._stats
+            if stats.current is None:
+                return stats.all_line()
             bar = Table.grid(padding=(0, 1))
-            bar.add_row(ProgressBar(tally.trials, tally.settled, width=BAR_WIDTH), tally.trials_line())
-            lines = (tally.best_line(), tally.failures_line(), tally.all_line())
-            return Group(tally.current.problem.describe(), bar, *filter(None, lines))
+            bar.add_row(ProgressBar(stats.trials, stats.evaluated, width=BAR_WIDTH), stats.trials_line())
+            lines = (stats.best_line(), stats.failures_line(), stats.all_line())
+            return Group(stats.current.problem.describe(), bar, *filter(None, lines))
 
-    def _say_now_and_then(self) -> None:
-        while not self._over.wait(self._every):
+    def _print_status(self) -> None:
+        while not self._stopped.wait(self._every):
             with self._lock:
-                line, quiet = self._line(), not self._spoke
-                self._spoke = False
+                line, quiet = self._line(), not self._printed
+                self._printed = False
             if quiet:
                 say(line)
 
     def _line(self) -> str:
-        tally = self._tally
-        if tally.current is None:
-            return tally.all_line()
-        here = (tally.trials_line(), tally.best_line(), tally.failures_line(), tally.all_line())
-        return f"{tally.current.problem.describe()}: {'; '.join(filter(None, here))}"
+        stats = self._stats
+        if stats.current is None:
+            return stats.all_line()
+        here = (stats.trials_line(), stats.best_line(), stats.failures_line(), stats.all_line())
+        return f"{stats.current.problem.describe()}: {'; '.join(filter(None, here))}"
 
 
 def served_line(event: BucketSchedulesChosen) -> str:
-    """How many schedules serve several token counts, on one line."""
+    """One line: how many schedules serve several token counts, and how far they are from the best."""
     first, count = event.problems[0], event.schedules
     shape, tokens = first.describe().rpartition(" T=")[0], ", ".join(str(problem.tokens) for problem in event.problems)
-    # More than that is a default schedule's alone, where nothing beats it beyond the noise.
+    # Only a default schedule that nothing beats beyond the noise can be slower than that.
     noise = ", which is within the noise" if event.worst > MAX_SLOWDOWN else ""
     return (
         f"{shape}: {count} schedule{'s' if count > 1 else ''} for T={tokens}, "
@@ -112,7 +122,7 @@ def served_line(event: BucketSchedulesChosen) -> str:
 
 
 def finished_line(event: ProblemFinished) -> str:
-    """What became of one problem, on one line."""
+    """One line: the result of one problem."""
     failed = failures(dict(event.reasons)) or (f"{event.failed} failed" if event.failed else "")
     ending = ", ".join(filter(None, (event.stopped, f"{event.seconds:.0f} s", failed)))
     if event.record is None:

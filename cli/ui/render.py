@@ -1,4 +1,4 @@
-"""Tables for people, as rich renderables."""
+"""Tables of kernels and measurements as rich renderables, and the formats of their cells."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from tiles.cache.record import Record
+from tiles.cache.record import Record, record_dict
 from tiles.kernels.spec import Problem
 from tiles.target import Device
 
 SHAPE = ("op", "direction", "streams", "width", "tokens", "dtype")
-
+"""Columns that identify a problem."""
 
 MEASURED = ("default_ms", "tuned_ms", "ratio", "percent_of_copy", "percent_of_limit")
 
 
 def table(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
-    """An empty table whose first columns are text and whose others are numbers, aligned right."""
+    """An empty table: columns of text, then columns of numbers, aligned right."""
     made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE)
     for name in text:
         made.add_column(name, no_wrap=True)
@@ -29,12 +29,12 @@ def table(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
 
 
 def records_table(records: Sequence[Record], title: str) -> Table:
-    """One row a kernel: shape, schedule, device; times (ms), shares of copy bandwidth and of the roofline's limit."""
+    """One row per kernel: problem, schedule, device; times (ms), % of copy bandwidth, % of the roofline limit."""
     devices = sorted({device_text(record.key.device) for record in records})
     several = len(devices) > 1
     about = f"{title}: {len(records)} kernels" + (f", {devices[0]}" if len(devices) == 1 else "")
     made = table(about, (), ())
-    # One column for all text, which may wrap: a narrow terminal holds all of a row.
+    # One column for all text, which may wrap, so that a row fits a narrow terminal.
     made.add_column("kernel, schedule", min_width=20)
     for name in ("default ms", "tuned ms", "gain", "% of copy", "% of limit"):
         made.add_column(name, justify="right", min_width=6)
@@ -46,9 +46,9 @@ def records_table(records: Sequence[Record], title: str) -> Table:
 
 
 def bench_table(rows: Sequence[Mapping[str, Any]], title: str, impls: Sequence[str]) -> Table:
-    """One row an op, direction and shape; a column of median times (ms) an implementation.
+    """One row per op, direction and shape; one column of median times (ms) per implementation.
 
-    Then the tuned kernels' share of the roofline, and how many times faster they are than others.
+    The last columns are the tuned kernels' share of the roofline limit and their speed-up over other implementations.
     """
     others = [impl for impl in ("separate", "eager", "compile") if impl in impls]
     made = table(title, SHAPE, [f"{impl} ms" for impl in impls] + ["% of limit"] + [f"vs {impl}" for impl in others])
@@ -69,7 +69,7 @@ def bench_table(rows: Sequence[Mapping[str, Any]], title: str, impls: Sequence[s
 
 
 def load_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a pack or folder: milliseconds to load it and until the first call has ended, and of a warm look-up."""
+    """One row per pack or folder: time to load it (ms), to the end of the first call (ms), of a warm look-up (us)."""
     made = table(
         "mhc.load_kernels, in fresh processes", ("from", "kernels"), ("load ms", "first call ends ms", "look-up us")
     )
@@ -81,8 +81,13 @@ def load_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def shape_of(problem: Problem) -> tuple[str, str, int, int, int, str]:
-    """A problem's values for the columns `SHAPE`."""
+    """A problem's values of the columns `SHAPE`."""
     return (problem.op, problem.direction, problem.streams, problem.width, problem.tokens, problem.dtype)
+
+
+def record_json(record: Record) -> dict[str, Any]:
+    """A record as plain data, with its digest, which names its files."""
+    return record_dict(record) | {"digest": record.key.digest}
 
 
 def device_text(device: Device) -> str:

@@ -1,11 +1,13 @@
-"""What bench times: the inputs, the reference, and the least that each op must move and compute."""
+"""Benchmark cases: their inputs, reference, and the least that each op must move and compute."""
+
+from collections.abc import Mapping
 
 import pytest
 import torch
 
 from cli.bench import cases
-from cli.bench.cases import CPU, DIRECTIONS, OPS, PERIOD, least_traffic, make_case, reference, repeated
-from cli.bench.torch_composites import BLOCKS
+from cli.bench.cases import CPU, DIRECTIONS, DISTINCT_TOKENS, OPS, least_traffic, make_case, reference, repeat_tokens
+from cli.bench.torch_composites import STACK_LAYERS
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Direction, Problem, Traffic
 
@@ -17,12 +19,17 @@ def moved(op: str, direction: Direction, dtype: str = "bfloat16") -> Traffic:
     return kernel_spec(op, direction).traffic(Problem(op, direction, streams, width, dtype, tokens), tokens)
 
 
+def least(op: str, dtype: str = "bfloat16") -> Mapping[str, Traffic]:
+    streams, width, tokens = SHAPE
+    return least_traffic(Problem(op, "forward", streams, width, dtype, tokens))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_the_reference_in_float64_is_what_is_wanted(op: str) -> None:
     case = make_case(op, *SHAPE, "float32", 1)
     assert case.error(reference(op, Problem(op, "forward", *SHAPE[:2], "float32", SHAPE[2]))) < 1e-5
-    assert all(tensor.dtype == torch.float64 for tensor in case.wanted)
-    assert len(case.wanted) == len(case.upstream) + len(case.inputs)
+    assert all(tensor.dtype == torch.float64 for tensor in case.expected)
+    assert len(case.expected) == len(case.grad_outputs) + len(case.inputs)
     assert len(case.names) == len(case.inputs)
 
 
@@ -35,21 +42,21 @@ def test_what_is_wanted_is_what_the_ops_own_kernel_computes(op: str) -> None:
     given = dict(zip(case.names, (tensor.detach().double() for tensor in case.inputs), strict=True)) | {"eps": 1e-6}
     outputs = [argument.name for argument in spec.arguments(problem) if argument.role == "output"]
     results = spec.reference(problem, given)
-    for name, want in zip(outputs, case.wanted[: len(case.upstream)], strict=False):
+    for name, want in zip(outputs, case.expected[: len(case.grad_outputs)], strict=False):
         torch.testing.assert_close(results[name], want)
 
 
 def test_a_stack_has_as_many_layers_as_it_says_and_all_differ() -> None:
     case = make_case("stack", *SHAPE, "float32", 1)
-    assert case.names == ("x", *("phi", "alpha", "bias") * BLOCKS)
+    assert case.names == ("x", *("phi", "alpha", "bias") * STACK_LAYERS)
     for first in (1, 2, 3):
-        assert len({float(parameter.detach().sum()) for parameter in case.inputs[first::3]}) == BLOCKS
+        assert len({float(parameter.detach().sum()) for parameter in case.inputs[first::3]}) == STACK_LAYERS
 
 
-@pytest.mark.parametrize(("streams", "width", "tokens"), [(1, 64, 100), (4, 64, 100), (16, 16, 40)])
+@pytest.mark.parametrize(("streams", "width", "tokens"), [(1, 16, 20), (4, 64, 20), (16, 16, 10)])
 def test_the_streams_of_a_stack_neither_explode_nor_become_alike(streams: int, width: int, tokens: int) -> None:
     case = make_case("stack", streams, width, tokens, "float32", 0)
-    before, after = case.inputs[0].detach().double(), case.wanted[0]
+    before, after = case.inputs[0].detach().double(), case.expected[0]
     assert 0.5 < after.norm() / before.norm() < 4
     if streams > 1:
         assert after.std(1).norm() > before.std(1).norm() / 4
@@ -58,7 +65,9 @@ def test_the_streams_of_a_stack_neither_explode_nor_become_alike(streams: int, w
 def test_gradients_of_one_name_count_as_one() -> None:
     case = make_case("stack", *SHAPE, "float32", 1)
     right = reference("stack", Problem("stack", "forward", *SHAPE[:2], "float32", SHAPE[2]))
-    size = torch.stack([want.norm() for name, want in zip(case.names, case.wanted[1:], strict=True) if name == "bias"])
+    size = torch.stack(
+        [want.norm() for name, want in zip(case.names, case.expected[1:], strict=True) if name == "bias"]
+    )
 
     class Twice(torch.autograd.Function):
         @staticmethod
@@ -78,49 +87,49 @@ def test_gradients_of_one_name_count_as_one() -> None:
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_bytes_and_operations_are_those_of_the_fewest_passes(direction: Direction) -> None:
     for op in ("merge", "coefficients", "pre", "step"):
-        assert make_case(op, *SHAPE, "bfloat16", 1).traffic[direction] == moved(op, direction)
+        assert least(op)[direction] == moved(op, direction)
     pre, step, merge = (moved(op, direction) for op in ("pre", "step", "merge"))
-    layer, stack = (make_case(op, *SHAPE, "bfloat16", 1).traffic[direction] for op in ("layer", "stack"))
+    layer, stack = (least(op)[direction] for op in ("layer", "stack"))
     for field in ("read", "written", "flops"):
         assert getattr(layer, field) == getattr(pre, field) + getattr(merge, field)
         assert getattr(stack, field) == sum(
-            count * getattr(part, field) for count, part in ((1, pre), (BLOCKS - 1, step), (1, merge))
+            count * getattr(part, field) for count, part in ((1, pre), (STACK_LAYERS - 1, step), (1, merge))
         )
 
 
 def test_both_is_the_sum() -> None:
-    traffic = make_case("stack", *SHAPE, "float32", 1).traffic
+    traffic = least("stack", "float32")
     assert set(traffic) == set(DIRECTIONS)
     assert traffic["both"].bytes == traffic["forward"].bytes + traffic["backward"].bytes
     assert traffic["both"].flops == traffic["forward"].flops + traffic["backward"].flops
-    assert traffic["both"].bytes > make_case("stack", *SHAPE, "bfloat16", 1).traffic["both"].bytes
+    assert traffic["both"].bytes > least("stack")["both"].bytes
+    assert make_case("merge", *SHAPE, "float32", 1).traffic == least("merge", "float32")
 
 
-@pytest.mark.parametrize("tokens", [5, 10, 13])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "tokens"), [*((op, 13) for op in OPS), ("merge", 5), ("pre", 10)])
 def test_what_is_wanted_is_the_reference_of_all_tokens(op: str, tokens: int) -> None:
-    case = repeated(make_case(op, *SHAPE[:2], 5, "float32", 1), tokens, CPU)
+    case = repeat_tokens(make_case(op, *SHAPE[:2], 5, "float32", 1), tokens, CPU)
     problem = Problem(op, "forward", *SHAPE[:2], "float32", tokens)
     assert (case.tokens, case.traffic) == (tokens, least_traffic(problem))
     # Both are float64: only the order of the sums differs.
     assert case.error(lambda *inputs: reference(op, problem)(*(tensor.double() for tensor in inputs))) < 1e-6
     assert all(tensor.requires_grad and tensor.is_leaf for tensor in case.inputs)
     wide = tuple(tensor.detach().double().requires_grad_() for tensor in case.inputs)
-    results = reference(op, problem)(*wide)[: len(case.upstream)]
-    gradients = torch.autograd.grad(results, wide, tuple(gradient.double() for gradient in case.upstream))
-    for got, wanted in zip((*results, *gradients), case.wanted, strict=True):
+    results = reference(op, problem)(*wide)[: len(case.grad_outputs)]
+    gradients = torch.autograd.grad(results, wide, tuple(gradient.double() for gradient in case.grad_outputs))
+    for got, wanted in zip((*results, *gradients), case.expected, strict=True):
         torch.testing.assert_close(wanted, got, rtol=1e-9, atol=1e-9)
 
 
 def test_half_precision_is_held_against_float32_copies() -> None:
-    case = repeated(make_case("aggregate", *SHAPE[:2], 5, "bfloat16", 1), 12, CPU)
-    assert {tensor.dtype for tensor in case.wanted} == {torch.float32}
+    case = repeat_tokens(make_case("aggregate", *SHAPE[:2], 5, "bfloat16", 1), 12, CPU)
+    assert {tensor.dtype for tensor in case.expected} == {torch.float32}
     assert case.inputs[0].dtype == torch.bfloat16
 
 
 def test_a_token_from_another_block_is_seen() -> None:
     """Blocks of tokens are powers of two, which a prime period is no multiple of."""
-    case = repeated(make_case("aggregate", *SHAPE[:2], PERIOD, "float32", 1), 1024, CPU)
+    case = repeat_tokens(make_case("aggregate", *SHAPE[:2], DISTINCT_TOKENS, "float32", 1), 1024, CPU)
 
     def shifted(x: torch.Tensor, pre: torch.Tensor) -> tuple[torch.Tensor]:
         return ((pre[:, :, None] * x).sum(1).roll(256, 0),)
@@ -130,12 +139,12 @@ def test_a_token_from_another_block_is_seen() -> None:
 
 
 def test_tokens_that_are_drawn_for_a_cpu_all_differ() -> None:
-    case = make_case("merge", *SHAPE[:2], PERIOD + 1, "float32", 0)
-    assert len({float(token.detach().sum()) for token in case.inputs[0]}) == PERIOD + 1
+    case = make_case("merge", *SHAPE[:2], DISTINCT_TOKENS + 1, "float32", 0)
+    assert len({float(token.detach().sum()) for token in case.inputs[0]}) == DISTINCT_TOKENS + 1
 
 
 def test_few_tokens_are_drawn_for_a_gpu_and_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "repeated", lambda case, tokens, device: (case.tokens, tokens, device))
+    monkeypatch.setattr(cases, "repeat_tokens", lambda case, tokens, device: (case.tokens, tokens, device))
     gpu = torch.device("cuda")
-    for tokens, drawn in ((PERIOD + 1, PERIOD), (3, 3)):
+    for tokens, drawn in ((DISTINCT_TOKENS + 1, DISTINCT_TOKENS), (3, 3)):
         assert make_case("merge", *SHAPE[:2], tokens, "float32", 0, gpu) == (drawn, tokens, gpu)

@@ -1,4 +1,4 @@
-"""`mhc-tune explain`: every candidate in order, taken or why not."""
+"""The command explain: every candidate in order, and why it runs or not."""
 
 import json
 from dataclasses import asdict, replace

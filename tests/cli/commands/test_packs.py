@@ -1,24 +1,19 @@
-"""`export`, `import`, `inspect` and `keys`: what is taken, who signed it, and what that is worth elsewhere."""
+"""The commands export, import and inspect: what is taken, who signed it, and what that means elsewhere."""
 
 import json
 import zipfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from cli_helpers import mhc_tune, put_kernel
 
 from cli.commands import pack_selection as selection
 from cli.commands import packs
-from cli.commands.pack_selection import for_levels
-from cli.commands.recompile import recompile
-from cli.main import app
 from tiles.cache.cache import KernelCache, Key
 from tiles.cache.record import Record
 from tiles.compiler.compile import Artifact, CompileError
-from tiles.kernels.registry import kernel_spec
-from tiles.kernels.spec import Problem
 from tiles.pack.pack import Pack, write_pack
 from tiles.target import Device, detect_device
 
@@ -27,36 +22,15 @@ OTHER = Device("cpu", "[red]Other[/red] :smile: CPU", "x86-64-v2")
 GPU = Device("cuda", "NVIDIA X", "sm_90a", 132, 60)
 
 
-def mhc_tune(*arguments: object) -> Any:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert not result.exception or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def fill(cache: KernelCache, op: str, width: int, device: Device, dtype: str = "float32") -> Record:
-    problem = Problem(op, "forward", 2, width, dtype, 64)
-    spec = kernel_spec(op, "forward")
-    schedule = asdict(spec.default(problem, device.target))
-    content = f"{op} {width} {device}".encode(), "// source"
-    return cache.put(Key.of(problem, device), schedule, *content, {"tuned_ms": 1.0}, {"host": "a"})
-
-
 @pytest.fixture
 def cache(tmp_path: Path) -> KernelCache:
     cache = KernelCache(tmp_path / "cache")
-    fill(cache, "merge", 64, HERE)
-    fill(cache, "merge", 128, HERE)
-    fill(cache, "aggregate", 64, HERE, "bfloat16")
-    fill(cache, "merge", 64, OTHER)
-    fill(cache, "merge", 64, GPU)
+    put_kernel(cache, "merge", 64, HERE)
+    put_kernel(cache, "merge", 128, HERE)
+    put_kernel(cache, "aggregate", 64, HERE, "bfloat16")
+    put_kernel(cache, "merge", 64, OTHER)
+    put_kernel(cache, "merge", 64, GPU)
     return cache
-
-
-@pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A keys folder of this test's."""
-    monkeypatch.setenv("MHC_TUNE_KEYS", str(tmp_path / "keys"))
-    return tmp_path / "keys"
 
 
 @pytest.fixture
@@ -140,7 +114,7 @@ def test_isa_puts_other_levels_beside_the_original(cache: KernelCache, tmp_path:
         assert made.measurement == {"tuned_ms": 1.0}
         assert "measured_on" not in found[OTHER.name, OTHER.arch].provenance
         assert pack.binary(found[HERE.name, "x86-64"]).startswith(b"merge 64")
-    assert "3 were compiled for other levels" in mhc_tune("inspect", out).stderr
+    assert "3 were compiled for other ISA levels" in mhc_tune("inspect", out).stderr
 
 
 def test_a_level_that_does_not_compile_is_said_and_the_rest_is_written(
@@ -155,29 +129,7 @@ def test_a_level_that_does_not_compile_is_said_and_the_rest_is_written(
         assert len(pack.records()) == 1
 
 
-def test_real_code_for_another_level(tmp_path: Path) -> None:
-    """What is compiled for x86-64-v2 has no AVX register in it; for v3 it has."""
-    record = fill(KernelCache(tmp_path), "merge", 64, HERE)
-    kernels, failed = for_levels([record], ["x86-64-v2", "x86-64-v3"])
-    assert failed == []
-    sizes = {made.key.device.arch: (made.size, len(binary)) for made, binary, _ in kernels}
-    assert set(sizes) == {"x86-64-v2", "x86-64-v3"}
-    assert all(size == length for size, length in sizes.values())
-    (v2, v3) = (binary for _, binary, _ in kernels)
-    assert v2 != v3
-    assert v2.startswith(b"\x7fELF")
-
-
-def test_recompiling_survives_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = fill(KernelCache(tmp_path), "merge", 64, HERE)
-    monkeypatch.setenv("CXX", "false")
-    (result,) = recompile([record])
-    assert isinstance(result, CompileError)
-    assert "merge forward" in str(result)
-    assert "\n" not in str(result)
-
-
-@pytest.mark.usefixtures("no_compiler", "own")
+@pytest.mark.usefixtures("no_compiler", "own_keys")
 def test_import_trusts_ones_own_signature_a_listed_one_and_no_other(
     cache: KernelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,12 +174,12 @@ def test_inspect_says_who_signed(cache: KernelCache, tmp_path: Path) -> None:
     write_pack(cache, tmp_path / "a.mhcpack")
     result = mhc_tune("inspect", tmp_path / "a.mhcpack")
     assert "signed by ed25519:" in result.stderr
-    assert "its code may run" in result.stderr
+    assert "its compiled code is trusted" in result.stderr
     printed = json.loads(mhc_tune("inspect", tmp_path / "a.mhcpack", "--json").stdout)
     assert printed["signed_by"].startswith("ed25519:")
     assert printed["why_untrusted"] is None
     write_pack(cache, tmp_path / "b.mhcpack", signed=False)
-    assert "its code is not run unasked: it is not signed" in mhc_tune("inspect", tmp_path / "b.mhcpack").stderr
+    assert "its compiled code is not trusted: it is not signed" in mhc_tune("inspect", tmp_path / "b.mhcpack").stderr
 
 
 def test_names_from_a_pack_are_text_and_no_markup(cache: KernelCache, tmp_path: Path) -> None:
@@ -243,7 +195,7 @@ def test_a_folder_that_others_can_write_to_is_not_signed_for(cache: KernelCache,
     assert "a signature vouches for code" in result.stderr
     assert f"chmod o-w {cache.folder}" in result.stderr
     assert mhc_tune("export", tmp_path / "a.mhcpack", "--cache", cache.folder, "--unsigned").exit_code == 0
-    assert "its code is not run unasked: everybody may change" in mhc_tune("inspect", cache.folder).stderr
+    assert "its compiled code is not trusted: everybody may change" in mhc_tune("inspect", cache.folder).stderr
 
 
 def test_a_forged_pack_is_bad_input_for_every_command(cache: KernelCache, tmp_path: Path) -> None:
@@ -261,27 +213,9 @@ def test_a_forged_pack_is_bad_input_for_every_command(cache: KernelCache, tmp_pa
         assert "forged.mhcpack: its content must match its signature" in result.stderr
 
 
-def test_keys_are_shown_listed_and_forgotten(own: Path) -> None:
-    key = "ed25519:" + "0123456789abcdef" * 4
-    assert mhc_tune("keys", "--trust", f"{key} [red]Alice").exit_code == 0
-    assert not (own / "signing-key.txt").exists()  # to trust others takes no key of one's own
-    mine, theirs = mhc_tune("keys").stdout.splitlines()
-    assert mine.endswith("yours")
-    assert theirs == f"{key}  trusted: [red]Alice"
-    assert json.loads(mhc_tune("keys", "--json").stdout) == {
-        "folder": str(own),
-        "own": mine.split()[0],
-        "listed": {key: "[red]Alice"},
-    }
-    assert mhc_tune("keys", "--forget", key).exit_code == 0
-    for wrong in (["--forget", key], ["--trust", "ed25519:1"]):
-        result = mhc_tune("keys", *wrong)
-        assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
-
-
-def test_kernels_of_other_sources_are_said_in_one_line_a_pack(own: Path, tmp_path: Path) -> None:
+def test_kernels_of_other_sources_are_said_in_one_line_a_pack(own_keys: Path, tmp_path: Path) -> None:
     cache = KernelCache(tmp_path / "stale")
-    current = fill(cache, "merge", 64, HERE)
+    current = put_kernel(cache, "merge", 64, HERE)
     key = replace(Key.of(replace(current.key.problem, width=128), HERE), sources="0" * 16)
     cache.put(key, current.schedule, b"code", "", {}, {})
     line = (

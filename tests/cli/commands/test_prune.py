@@ -1,4 +1,4 @@
-"""`mhc-tune prune` as a user sees it; `tests/tiles/test_prune.py` has the rules."""
+"""The command prune; `tests/tiles/cache/test_prune.py` has the rules."""
 
 import json
 import os

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "autotune" / "toy_command.py"
+SCRIPT = Path(__file__).parents[2] / "autotune" / "toy_command.py"
 
 
 def tune(folder, *more, before=(), limit=None):
@@ -29,17 +29,17 @@ def one_line(done):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("url", "said"),
     [
-        (("--op", "nonsense"), "op must be one of "),
-        (("--storage", "nonsense"), "storage must be an SQLAlchemy URL of a database that answers, got nonsense "),
-        (("--storage", "nosuch://host/db"), "got nosuch://host/db (Can't load plugin: sqlalchemy.dialects:nosuch)"),
-        (("--storage", "sqlite:////nowhere/at/all/trials.db"), "unable to open database file"),
+        ("sqlite:////nowhere/at/all/trials.db", "unable to open database file"),
+        pytest.param("nonsense", "storage must be an SQLAlchemy URL of a database", marks=pytest.mark.slow),
+        pytest.param("nosuch://host/db", "(Can't load plugin: sqlalchemy.dialects:nosuch)", marks=pytest.mark.slow),
     ],
-    ids=["kernel", "no URL", "scheme", "no such folder"],
 )
-def test_what_is_unknown_is_said(tmp_path, options, said):
-    assert said in one_line(tune(tmp_path, *options))
+def test_a_storage_that_cannot_be_opened(tmp_path, url, said):
+    found = one_line(tune(tmp_path, "--storage", url))
+    assert said in found
+    assert f"got {url} " in found
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -69,6 +69,7 @@ def test_a_disk_that_fills_up_while_trials_are_written(tmp_path):
     assert journal.read_bytes().startswith(whole_lines)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_when_the_winner_is_written(tmp_path):
     """A file system of 8 kB: the binary fits, what describes it does not."""
     cache, storage = tmp_path / "cache", f"sqlite:///{tmp_path / 'trials.db'}"

@@ -15,7 +15,7 @@ from autotune.search.tuning_case import TuneFailed
 from autotune.tuner import TuneResult
 from cli.commands import tune as command
 from cli.main import app
-from cli.ui.progress_stats import Tally
+from cli.ui.progress_stats import ProgressStats
 from tiles.cache.cache import KernelCache, Key, Record
 from tiles.cache.shipped import shipped_records
 from tiles.kernels.spec import Problem
@@ -138,8 +138,8 @@ def test_buckets_that_cannot_be_compared_fail_the_run_and_keep_their_records(buc
 
 
 def test_while_schedules_are_compared_the_display_says_so() -> None:
-    tally, problems = Tally(2), tuple(Problem("merge", "forward", 2, 64, tokens=tokens) for tokens in (32, 64))
-    tally.take(BucketShootoutStarted(problems, 4))
-    assert tally.all_line().endswith("; comparing 4 schedules at 2 token counts")
-    tally.take(BucketSchedulesChosen(problems, (), 1.0, 5.0))
-    assert "comparing" not in tally.all_line()
+    stats, problems = ProgressStats(2), tuple(Problem("merge", "forward", 2, 64, tokens=tokens) for tokens in (32, 64))
+    stats.update(BucketShootoutStarted(problems, 4))
+    assert stats.all_line().endswith("; comparing 4 schedules at 2 token counts")
+    stats.update(BucketSchedulesChosen(problems, (), 1.0, 5.0))
+    assert "comparing" not in stats.all_line()

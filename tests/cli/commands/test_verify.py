@@ -1,4 +1,4 @@
-"""`mhc-tune verify`: right, not run and why, failed; what it runs and what it does not."""
+"""The command verify: its verdicts, and what it runs and does not run."""
 
 import json
 import subprocess
@@ -107,7 +107,7 @@ def test_a_strangers_code_is_not_run_unasked(tmp_path: Path, binary: bytes, monk
     monkeypatch.setattr(Worker, "call", never)
     result = verify(str(pack))
     assert result.exit_code == 0
-    assert "checksum right, not run: it is not signed; or say --trust-binaries" in result.stderr
+    assert "checksum right, not run: it is not signed; to run it, say --trust-binaries" in result.stderr
 
 
 def test_a_corrupt_entry_fails(tmp_path: Path, binary: bytes) -> None:

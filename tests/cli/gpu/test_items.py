@@ -1,10 +1,8 @@
-"""How items of `mhc-tune gpu` survive processes that crash, hang or break the GPU, and what they keep of them."""
+"""Items of `mhc-tune gpu`: how they survive child processes that crash, hang or break the GPU, and what they keep."""
 
 import json
 import os
 import stat
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,10 @@ import pytest
 
 from cli.gpu import items as gpu_items
 from cli.gpu import process as gpu_process
-from cli.gpu.plan import TELLING, Item, Timing
+from cli.gpu.plan import MAIN_SHAPE, Item, Timing
 
 OPS = ("layer", "merge", "pre")
-BENCH = Item("bench", TELLING, timings=tuple(Timing(op, ("forward",), ("tuned", "liger")) for op in OPS))
+BENCH = Item("bench", MAIN_SHAPE, timings=tuple(Timing(op, ("forward",), ("tuned", "liger")) for op in OPS))
 ROWS = {"rows": [{"impl": "tuned"}], "skipped": []}
 
 
@@ -46,7 +44,7 @@ def all_of(*ops: str) -> dict[str, Any]:
 
 
 def measured(folder: Path, seconds: float = 100.0, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
-    return gpu_items.measured(BENCH, "cuda", folder, seconds, earlier or {})
+    return gpu_items.run_measurements(BENCH, "cuda", folder, seconds, earlier or {})
 
 
 def test_all_that_is_measured_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -59,7 +57,7 @@ def test_all_that_is_measured_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path:
         "roofline": {"copy_gb_per_s": 3000.0},
     }
     (task,) = made.tasks
-    assert (task["kind"], task["target"], tuple(task["shape"])) == ("bench", "cuda", TELLING)
+    assert (task["kind"], task["target"], tuple(task["shape"])) == ("bench", "cuda", MAIN_SHAPE)
     assert [timing["op"] for timing in task["timings"]] == list(OPS)
 
 
@@ -83,7 +81,7 @@ def test_who_breaks_the_gpu_is_left_out_and_named(monkeypatch: pytest.MonkeyPatc
     assert (found["status"], found["without"]) == ("done", broken["without"])
 
 
-@pytest.mark.parametrize(("given", "status"), [(30.0, "partial"), (BENCH.most, "failed")])
+@pytest.mark.parametrize(("given", "status"), [(30.0, "partial"), (BENCH.max_seconds, "failed")])
 def test_time_that_is_up_leaves_the_rest_for_the_next_call(
     given: float, status: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -122,7 +120,9 @@ def test_numerics_that_are_wrong_are_failures(
 ) -> None:
     right = {"errors": {}, "within": True, "repeats": True}
     children(monkeypatch, ({"ops": {"merge": right, "pre": right | wrong}}, 0))
-    found = gpu_items.measured(Item("numerics", TELLING, ("merge", "pre"), "default"), "cuda", tmp_path, 100.0, {})
+    found = gpu_items.run_measurements(
+        Item("numerics", MAIN_SHAPE, ("merge", "pre"), "default"), "cuda", tmp_path, 100.0, {}
+    )
     assert found["status"] == "failed"
     assert found["why"].startswith(f"pre: {said}")
 
@@ -130,13 +130,13 @@ def test_numerics_that_are_wrong_are_failures(
 def test_numerics_of_what_is_not_tuned_yet_wait_for_a_later_call(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    item = Item("numerics", TELLING, ("merge", "pre"), "tuned")
+    item = Item("numerics", MAIN_SHAPE, ("merge", "pre"), "tuned")
     right, untuned = {"errors": {}, "within": True, "repeats": True}, {"skipped": ["tuned pre: not tuned"]}
     children(monkeypatch, ({"ops": {"merge": right, "pre": untuned}}, 0))
-    found = gpu_items.measured(item, "cuda", tmp_path, 100.0, {})
+    found = gpu_items.run_measurements(item, "cuda", tmp_path, 100.0, {})
     assert (found["status"], found["why"]) == ("partial", "tuned pre: not tuned")
     made = children(monkeypatch, ({"ops": {"pre": right}}, 0))
-    assert gpu_items.measured(item, "cuda", tmp_path, 100.0, found)["status"] == "done"
+    assert gpu_items.run_measurements(item, "cuda", tmp_path, 100.0, found)["status"] == "done"
     assert made.tasks[0]["ops"] == ["pre"]
 
 
@@ -153,16 +153,16 @@ def test_tuning_tells_what_was_found_and_what_is_left(monkeypatch: pytest.Monkey
         return 0
 
     monkeypatch.setattr(gpu_items.process, "run", tune)
-    item = Item("tune", TELLING, ops=("merge",))
-    found = gpu_items.tuned(item, "cuda", tmp_path, 60.0, {})
+    item = Item("tune", MAIN_SHAPE, ops=("merge",))
+    found = gpu_items.run_tune(item, "cuda", tmp_path, 60.0, {})
     assert found["status"] == "done"
     assert found["kernels"][0]["schedule"] == {"threads": 128}
     assert " ".join(commands[0][2:]).startswith("cli.main tune --target cuda")
     assert commands[0][commands[0].index("--seconds") + 1] == "45.0"
     said["results"].pop()
-    assert gpu_items.tuned(item, "cuda", tmp_path, 60.0, {})["status"] == "partial"
+    assert gpu_items.run_tune(item, "cuda", tmp_path, 60.0, {})["status"] == "partial"
     said["failed"] = {"merge": "does not compile"}
-    assert gpu_items.tuned(item, "cuda", tmp_path, 60.0, {})["why"] == "merge: does not compile"
+    assert gpu_items.run_tune(item, "cuda", tmp_path, 60.0, {})["why"] == "merge: does not compile"
 
 
 @pytest.fixture
@@ -183,19 +183,19 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_only_gpu_tests_run_and_those_that_passed_do_not_run_again(suite: Path, tmp_path: Path) -> None:
-    first = gpu_items.tested(Item("tests"), "cuda", tmp_path, 60.0, {})
+    first = gpu_items.run_tests(Item("tests"), "cuda", tmp_path, 60.0, {})
     assert first["status"] == "failed", first
     assert first["counts"] == {"PASSED": 1, "FAILED": 1}
     assert "test_mended" in first["why"]
     (suite / "mended").touch()
-    again = gpu_items.tested(Item("tests"), "cuda", tmp_path, 60.0, first)
+    again = gpu_items.run_tests(Item("tests"), "cuda", tmp_path, 60.0, first)
     assert (again["status"], again["counts"]) == ("done", {"PASSED": 2})
     assert "test_passes" not in (tmp_path / "work" / "tests.txt").read_text()
 
 
 def test_without_pytest_the_tests_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_items.util, "find_spec", lambda name: None)
-    assert "not installed" in gpu_items.tested(Item("tests"), "cuda", tmp_path, 60.0, {})["why"]
+    assert "not installed" in gpu_items.run_tests(Item("tests"), "cuda", tmp_path, 60.0, {})["why"]
 
 
 def sanitizer(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,41 +215,15 @@ def sanitizer(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_memory_checkers_verdict_is_read(
     script: str, status: str, errors: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert gpu_items.sanitized(Item("sanitizer"), "cuda", tmp_path, 60.0, {})["status"] == "skipped"
+    assert gpu_items.run_sanitizer(Item("sanitizer"), "cuda", tmp_path, 60.0, {})["status"] == "skipped"
     sanitizer(tmp_path, script, monkeypatch)
     cache = tmp_path / "work" / "cache"
     cache.mkdir(parents=True)
     (cache / "kernel.json").touch()
-    found = gpu_items.sanitized(Item("sanitizer"), "cuda", tmp_path, 60.0, {})
+    found = gpu_items.run_sanitizer(Item("sanitizer"), "cuda", tmp_path, 60.0, {})
     assert (found["status"], found["errors"]) == (status, errors)
     if status == "done":
         assert f"-m cli.main verify {cache}" in (tmp_path / "work" / "sanitizer.txt").read_text()
-
-
-def test_a_process_that_hangs_ends_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_process, "GRACE", 0.2)
-    grandchild = tmp_path / "pid"
-    code = (
-        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN);"
-        "child = subprocess.Popen(['sleep', '1000']);"
-        f"open({str(grandchild)!r}, 'w').write(str(child.pid)); print('begun', flush=True); time.sleep(1000)"
-    )
-    log = tmp_path / "log"
-    assert gpu_process.run([sys.executable, "-c", code], 2.0, log, {}) is None
-    assert log.read_text() == "begun\n"
-    ended = Path("/proc") / grandchild.read_text() / "stat"
-    deadline = time.monotonic() + 5
-    while ended.exists() and ended.read_text().split()[2] != "Z" and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not ended.exists() or ended.read_text().split()[2] == "Z"
-
-
-def test_a_process_finds_the_checkout_and_what_it_is_given(tmp_path: Path) -> None:
-    code = "import cli.gpu.plan, os, sys; print(os.environ['GIVEN']); print('aside', file=sys.stderr); sys.exit(3)"
-    out, log = tmp_path / "out", tmp_path / "log"
-    command = gpu_process.python("-P", "-c", code) if sys.version_info >= (3, 11) else gpu_process.python("-c", code)
-    assert gpu_process.run(command, 60.0, log, {"GIVEN": "x"}, out) == 3
-    assert (out.read_text(), log.read_text()) == ("x\n", "aside\n")
 
 
 def test_kernels_are_packed_and_taken_from_the_pack_where_the_cache_has_gone(

@@ -3,9 +3,10 @@
 import json
 from dataclasses import asdict
 
+import pytest
 from typer.testing import CliRunner
 
-from cli.maintain import plot_results as figures
+from cli.maintain import plot_results
 from tiles.cache.cache import KernelCache, Key
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
@@ -25,7 +26,7 @@ def test_gains_are_told_for_the_fused_kernels_alone(tmp_path):
     put(cache, "merge", "forward", {"tuned_ms": 1.0})
     put(cache, "pre", "forward", {"separate_ratio": 0.5, "separate_wins": False})
     put(cache, "step", "backward", {"separate_ratio": 1.25, "separate_wins": True})
-    said = CliRunner().invoke(figures.app, ["gains", str(tmp_path)])
+    said = CliRunner().invoke(plot_results.app, ["gains", str(tmp_path)])
     assert said.exit_code == 0
     lines = said.output.strip().splitlines()
     assert lines[2].startswith("| pre forward | 4 | 1280 | 2048 | float32 |")
@@ -36,19 +37,19 @@ def test_gains_are_told_for_the_fused_kernels_alone(tmp_path):
 
 def test_bytes_predict_the_gain_of_reading_x_once():
     """Without coefficients: (n + n + 1)C against (n + 1)C for pre forward."""
-    gain = figures.predicted_gain(Problem("pre", "forward", 4, 2560, "float32", tokens=100_000))
+    gain = plot_results.predicted_gain(Problem("pre", "forward", 4, 2560, "float32", tokens=100_000))
     assert abs(gain - 9 / 5) < 0.01
 
 
 def test_scaling_measures_and_draws(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "TOKENS", (8, 16))
-    monkeypatch.setattr(figures, "WIDTHS", (16, 24))
-    monkeypatch.setattr(figures, "USUAL_WIDTH", 16)
-    monkeypatch.setattr(figures, "USUAL_TOKENS", 8)
-    monkeypatch.setattr(figures, "OPS", ("aggregate",))
+    monkeypatch.setattr(plot_results, "TOKENS", (8, 16))
+    monkeypatch.setattr(plot_results, "WIDTHS", (16, 24))
+    monkeypatch.setattr(plot_results, "FIXED_WIDTH", 16)
+    monkeypatch.setattr(plot_results, "FIXED_TOKENS", 8)
+    monkeypatch.setattr(plot_results, "OPS", ("aggregate",))
     monkeypatch.setenv("MHC_TUNE_CACHE", str(tmp_path / "cache"))
     data, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
-    said = CliRunner().invoke(figures.app, ["scaling", str(data), str(picture)])
+    said = CliRunner().invoke(plot_results.app, ["scaling", str(data), str(picture)])
     assert said.exit_code == 0, said.output
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert '"impl": "default"' in data.read_text()
@@ -62,8 +63,18 @@ def test_speedups_are_times_over_those_of_the_tuned_kernels(tmp_path):
         for dtype in ("bfloat16", "float32")
         for direction in ("forward", "both")
     ]
-    assert figures.speedups(rows, "float32", "eager") == {"layer": 5.0}
+    assert plot_results.speedups(rows, "float32", "eager") == {"layer": 5.0}
     (tmp_path / "bench.json").write_text(json.dumps({"results": rows}))
-    said = CliRunner().invoke(figures.app, ["speedup", str(tmp_path), str(tmp_path / "out.png")])
+    said = CliRunner().invoke(plot_results.app, ["speedup", str(tmp_path), str(tmp_path / "out.png")])
     assert said.exit_code == 0, said.output
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"results": [{}]}', '{"results": []}'])
+def test_a_figure_of_something_else_gets_one_line(tmp_path, content):
+    data = tmp_path / "replay.json"
+    data.write_text(content)
+    said = CliRunner().invoke(plot_results.app, ["replay", str(data), str(tmp_path / "out.png")])
+    assert said.exit_code == 2
+    assert "mhc-tune replay --json" in said.output
+    assert len(said.output.strip().splitlines()) == 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cli.maintain.update_shipped import ship
+from cli.maintain.update_shipped import update_shipped
 from tiles.cache import shipped
 from tiles.cache.record import Key, Record, record_dict
 from tiles.cache.shipped import ShippedRecord, shipped_records
@@ -47,7 +47,7 @@ def test_the_newest_of_each_problem_is_shipped_under_todays_key(
 ) -> None:
     newer, older = measured(128, 1.23456789, "2026-11-02"), measured(128, 0.5, "2026-11-01")
     file.write_text(inspected(newer, older, measured(512, 1.0, "2026-11-01")))
-    ship([file], tmp_path / "out.json")
+    update_shipped([file], tmp_path / "out.json")
     found = {record.key.tokens: record for record in shipped_from(tmp_path / "out.json", monkeypatch)}
     assert set(found) == {128, 512}
     assert found[128].measurement == {"default_ms": 2.0, "ratio": 1.62, "tuned_ms": 1.235}
@@ -61,7 +61,7 @@ def test_it_is_the_same_whatever_the_order(file: Path, tmp_path: Path) -> None:
     texts = []
     for order in (records, records[::-1]):
         file.write_text(inspected(*order))
-        ship([file], tmp_path / "out.json")
+        update_shipped([file], tmp_path / "out.json")
         texts.append((tmp_path / "out.json").read_bytes())
     assert texts[0] == texts[1]
 
@@ -76,7 +76,7 @@ def test_a_schedule_that_todays_kernel_refuses_is_left_out_and_said(
             measured(512, 1.0, "2026-11-01"),
         )
     )
-    ship([file], tmp_path / "out.json")
+    update_shipped([file], tmp_path / "out.json")
     assert [record.key.tokens for record in shipped_from(tmp_path / "out.json", monkeypatch)] == [512]
     said = capsys.readouterr().err
     assert said.count("left out") == 2
@@ -87,5 +87,5 @@ def test_a_schedule_that_todays_kernel_refuses_is_left_out_and_said(
 def test_another_file_is_bad_input(file: Path, tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(BadInput, match="mhc-tune inspect --json"):
-        ship([file], tmp_path / "out.json")
+        update_shipped([file], tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()

@@ -1,11 +1,13 @@
 """Tables for people: a terminal of 80 columns shows all of them."""
 
 import io
+import os
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from cli.ui.render import records_table
+from cli.ui.render import bench_table, number, records_table
 from tiles.cache.cache import KernelCache, Key
 from tiles.kernels.spec import Problem
 from tiles.target import Device
@@ -40,3 +42,25 @@ def test_a_table_of_kernels_fits_80_columns(tmp_path: Path) -> None:
         assert text in shown, text
     for value in ("0.123", "0.0617", "1.99", "71.5", "72.5"):
         assert shown.count(value) == 2, value
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), (0.01234, "0.0123"), (1.5, "1.5"), (12.34, "12.3"), (1234.5, "1234")]
+)
+def test_number(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_bench_table_sets_implementations_side_by_side() -> None:
+    shape = {"op": "merge", "direction": "both", "streams": 4, "width": 8, "tokens": 2, "dtype": "float32"}
+    rows = [
+        shape | {"impl": impl, "median_ms": ms, "percent_of_limit": 30 / ms}
+        for impl, ms in (("tuned", 0.5), ("separate", 0.8), ("eager", 5.0), ("compile", 2.0))
+    ]
+    console = Console(width=200, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+    console.print(bench_table(rows, "title", ["tuned", "separate", "eager", "compile"]))
+    console.file.close()
+    text = console.export_text()
+    row = next(line for line in text.splitlines() if "merge" in line).split()
+    assert row[-8:] == ["0.5", "0.8", "5", "2", "60", "1.6x", "10.0x", "4.0x"]
+    assert sum("merge" in line for line in text.splitlines()) == 1

@@ -17,6 +17,7 @@ from optuna.trial import TrialState, create_trial
 from typer.testing import CliRunner
 
 from cli.main import app
+from cli.report import command
 from tiles.cache.cache import KernelCache, Key
 from tiles.kernels.spec import Problem
 from tiles.target import Device
@@ -123,6 +124,12 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any
     return run
 
 
+@pytest.fixture
+def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes a second a page."""
+    monkeypatch.setattr(command, "charts", lambda summary, number: {})
+
+
 def refused(result: Any) -> str:
     """The one line of an error."""
     assert result.exit_code == 2, result.stderr
@@ -214,6 +221,7 @@ def test_text_from_files_stays_text(make: Make, report: Callable[..., Any], tmp_
     assert "{{ 7 * 7 }}" in page.text
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_several_studies_have_a_table_of_contents(make: Make, report: Callable[..., Any], tmp_path: Path) -> None:
     for width in (1280, 256):
         make(f"merge-{width}", about=about(problem=PROBLEM | {"width": width}), concluded=concluded())
@@ -266,10 +274,11 @@ def test_few_trials_give_no_importance(make: Make, report: Callable[..., Any], t
     make(trials=swept()[5:20])
     assert report(NAME).exit_code == 0
     page = Page(tmp_path / "report.html")
-    assert "no figure, as 14 measured trials are too few; it takes 20" in page.text
+    assert "none, as 14 measured trials are too few; at least 20" in page.text
     assert page.tags.count("svg") == 3
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_search_that_goes_on(make: Make, report: Callable[..., Any], tmp_path: Path) -> None:
     running = create_trial(state=TrialState.RUNNING, params=BEST, distributions=space(BEST))
     trials = [
@@ -287,6 +296,7 @@ def test_a_search_that_goes_on(make: Make, report: Callable[..., Any], tmp_path:
     assert "cut short" not in text
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_the_default_that_stays(make: Make, report: Callable[..., Any], tmp_path: Path) -> None:
     kept = concluded()["measurement"] | {"default_kept": True, "tuned_ms": 0.4, "ratio": 1.0}
     make(about=about(), concluded=concluded(schedule=DEFAULT, measurement=kept))
@@ -296,6 +306,7 @@ def test_the_default_that_stays(make: Make, report: Callable[..., Any], tmp_path
     assert "default, chosen 0.4 1" in text
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_bounds_that_say_nothing_are_left_out(make: Make, report: Callable[..., Any], tmp_path: Path) -> None:
     make(trials=[measured(DEFAULT, 1.0, low=0.0, high=math.inf)], about=about())
     (trial,) = json.loads(report("--json", "-o", "page.html").stdout)["studies"][0]["trials"]
@@ -303,6 +314,7 @@ def test_bounds_that_say_nothing_are_left_out(make: Make, report: Callable[..., 
     assert "inf" not in Page(tmp_path / "page.html").text.split("All trials")[1]
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_study_that_says_nothing_of_itself_is_told_by_the_cache(
     make: Make, report: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -328,6 +340,7 @@ def test_without_the_cache_such_a_study_still_shows_its_trials(
     assert page.tags.count("svg") == 3  # all but the roofline
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_another_schedule_in_the_cache_is_told(make: Make, report: Callable[..., Any], tmp_path: Path) -> None:
     make()
     key = Key.of(Problem("merge", "forward", 4, 1280, "float32", 2048), Device("cpu", "toy processor", "x86-64-v3"))
@@ -338,6 +351,7 @@ def test_another_schedule_in_the_cache_is_told(make: Make, report: Callable[...,
     assert "The kernel cache holds another schedule now: block=1 unroll=1" in Page(tmp_path / "report.html").text
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_database_serves_as_well(report: Callable[..., Any], tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/studies.db"
     storage = optuna.storages.RDBStorage(url)
@@ -345,9 +359,10 @@ def test_a_database_serves_as_well(report: Callable[..., Any], tmp_path: Path) -
         fill(storage, name, swept(), {"about": about(), "concluded": concluded()})
     assert "wrote 2 studies" in report("--storage", url).stderr
     assert "wrote 1 study" in report("merge", "--storage", url).stderr
-    assert "fits none of 2 studies" in refused(report("nothing", "--storage", url))
+    assert "matches none of 2 studies" in refused(report("nothing", "--storage", url))
 
 
+@pytest.mark.usefixtures("without_charts")
 @pytest.mark.parametrize("by", ["name", "prefix", "journal", "folder", "studies"])
 def test_ways_to_name_a_study(make: Make, report: Callable[..., Any], tmp_path: Path, by: str) -> None:
     path = make()
@@ -362,10 +377,11 @@ def test_names_that_fit_none_or_several(make: Make, report: Callable[..., Any]) 
     assert "found none in" in refused(report())
     make()
     make("merge.backward-bbbb-1")
-    assert "fits 2: merge.backward-bbbb-1, merge.forward-aaaa-1111: write more" in refused(report("merge"))
-    assert "fits none of 2 studies" in refused(report("pre"))
+    assert "matches 2: merge.backward-bbbb-1, merge.forward-aaaa-1111: write more" in refused(report("merge"))
+    assert "matches none of 2 studies" in refused(report("pre"))
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_reading_writes_nothing_and_repairs_nothing(make: Make, report: Callable[..., Any]) -> None:
     path = make()
     torn = path.read_bytes() + b'{"op_code":8,"trial_i'
@@ -384,6 +400,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.usefixtures("without_charts")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_journal_that_cannot_be_read(make: Make, report: Callable[..., Any], tmp_path: Path, damage: str) -> None:
     """By itself it is an error; among others it is left out, and the page says so."""
@@ -404,6 +421,7 @@ def test_a_journal_that_cannot_be_read(make: Make, report: Callable[..., Any], t
     assert "Left out:" in Page(tmp_path / "report.html").text
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_page_that_cannot_be_written_leaves_the_old_one(
     make: Make, report: Callable[..., Any], tmp_path: Path
 ) -> None:

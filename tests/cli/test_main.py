@@ -1,6 +1,5 @@
 """Help, bad input and exit codes of every command."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -134,27 +133,6 @@ def test_inspect_says_which_entries_are_corrupt(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
     assert result.exit_code == 0
     assert "warning: 0123.json" in result.stderr
-
-
-def test_doctor_reports_what_is_here() -> None:
-    result = CliRunner().invoke(app, ["doctor"])
-    assert result.exit_code == 0
-    for what in ("Python", "torch", "TileLang", "CPU", "threads", "compiler", "cache folder"):
-        assert what in result.stdout
-
-
-def test_doctor_names_the_remedy_for_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    result = CliRunner().invoke(app, ["doctor"])
-    assert result.exit_code == 1
-    assert "install g++ or set CXX" in result.stdout
-
-
-def test_doctor_names_the_remedy_for_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    result = CliRunner().invoke(app, ["doctor"])
-    assert result.exit_code == 1
-    assert "set MHC_TUNE_CACHE" in result.stdout
 
 
 def test_compile_without_a_compiler_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:

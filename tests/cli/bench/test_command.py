@@ -1,4 +1,4 @@
-"""What bench measures and prints, with contenders that are plain torch."""
+"""The command bench: what it measures and prints, with implementations in plain torch."""
 
 import json
 from collections.abc import Callable
@@ -13,15 +13,13 @@ from typer.testing import CliRunner
 from autotune.measuring.roofline import Roofline
 from autotune.measuring.stopwatch import QueuedStopwatch
 from cli.bench import command as bench
-from cli.bench import load_time as loading
-from cli.bench import our_kernels as ours
+from cli.bench import load_time
 from cli.bench.cases import DIRECTIONS, OPS, make_case
-from cli.bench.implementation import Contender
-from cli.bench.torch_composites import COMPOSED
-from cli.bench.torch_ops import forms
+from cli.bench.implementation import Implementation
+from cli.bench.torch_composites import COMPOSITES
+from cli.bench.torch_ops import variants
 from cli.main import app
 from mhc.dispatch import resolve
-from mhc.dispatch.kernels import Kernels
 from mhc.dispatch.resolve import Resolver
 from tiles.cache.cache import KernelCache
 from tiles.kernels.registry import kernel_spec
@@ -43,7 +41,7 @@ def bench_eagerly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[.
     monkeypatch.setattr(bench, "existing_cache", lambda folder: KernelCache(tmp_path))
     monkeypatch.setattr(bench, "IMPLS", ("eager",))
     monkeypatch.setattr(bench, "ROUNDS", 2)
-    monkeypatch.setattr(loading, "measure", lambda folder, shape, skipped: [{"shape": shape, **LOADED}])
+    monkeypatch.setattr(load_time, "measure", lambda folder, shape, skipped: [{"shape": shape, **LOADED}])
     shape = ["--streams", "2", "--width", "8", "--tokens", "4", "--dtype", "float32"]
     return lambda *more: CliRunner().invoke(app, ["bench", *shape, *more])
 
@@ -68,7 +66,7 @@ def test_all_ops_and_directions_are_the_default(bench_eagerly: Callable[..., Any
         assert row["limit_ms"] == pytest.approx(max(row["bytes"] / 10, row["flops"] / 50) / 1e6)
         assert row["percent_of_limit"] == pytest.approx(100 * row["limit_ms"] / row["median_ms"])
         assert row["form"]
-    combined = {row["form"] for row in rows if row["op"] in COMPOSED}
+    combined = {row["form"] for row in rows if row["op"] in COMPOSITES}
     assert all(form.count("; ") == 3 for form in combined)
 
 
@@ -89,11 +87,11 @@ def test_the_backward_is_compiled_apart_and_not_where_it_is_not_asked_for(
 
     seen: list[tuple[tuple[str, ...], bool]] = []
 
-    def none(case: object, directions: list[str], *more: object) -> list[Contender]:
+    def none(case: object, directions: list[str], *more: object) -> list[Implementation]:
         seen.append((tuple(directions), torch._functorch.config.donated_buffer))
         return []
 
-    monkeypatch.setattr(bench, "_contenders", none)
+    monkeypatch.setattr(bench, "_implementations", none)
     monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
     assert bench_eagerly("--op", "merge").exit_code == 0
     assert seen == [(("forward", "both"), True), (("backward",), False)]
@@ -117,74 +115,6 @@ def test_bad_input_is_one_line(bench_eagerly: Callable[..., Any], arguments: lis
     assert said in result.stderr
 
 
-@pytest.mark.parametrize("joined", [True, False])
-@pytest.mark.parametrize("op", OPS)
-def test_our_form_of_every_op_computes_what_is_wanted(op: str, joined: bool) -> None:
-    case = make_case(op, *SHAPE, "float32", seed=1)
-    contender = Contender("tuned", ours.form(case, joined=joined), "", kernels=Kernels.reference())
-    assert contender.error(case) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("impl", "op", "runs"),
-    [
-        ("default", "stack", {"pre", "step", "merge"}),
-        ("separate", "stack", {"pre", "project", "coefficients", "aggregate", "merge"}),
-        ("default", "layer", {"pre", "merge"}),
-        ("separate", "layer", {"pre", "project", "coefficients", "aggregate", "merge"}),
-        ("default", "step", {"step"}),
-        ("separate", "step", {"pre", "project", "coefficients", "aggregate", "merge"}),
-    ],
-)
-def test_fused_passes_run_where_the_name_says_so(
-    impl: str, op: str, runs: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    fused = {"default": True, "separate": False}[impl]
-    kernels = Kernels.defaults(fused=fused)
-    monkeypatch.setattr(Resolver, "_compiled", _reference_in_its_place)
-    monkeypatch.setattr(ours, "KERNELS", {impl: (lambda folder: kernels, "default")})
-    case = make_case(op, *SHAPE, "float32", seed=1)
-    assert len(list(ours.contender(impl, case, ("both",), tmp_path, skipped := []))) == 1, skipped
-    assert {row.op for row in kernels.report()} == runs
-
-
-def _reference_in_its_place(resolver: Resolver, option: Any, problem: Problem, here: Any) -> Any:
-    return resolve.reference(problem, torch.device("cpu"), "the test").call, ""
-
-
-def test_separate_means_without_fused_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(KernelCache, "records", lambda self: [object()])
-    made = {impl: make(tmp_path) for impl, (make, _) in ours.KERNELS.items()}
-    assert {impl: kernels.resolver.fused for impl, kernels in made.items()} == {
-        "tuned": True,
-        "separate": False,
-        "default": True,
-    }
-
-
-@pytest.mark.parametrize("impl", ours.KERNELS)
-def test_what_runs_the_reference_is_not_called_a_kernel(
-    impl: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(ours, "KERNELS", {impl: (lambda folder: Kernels.reference(), ours.KERNELS[impl][1])})
-    skipped: list[str] = []
-    case = make_case("layer", *SHAPE, "float32", seed=1)
-    assert list(ours.contender(impl, case, DIRECTIONS, tmp_path, skipped)) == []
-    assert "the torch reference was asked for" in skipped[0]
-
-
-def test_separate_is_said_where_there_is_something_to_fuse_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(ours, "KERNELS", {"separate": (lambda folder: Kernels.reference(), "reference")})
-    timed = {
-        op
-        for op in OPS
-        if list(ours.contender("separate", make_case(op, *SHAPE, "float32", 1), ("forward",), tmp_path, []))
-    }
-    assert timed == set(COMPOSED)
-
-
 def test_on_a_gpu_calls_are_queued_and_the_cpus_share_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     class Queued(QueuedStopwatch):
         def __init__(self) -> None:
@@ -205,8 +135,10 @@ def test_on_a_gpu_calls_are_queued_and_the_cpus_share_is_told(monkeypatch: pytes
     monkeypatch.setattr(bench, "queued_stopwatch_for", lambda device: Queued())
     monkeypatch.setattr(bench, "ROUNDS", 2)
     case = make_case("aggregate", *SHAPE, "float32", 0)
-    form = forms("aggregate", *SHAPE[:2], "float32")["einsum, float32"]
-    (row,) = bench._measure(case, [Contender("eager", form, "einsum", ("forward",))], ["forward"], Roofline(10.0, 50.0))
+    function = variants("aggregate", *SHAPE[:2], "float32")["einsum, float32"]
+    (row,) = bench._measure(
+        case, [Implementation("eager", function, "einsum", ("forward",))], ["forward"], Roofline(10.0, 50.0)
+    )
     assert (row["median_ms"], row["host_us"]) == (2.0, pytest.approx(3.0))
     assert row["conditions"] == {"throttled": 0.0}
     assert row["percent_of_copy"] == pytest.approx(100 * row["bytes"] / 2e6 / 10.0)
@@ -219,7 +151,7 @@ def test_an_implementation_that_fails_is_a_reason_and_no_error(
         raise RuntimeError("no such kernel\nand more")
 
     monkeypatch.setattr(bench, "IMPLS", ("liger", "eager"))
-    monkeypatch.setattr(bench.peers, "contender", breaks)
+    monkeypatch.setattr(bench.peers, "implementations", breaks)
     result = bench_eagerly("--op", "merge", "--direction", "forward", "--json")
     assert result.exit_code == 0, result.stderr
     printed = json.loads(result.stdout)
@@ -250,18 +182,6 @@ def test_a_given_schedule_is_one_more_implementation(
         ("merge.backward", "default"),
     ]
     assert {name: seen[0][name] for name in asdict(block)} == asdict(block)
-
-
-def test_a_schedule_that_breaks_a_rule_or_does_not_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Resolver, "_compiled", _reference_in_its_place)
-    skipped: list[str] = []
-    case = make_case("merge", *SHAPE, "float32", 0)
-    wrong = ours.Override("odd", "merge", "forward", {"threads": 7})
-    assert list(ours.overridden(wrong, case, ("forward",), skipped)) == []
-    assert "odd merge n=2" in skipped[0]
-    assert "threads" in skipped[0]
-    assert list(ours.overridden(ours.override("a:pre.forward={}"), case, ("forward",), skipped)) == []
-    assert "merge runs no pre.forward" in skipped[1]
 
 
 @pytest.mark.parametrize(

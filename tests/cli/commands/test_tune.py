@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_helpers import NoWorkers
 from typer.testing import CliRunner
 
 from autotune.events import ProblemFinished, ProblemStarted, ShootoutStarted, TrialDone, TrialFailed
@@ -30,14 +31,6 @@ MEASUREMENT = {
     "trials": 3,
     "default_kept": False,
 }
-
-
-class FakeWorkers:
-    def __enter__(self) -> "FakeWorkers":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
 
 class Script:
@@ -66,7 +59,7 @@ class Script:
 def tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     def run(script: Script, *more: str) -> Any:
         monkeypatch.setattr(command, "tune_kernel", script)
-        monkeypatch.setattr(command, "Workers", lambda **_: FakeWorkers())
+        monkeypatch.setattr(command, "Workers", lambda **_: NoWorkers())
         shape = ["--target", "cpu", "--streams", "2", "--width", "64", "--tokens", "32", "--dtype", "float32"]
         return CliRunner().invoke(app, ["tune", *shape, "--cache", str(tmp_path), *more])
 
@@ -103,7 +96,7 @@ def test_an_interrupted_run_keeps_what_is_finished(tuning: Callable[..., Any], t
     assert len(KernelCache(tmp_path).records()) == 2
     last = result.stderr.splitlines()[-1]
     assert "interrupted: 2 of" in last
-    assert "run the same command to go on" in last
+    assert "run the same command to continue" in last
 
 
 def test_json_of_an_interrupted_run_says_so(tuning: Callable[..., Any]) -> None:

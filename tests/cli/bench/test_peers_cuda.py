@@ -5,9 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cli.bench import peers
-from cli.bench import peers_cuda as gpu_peers
-from cli.bench.cases import ROUNDING, make_case
+from cli.bench import peers, peers_cuda
+from cli.bench.cases import TOLERANCE, make_case
 from cli.bench.peers import _tile_kernels
 from cli.bench.peers_cuda import TileKernels
 
@@ -103,20 +102,20 @@ def stand_in_for_liger():
 @pytest.fixture(autouse=True)
 def _stand_ins(monkeypatch):
     tile_kernels, liger = stand_in_for_tile_kernels(), stand_in_for_liger()
-    monkeypatch.setattr(gpu_peers, "tile_kernels", lambda: tile_kernels)
-    monkeypatch.setattr(gpu_peers, "liger", lambda: liger)
+    monkeypatch.setattr(peers_cuda, "tile_kernels", lambda: tile_kernels)
+    monkeypatch.setattr(peers_cuda, "liger", lambda: liger)
 
 
 @pytest.mark.parametrize("op", ["project", "aggregate", "merge", "pre", "step", "layer"])
 @pytest.mark.parametrize("name", peers.NAMES)
 def test_the_peers_calls_compute_our_maths(name, op):
     case = make_case(op, 4, 64, 9, "bfloat16", 1)
-    made = gpu_peers.contender(name, case, DIRECTIONS)
+    made = peers_cuda.implementation(name, case, DIRECTIONS)
     if (name, op) == ("liger", "project"):
-        assert "cuts the work differently" in made
+        assert "divides the work between these ops differently" in made
         return
     assert not isinstance(made, str), made
-    assert made.error(case) <= ROUNDING["bfloat16"]
+    assert made.error(case) <= TOLERANCE["bfloat16"]
     with torch.no_grad():
         assert set(made.calls(case)) == set(DIRECTIONS)
 
@@ -130,34 +129,36 @@ def test_the_peers_calls_compute_our_maths(name, op):
     ],
 )
 def test_what_a_peer_has_no_kernels_for_is_said(name, streams, dtype, said):
-    assert said in gpu_peers.contender(name, make_case("merge", streams, 16, 3, dtype, 0), DIRECTIONS)
+    assert said in peers_cuda.implementation(name, make_case("merge", streams, 16, 3, dtype, 0), DIRECTIONS)
 
 
 @pytest.mark.parametrize("op", ["coefficients", "stack"])
 def test_ops_that_peers_do_not_have_are_said(op):
     case = make_case(op, 4, 16, 3, "bfloat16", 0)
-    assert all(isinstance(gpu_peers.contender(name, case, DIRECTIONS), str) for name in peers.NAMES)
+    assert all(isinstance(peers_cuda.implementation(name, case, DIRECTIONS), str) for name in peers.NAMES)
 
 
 def test_turning_twice_changes_nothing_and_turning_once_does():
     case = make_case("pre", 4, 16, 3, "bfloat16", 0)
-    once = gpu_peers.transposed(case)
-    twice = gpu_peers.transposed(once)
+    once = peers_cuda.transpose_res(case)
+    twice = peers_cuda.transpose_res(once)
     assert not torch.equal(once.inputs[1], case.inputs[1])
     pairs = zip(
-        (*twice.inputs, *twice.wanted, *twice.upstream), (*case.inputs, *case.wanted, *case.upstream), strict=True
+        (*twice.inputs, *twice.expected, *twice.grad_outputs),
+        (*case.inputs, *case.expected, *case.grad_outputs),
+        strict=True,
     )
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_missing_packages_are_reasons(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(gpu_peers.importlib.util, "find_spec", lambda name: None)
-    gpu_peers.tile_kernels.cache_clear()
-    gpu_peers.liger.cache_clear()
+    monkeypatch.setattr(peers_cuda.importlib.util, "find_spec", lambda name: None)
+    peers_cuda.tile_kernels.cache_clear()
+    peers_cuda.liger.cache_clear()
     try:
-        assert "not installed" in gpu_peers.tile_kernels()
-        assert "not installed" in gpu_peers.liger()
+        assert "not installed" in peers_cuda.tile_kernels()
+        assert "not installed" in peers_cuda.liger()
     finally:
-        gpu_peers.tile_kernels.cache_clear()
-        gpu_peers.liger.cache_clear()
+        peers_cuda.tile_kernels.cache_clear()
+        peers_cuda.liger.cache_clear()

@@ -1,4 +1,4 @@
-"""Which problems the options describe."""
+"""Problems that options describe."""
 
 import pytest
 

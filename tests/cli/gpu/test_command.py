@@ -1,18 +1,17 @@
-"""`mhc-tune gpu`: the order of its plan, its budget, how it goes on, and what it writes. Its items are stand-ins."""
+"""The command gpu: its order, its time budget, how it continues, and what it writes. Its items are stand-ins."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cli_helpers import Clock
 from typer.testing import CliRunner
 
 from cli.gpu import command as gpu
 from cli.gpu import items as gpu_items
-from cli.gpu import plots as gpu_plots
-from cli.gpu.plan import STREAMS, TELLING, TOKENS, WIDTHS, Item, Timing, plan, shapes, timing
+from cli.gpu.plan import Item, Timing
 from cli.gpu.store import Store
 from cli.main import app
 from tiles.errors import BadInput
@@ -20,16 +19,6 @@ from tiles.target import Device, detect_device
 
 DEVICE = Device("cuda", "NVIDIA H100 80GB HBM3", "sm_90a", 132, 50 * 2**20)
 FIRST, SECOND, THIRD = Item("numerics", ops=("merge",)), Item("tests"), Item("block")
-
-
-class Clock:
-    """A time that only what is done moves on."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -45,7 +34,7 @@ def doing(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
             raise RuntimeError("a test broke the machine")
         return {"status": "partial", "why": "the time was up"} if item.kind == "block" else {"status": "done"}
 
-    monkeypatch.setattr(gpu_items, "DO", dict.fromkeys(gpu_items.DO, stand_in))
+    monkeypatch.setattr(gpu_items, "RUNNERS", dict.fromkeys(gpu_items.RUNNERS, stand_in))
     monkeypatch.setattr(gpu, "plan", lambda: [FIRST, SECOND, THIRD])
     monkeypatch.setattr(gpu.time, "monotonic", clock)
     return done
@@ -57,34 +46,12 @@ def run(folder: Path, seconds: float) -> Store:
     return Store(folder / gpu.RESULTS, DEVICE)
 
 
-def test_what_tells_most_comes_first() -> None:
-    names = [(item.kind, item.shape) for item in plan()]
-    assert {shape for _, shape in names[:7]} == {TELLING}
-    first = [f"{item.kind} {item.impl}".strip() for item in plan()[:7]]
-    assert first == ["numerics default", "tests", "tune", "numerics tuned", "bench", "block", "sanitizer"]
-    benched = [shape for kind, shape in names if kind == "bench"]
-    assert benched[:4] == [TELLING, (4, 1280, 4096), (4, 4096, 4096), (4, 7168, 4096)]
-    assert benched[4:9] == [(2, 2560, 4096), (8, 2560, 4096), (4, 2560, 64), (4, 2560, 1), (4, 2560, 16384)]
-    assert set(benched) == {(n, width, tokens) for n in STREAMS for width in WIDTHS for tokens in TOKENS}
-    assert len(benched) == len(shapes()) == 48
-    assert all(names.index(("tune", shape)) < names.index(("bench", shape)) for shape in benched)
-    assert len({item.name for item in plan()}) == len(plan())
-
-
-def test_a_timing_has_every_peer_and_the_directions_that_are_asked_about() -> None:
-    layer = timing("layer", (4, 7168, 4096))
-    assert layer.directions == ("forward", "both")
-    assert {"tuned", "tile-kernels", "liger", "compile", "eager"} <= set(layer.impls)
-    assert timing("project", TELLING).directions == ("forward", "backward")
-    assert "compile" not in timing("pre", (4, 2560, 64)).impls, "compiling takes the time of everything else"
-
-
 def test_the_budget_is_kept_and_what_no_longer_fits_is_left(doing: list[tuple[str, float]], tmp_path: Path) -> None:
     store = run(tmp_path, 135)
     assert doing == [("numerics", 120)]
     assert store.get(FIRST.name)["status"] == "done"
     assert store.get(SECOND.name) == {}
-    assert doing[0][1] <= FIRST.most
+    assert doing[0][1] <= FIRST.max_seconds
 
 
 def test_an_item_gets_no_more_than_what_is_left(doing: list[tuple[str, float]], tmp_path: Path) -> None:
@@ -119,7 +86,7 @@ def test_results_are_on_disk_after_every_item(
         seen.append(list(json.loads((tmp_path / gpu.RESULTS).read_text())["items"]))
         return {"status": "done"}
 
-    monkeypatch.setattr(gpu_items, "DO", dict.fromkeys(gpu_items.DO, looks))
+    monkeypatch.setattr(gpu_items, "RUNNERS", dict.fromkeys(gpu_items.RUNNERS, looks))
     run(tmp_path, 1000)
     assert seen == [[], [FIRST.name], [FIRST.name, SECOND.name]]
 
@@ -132,7 +99,7 @@ def test_ctrl_c_keeps_what_is_done(
             raise KeyboardInterrupt
         return {"status": "done"}
 
-    monkeypatch.setattr(gpu_items, "DO", dict.fromkeys(gpu_items.DO, interrupted))
+    monkeypatch.setattr(gpu_items, "RUNNERS", dict.fromkeys(gpu_items.RUNNERS, interrupted))
     store = run(tmp_path, 1000)
     assert list(store.values["items"]) == [FIRST.name]
     assert (tmp_path / "results.md").read_text().startswith("# NVIDIA H100 80GB HBM3 (sm_90a)")
@@ -181,7 +148,7 @@ def test_the_command_runs_an_item_for_real(tmp_path: Path, monkeypatch: pytest.M
     assert "liger aggregate" in found["ops"]["aggregate"]["skipped"][0]
     assert found["roofline"]["copy_gb_per_s"] > 0
     assert "its kernels need a GPU" in (tmp_path / "results.md").read_text()
-    assert "1 of 1 items are done" in result.stderr
+    assert "1 of 1 items are done, in" in result.stderr
     assert (tmp_path / "work" / ".gitignore").read_text() == "*\n"
     again = CliRunner().invoke(app, arguments)
     assert "0 of 1 items to do" in again.stderr
@@ -192,14 +159,6 @@ def test_a_check_that_fails_is_the_commands_exit_code(
     kind: Any, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "plan", lambda: [Item(kind)])
-    monkeypatch.setattr(gpu_items, "DO", {kind: lambda *_: {"status": "failed", "why": "it is wrong"}})
+    monkeypatch.setattr(gpu_items, "RUNNERS", {kind: lambda *_: {"status": "failed", "why": "it is wrong"}})
     result = CliRunner().invoke(app, ["gpu", "--target", "cpu", "--seconds", "400", "--out", str(tmp_path)])
     assert result.exit_code == code
-
-
-def test_pictures_are_left_out_where_matplotlib_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    gpu_plots.draw({"items": {}, "device": DEVICE.as_dict()}, tmp_path)
-    assert "no pictures" in capsys.readouterr().err

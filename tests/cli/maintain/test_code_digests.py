@@ -1,0 +1,34 @@
+"""Digests of generated code: equal up to names and comments, different for other code; and their comparison."""
+
+import json
+
+from cli.maintain.code_digests import SAMPLES, compare, digest, digests
+
+SOURCE = "float sum(const float *x) {\n  float s = 0.5f; // start\n  return s + x[0];\n}\n"
+
+
+def test_names_comments_and_white_space_do_not_count():
+    renamed = "float total(const float *values) { float t = 0.5f; return t + values[0]; } /* end */"
+    assert digest(renamed) == digest(SOURCE)
+
+
+def test_a_constant_an_operator_and_an_exchange_of_names_count():
+    others = [SOURCE.replace("0.5", "0.25"), SOURCE.replace("+", "*"), SOURCE.replace("s + x[0]", "x + s[0]")]
+    assert len({digest(SOURCE), *map(digest, others)}) == 4
+
+
+def test_a_problem_has_a_digest_for_each_schedule():
+    case = ("cpu:x86-64-v3", "aggregate", "forward", 2, 64, "float32", 16)
+    found = digests(case)
+    assert set(found) == {str(number) for number in range(1 + SAMPLES)}
+    assert found == digests(case)
+    assert "refused" not in found.values()
+    assert found["0"] != digests((*case[:5], "bfloat16", 16))["0"]
+
+
+def test_a_comparison_lists_what_differs_or_is_missing(tmp_path):
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    before.write_text(json.dumps({"same": "1", "changed": "2", "gone": "3"}))
+    after.write_text(json.dumps({"same": "1", "changed": "4", "new": "5"}))
+    assert compare(before, after) == ["changed", "gone", "new"]
+    assert compare(before, before) == []
