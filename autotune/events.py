@@ -105,12 +105,5 @@ class BucketSchedulesChosen:
         return len({str(sorted(record.schedule.items())) for record in self.records})
 
 
-Event = (
-    ProblemStarted
-    | TrialDone
-    | TrialFailed
-    | ShootoutStarted
-    | ProblemFinished
-    | BucketShootoutStarted
-    | BucketSchedulesChosen
-)
+SearchEvent = ProblemStarted | TrialDone | TrialFailed | ShootoutStarted | ProblemFinished
+Event = SearchEvent | BucketShootoutStarted | BucketSchedulesChosen

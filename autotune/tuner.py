@@ -127,14 +127,9 @@ class _Search:
             except KeyboardInterrupt:
                 self._report_finished(conclusion.save_best_of_this_run() or record, "interrupted")
                 raise
-            outcome = {
-                "trials": len(self.shared.evaluated()),
-                "stopped": stopped,
-                "finalists": conclusion.finalist_results,
-                "schedule": record.schedule,
-                "measurement": record.measurement,
-            }
-            self.shared.study.set_user_attr(CONCLUSION, outcome)
+            winner = {"schedule": record.schedule, "measurement": record.measurement}
+            found = {"trials": len(self.shared.evaluated()), "finalists": conclusion.finalist_results}
+            self.shared.study.set_user_attr(CONCLUSION, {**found, "stopped": stopped, **winner})
         failed = self._report_finished(record, stopped)
         finalists = self.shared.study.user_attrs[CONCLUSION].get("finalists", ())
         return TuneResult(record, len(self.shared.evaluated()), failed, stopped, tuple(finalists))

@@ -22,8 +22,7 @@ from tiles.compiler.compile import Artifact
 
 FINALISTS = 3
 
-NO_COMPARISON: Mapping[str, float | bool] = {}
-"""A record's fields on separate kernels where there are none, or where they were not compared."""
+Fields = Mapping[str, float | bool]
 
 
 @dataclass
@@ -46,9 +45,7 @@ class Conclusion:
             entrants = {member: case.artifact(member) for member in (case.pool.default, *finalists)}
             binaries = {str(member): artifact.binary for member, artifact in entrants.items()}
             # A trial of an earlier call or of another machine does not verify the code that is compiled here and now.
-            unverified = [
-                str(name) for name, artifact in entrants.items() if source_digest(artifact) not in case.verified
-            ]
+            unverified = [str(name) for name, built in entrants.items() if source_digest(built) not in case.verified]
             default = str(case.pool.default)
             times = shootout(case.problem, binaries, default, unverified, case.workers, seed)
             conditions = case.workers.conditions
@@ -81,28 +78,21 @@ class Conclusion:
             members.setdefault(TrialResult.of(trial).source, member)
         return list(members.values())[:FINALISTS]
 
-    def _compare_with_separate(self, artifact: Artifact, seed: int) -> Mapping[str, float | bool]:
+    def _compare_with_separate(self, artifact: Artifact, seed: int) -> Fields:
         """For a fused kernel: the comparison with the separate kernels."""
-        if self.case.spec.separate is None:
-            return NO_COMPARISON
-        return compare_with_separate(
-            self.case.problem, artifact.binary, self.cache, self.case.key.device, self.case.workers, seed
-        )
+        case = self.case
+        if case.spec.separate is None:
+            return {}
+        return compare_with_separate(case.problem, artifact.binary, self.cache, case.key.device, case.workers, seed)
 
     def _put_if_better(self, member: int, tuned_ms: float, default_ms: float, ratio: float) -> Record:
         before = self.cache.get(self.case.key)
         if before is not None and before.measurement["ratio"] >= ratio:
             return before
-        return self._put(member, tuned_ms, default_ms, ratio)
+        return self._put(member, tuned_ms, default_ms, ratio, {})
 
-    def _put(
-        self,
-        member: int,
-        tuned_ms: float,
-        default_ms: float,
-        ratio: float,
-        separate: Mapping[str, float | bool] = NO_COMPARISON,
-    ) -> Record:
+    def _put(self, member: int, tuned_ms: float, default_ms: float, ratio: float, more: Fields) -> Record:
+        """Write a record, with `more` fields of its measurement."""
         case = self.case
         artifact = case.artifact(member)
         measured = measurement(
@@ -115,6 +105,6 @@ class Conclusion:
             trials=len(self.shared.evaluated()),
             default_kept=member == case.pool.default,
         )
-        measured |= separate
         made = provenance(seed=case.seed, study=self.shared.study.study_name)
-        return self.cache.put(case.key, case.pool.values(member), artifact.binary, artifact.source, measured, made)
+        values = case.pool.values(member)
+        return self.cache.put(case.key, values, artifact.binary, artifact.source, {**measured, **more}, made)

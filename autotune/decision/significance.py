@@ -38,9 +38,8 @@ def decide(default: str, times: Mapping[str, Sequence[float]]) -> tuple[str, flo
     judged, so that with equally fast schedules the default loses in at most 2.5 % of all cases: in shuffled rounds each
     of two equals is as likely to come out faster, whatever the noise.
     """
-    pick = max(
-        times, key=lambda name: paired_ratio(selection_rounds(times[default]), selection_rounds(times[name])).median
-    )
+    selecting = {name: selection_rounds(rounds) for name, rounds in times.items()}
+    pick = max(times, key=lambda name: paired_ratio(selecting[default], selecting[name]).median)
     judged = {name: judging_rounds(times[name]) for name in (default, pick)}
     default_ms = statistics.median(judged[default])
     ratio = paired_ratio(judged[default], judged[pick])

@@ -95,13 +95,7 @@ def neighbours(pool: Pool, member: int) -> list[int]:
     return [other for other in found if other is not None]
 
 
-SAMPLERS: Mapping[str, Search] = {
-    "ours": ours,
-    "tpe": tpe,
-    "random": random_search,
-    "local": hill_climbing,
-    "gp": gp,
-}
+SAMPLERS: Mapping[str, Search] = {"ours": ours, "tpe": tpe, "random": random_search, "local": hill_climbing, "gp": gp}
 
 
 def _optuna_search(sampler: BaseSampler, space: RecordedSpace, trials: int, seed: int) -> list[int | None]:

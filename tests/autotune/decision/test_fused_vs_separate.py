@@ -10,7 +10,6 @@ from autotune.decision import fused_vs_separate as separate
 from autotune.processes.tasks import FUSED, SEPARATE
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Workers
-from autotune.tuner import tune
 from tiles.cache.cache import KernelCache, Key
 from tiles.compiler.compile import compile_kernel
 from tiles.kernels.registry import kernel_spec, kernel_specs
@@ -53,7 +52,7 @@ def test_separate_kernels_win_beyond_the_noise_only(tmp_path, separate_ms, wins)
 
 
 @pytest.mark.parametrize("at", ["compile", "compare_separate"])
-def test_separate_kernels_that_fail_are_no_separate(tmp_path, monkeypatch, at):
+def test_separate_kernels_that_fail_are_not_compared(tmp_path, monkeypatch, at):
     workers, failure = Recorded([2.0] * 12, [1.0] * 12), TaskFailed("CompileError: no")
 
     def fails(*arguments):
@@ -65,7 +64,7 @@ def test_separate_kernels_that_fail_are_no_separate(tmp_path, monkeypatch, at):
     assert separate.compare_with_separate(PROBLEM, b"fused", KernelCache(tmp_path), DEVICE, workers, 0) == {}
 
 
-def test_rivals_are_the_tuned_kernels_where_there_are_some(tmp_path):
+def test_separate_kernels_are_the_tuned_ones_where_there_are_some(tmp_path):
     cache = KernelCache(tmp_path)
     part = replace(PROBLEM, op="aggregate")
     schedule = asdict(kernel_spec("aggregate", "backward").default(part, DEVICE.target))
@@ -107,10 +106,11 @@ def test_separate_work_is_the_fused_kernels_work(spec):
         torch.testing.assert_close(actual, wanted[name])
 
 
-def test_a_real_search_says_how_the_fused_kernel_compares(tmp_path):
-    cache = KernelCache(tmp_path)
+def test_a_real_fused_kernel_is_compared(tmp_path):
+    schedule = kernel_spec("pre", "backward").default(PROBLEM, DEVICE.target)
     with Workers() as workers:
-        found = tune(PROBLEM, DEVICE, cache, trials=1, workers=workers).record.measurement
+        (built,) = workers.compile(PROBLEM, [schedule], DEVICE.target)
+        found = separate.compare_with_separate(PROBLEM, built.binary, KernelCache(tmp_path), DEVICE, workers, 0)
     assert found["separate_ms"] > 0
     assert found["separate_ratio"] > 0
     assert isinstance(found["separate_wins"], bool)

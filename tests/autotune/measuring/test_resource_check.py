@@ -166,6 +166,7 @@ def test_where_all_schedules_spill_all_are_measured(search):
     assert result.record.schedule == asdict(toy.BEST)
 
 
+@pytest.mark.slow  # tests/tiles/compiler/test_cuda.py compiles with workers as well
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_a_compile_worker_reports_the_resources():
     """The code comes from another process than the one that looks; no GPU is there."""
