@@ -9,6 +9,9 @@ import pytest
 import toy
 
 from autotune import tuner
+from autotune.search.trials import REASON, RESULT
+from autotune.study.heartbeat import HEARTBEAT, OWNER
+from autotune.study.metadata import CONCLUSION, METADATA
 from autotune.tuner import tune
 from tiles.cache.cache import KernelCache, Key
 
@@ -83,3 +86,8 @@ def test_the_study_says_what_is_tuned_where_and_how_it_ended(cache):
     assert winner["ratio"] == record.measurement["ratio"]
     assert winner["low"] <= winner["ratio"] <= winner["high"]
     assert [row["schedule"] for row in ending["finalists"] if row["default"]] == [asdict(toy.DEFAULT_SCHEDULE)]
+
+
+def test_attributes_have_the_names_under_which_stored_studies_hold_them():
+    names = METADATA, CONCLUSION, RESULT, REASON, OWNER, HEARTBEAT
+    assert names == ("about", "concluded", "found", "reason", "owner", "beat")
