@@ -47,7 +47,7 @@ class Emulated:
 
     def __init__(self, folder: Path, emulator: Path, text: Text) -> None:
         self.spec = kernel_spec(text.problem.op, text.problem.direction)
-        self.problem = text.problem
+        self.text, self.problem = text, text.problem
         arguments = self.spec.arguments(self.problem)
         self._emulation = Emulation(folder, emulator, text.source, text.plan, arguments, text.overlapping)
 

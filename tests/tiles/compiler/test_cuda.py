@@ -1,22 +1,21 @@
 """The same program texts compile for every CUDA architecture, without a GPU, and their defaults spill nothing.
 
-All kernels are compiled at one small shape. Of the whole matrix (every kernel, stream count and architecture at a
-real width) every day compiles another sample; MHC_TUNE_SAMPLE, any whole number, names one.
+All kernels are compiled at one small shape, for sm_90a and a few for the others. Of the whole matrix (every kernel,
+stream count and architecture at a real width) the slow tier compiles a sample, another one when the sources of the
+kernels change; MHC_TUNE_SAMPLE, any whole number, names one.
 """
 
 from __future__ import annotations
 
-import datetime
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import struct
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 
 import pytest
+from building import sample_of_sources
 from launching import WORKSPACE, job, launched
 
 from autotune.measuring.resource_check import resource_usage
@@ -31,11 +30,14 @@ from tiles.target import Target
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
 CASES = [(op, direction, arch) for op, direction in kernel_specs() for arch in ARCHS]
+OTHER_ARCHS = (("project", "forward", "sm_80"), ("aggregate", "backward", "sm_80"), ("project", "backward", "sm_100a"))
+FAST = [case for case in CASES if case[2] == "sm_90a" or case in OTHER_ARCHS]
+TIERS = [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 MATRIX = [(*kernel, n, arch) for kernel, n, arch in product(kernel_specs(), (1, 2, 4, 8, 16), ARCHS)]
 WIDTH = 2560
 SAMPLE_SIZE = 6
-SAMPLE = int(os.environ.get("MHC_TUNE_SAMPLE") or datetime.datetime.now(datetime.timezone.utc).toordinal())
+SAMPLE = int(os.environ.get("MHC_TUNE_SAMPLE") or sample_of_sources())
 
 
 def sample(number: int) -> list[tuple[str, str, int, str]]:
@@ -49,22 +51,25 @@ def case_id(case: tuple[str, str, int, str]) -> str:
     return f"sample{SAMPLE}-{op}.{direction}-n{n}-{arch}"
 
 
-def compiled(case: tuple[str, str, str]) -> Artifact:
-    op, direction, arch = case
-    spec, target = kernel_specs()[op, direction], Target("cuda", arch)
-    problem = spec.canonical(Problem(op, direction, 2, 64, "bfloat16"))
-    return compile_kernel(problem, spec.default(problem, target), target)
+class Artifacts(dict[tuple[str, str, str], Artifact]):
+    """Defaults at a small shape, each compiled when a test first asks for it."""
+
+    def __missing__(self, case: tuple[str, str, str]) -> Artifact:
+        op, direction, arch = case
+        spec, target = kernel_specs()[op, direction], Target("cuda", arch)
+        problem = spec.canonical(Problem(op, direction, 2, 64, "bfloat16"))
+        self[case] = compile_kernel(problem, spec.default(problem, target), target)
+        return self[case]
 
 
 @pytest.fixture(scope="module")
 def artifacts():
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH: CUDA code cannot be compiled here")
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return dict(zip(CASES, pool.map(compiled, CASES), strict=True))
+    return Artifacts()
 
 
-@pytest.mark.parametrize("case", CASES, ids=".".join)
+@pytest.mark.parametrize("case", TIERS, ids=".".join)
 def test_the_default_compiles_and_spills_nothing(artifacts, case):
     artifact = artifacts[case]
     assert artifact.binary.startswith(b"\x7fELF")
@@ -86,8 +91,9 @@ def sampled():
         return dict(zip(sample(SAMPLE), workers.compile_each(jobs), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", sample(SAMPLE), ids=case_id)
-def test_the_days_sample_of_the_matrix_compiles_and_its_defaults_spill_nothing(sampled, case):
+def test_a_sample_of_the_matrix_compiles_and_its_defaults_spill_nothing(sampled, case):
     (op, direction, n, arch), artifact = case, sampled[case]
     again = f"mhc-tune compile --target cuda:{arch} --op {op} --streams {n} --width {WIDTH} ({direction})"
     assert not isinstance(artifact, TaskFailed), f"{again}: {artifact}"
@@ -98,18 +104,20 @@ def test_the_days_sample_of_the_matrix_compiles_and_its_defaults_spill_nothing(s
 
 
 def test_samples_in_a_row_cover_the_matrix():
-    days = -(-len(MATRIX) // SAMPLE_SIZE)
-    assert {case for day in range(days) for case in sample(SAMPLE + day)} == set(MATRIX)
+    samples = -(-len(MATRIX) // SAMPLE_SIZE)
+    assert {case for number in range(samples) for case in sample(SAMPLE + number)} == set(MATRIX)
 
 
-def test_every_compiled_kernel_gets_its_own_arguments(driver, artifacts, tmp_path):
+@pytest.mark.parametrize("cases", [FAST, pytest.param(CASES, marks=pytest.mark.slow)], ids=["sampled", "all"])
+def test_every_compiled_kernel_gets_its_own_arguments(driver, artifacts, tmp_path, cases):
     """For each artifact: every parameter of every kernel's CUDA signature is the right value, and no grid is empty.
 
     The calls are of one chunk, so that tensors come as they are; sums over splits and what lies between kernels come in
     the workspace, where no two names share a place.
     """
     tokens, jobs, told = 1000, [], []
-    for number, ((op, direction, _), artifact) in enumerate(artifacts.items()):
+    for number, (op, direction, arch) in enumerate(cases):
+        artifact = artifacts[op, direction, arch]
         path = tmp_path / f"{number}.so"
         path.write_bytes(artifact.binary)
         arguments = kernel_spec(op, direction).arguments(Problem(op, direction, 2, 64, "bfloat16"))
@@ -128,7 +136,7 @@ def test_every_compiled_kernel_gets_its_own_arguments(driver, artifacts, tmp_pat
         given = {"tensors": list(values.values()), "scalars": list(floats.values()), "parameters": counts}
         jobs.append(job(str(path), (tokens, 0, 0), **given))
     for ((record,), (kernels, values, floats, partials)), (op, direction, _) in zip(
-        zip(launched(driver, jobs), told, strict=True), artifacts, strict=True
+        zip(launched(driver, jobs), told, strict=True), cases, strict=True
     ):
         assert record["status"] == 0
         assert sorted(launch["name"] for launch in record["log"]) == sorted(kernels)

@@ -1,29 +1,27 @@
 """Generated CUDA kernels, run thread by thread against the float64 reference: barriers, asynchronous copies, operand
 layouts of matrix instructions, sums across threads, and the launcher with its chunks, splits and workspace.
 
-Every kernel is run with its default schedule; of the other stream counts, dtypes, architectures and schedules every day
-runs another sample. MHC_TUNE_SAMPLE, any whole number, names one.
+Every kernel is run with its default schedule; of the other stream counts, dtypes, architectures and schedules the slow
+tier runs a sample, another one when the sources of the kernels change. MHC_TUNE_SAMPLE, any whole number, names one.
 """
 
 from __future__ import annotations
 
-import datetime
-import multiprocessing
 import os
 import random
 import re
 import shutil
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from building import sample_of_sources
 from count_traffic import row
-from emulated import Emulated, Text, generate
+from emulated import Emulated, generate
 from emulation import Way
 
-from tiles.compiler.compile import CompileError
 from tiles.kernels.fused.chain_schedule import ChainSchedule
 from tiles.kernels.project.matmul_schedule import TiledSchedule
 from tiles.kernels.registry import kernel_specs
@@ -34,7 +32,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on P
 
 TOKENS = (0, 1, 37)
 SAMPLE_SIZE = 6
-SAMPLE = int(os.environ.get("MHC_TUNE_SAMPLE") or datetime.datetime.now(datetime.timezone.utc).toordinal())
+SAMPLE = int(os.environ.get("MHC_TUNE_SAMPLE") or sample_of_sources())
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,12 @@ MERGED = [
 ]
 
 FIXED = [*DEFAULTS, *TILED, *CHAINED, *MERGED]
+SLOW = {DEFAULTS[14], DEFAULTS[17], TILED[0], TILED[1], TILED[4], CHAINED[0], CHAINED[4], MERGED[0], MERGED[3]}
+"""What the others have as well, in other pairs of op, tiles, architecture and dtype."""
+
+
+def tiers(cases: Iterable[Case]) -> list[Any]:
+    return [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in cases]
 
 
 def sample(number: int) -> list[Case]:
@@ -151,59 +155,46 @@ def drawn(chance: random.Random) -> Case:
     return replace(made, schedule=schedule, split_tokens=cuts[0], chunk_tokens=cuts[1])
 
 
-def text_of(case: Case) -> Text | str:
-    """A case's text, or why there is none."""
-    target = Target("cuda", case.arch)
-    plan = {name: getattr(case, name) for name in ("split_tokens", "chunk_tokens") if getattr(case, name)}
-    if case.split_tokens:
-        plan["most_splits"] = 4
-    spec = kernel_specs()[case.problem.op, case.problem.direction]
-    try:
-        return generate(case.problem, case.schedule or spec.default(case.problem, target), target, **plan)
-    except CompileError as error:
-        return str(error)
+class Kernels(dict[Case, Emulated]):
+    """Emulated kernels, each compiled when a test first asks for it."""
 
+    def __init__(self, folder: Path, emulator: Path) -> None:
+        super().__init__()
+        self._folder, self._emulator = folder, emulator
 
-def built(folder: Path, emulator: Path, cases: list[Case]) -> tuple[dict[Case, Text | str], dict[Case, Emulated]]:
-    """All texts, and the kernels of those there are."""
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        texts = dict(zip(cases, pool.map(text_of, cases), strict=True))
-    found = {case: text for case, text in texts.items() if isinstance(text, Text)}
-    with ThreadPoolExecutor(2) as pool:
-        kernels = pool.map(lambda text: Emulated(folder, emulator, text), found.values())
-        return texts, dict(zip(found, kernels, strict=True))
+    def __missing__(self, case: Case) -> Emulated:
+        target = Target("cuda", case.arch)
+        plan = {name: getattr(case, name) for name in ("split_tokens", "chunk_tokens") if getattr(case, name)}
+        if case.split_tokens:
+            plan["most_splits"] = 4
+        spec = kernel_specs()[case.problem.op, case.problem.direction]
+        text = generate(case.problem, case.schedule or spec.default(case.problem, target), target, **plan)
+        self[case] = Emulated(self._folder, self._emulator, text)
+        return self[case]
 
 
 @pytest.fixture(scope="module")
-def fixed(tmp_path_factory, emulator):
-    return built(tmp_path_factory.mktemp("fixed"), emulator, FIXED)
+def kernels(tmp_path_factory, emulator):
+    return Kernels(tmp_path_factory.mktemp("kernels"), emulator)
 
 
-@pytest.fixture(scope="module")
-def sampled(tmp_path_factory, emulator):
-    return built(tmp_path_factory.mktemp("sampled"), emulator, sample(SAMPLE))
-
-
-@pytest.mark.parametrize("case", FIXED, ids=str)
-def test_a_kernel_computes_the_reference_without_a_finding(fixed, case):
-    texts, kernels = fixed
-    assert case in kernels, texts[case]
+@pytest.mark.parametrize("case", tiers(FIXED), ids=str)
+def test_a_kernel_computes_the_reference_without_a_finding(kernels, case):
     for tokens in TOKENS:
         kernels[case].check(tokens, seed=tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", sample(SAMPLE), ids=lambda case: f"sample{SAMPLE}-{case}")
-def test_the_days_sample_computes_the_reference_without_a_finding(sampled, case):
-    texts, kernels = sampled
-    assert case in kernels, texts[case]
+def test_a_sample_computes_the_reference_without_a_finding(kernels, case):
     for tokens in (0, 1, 37, 70):
         kernels[case].check(tokens, seed=tokens)
 
 
-def test_the_order_of_threads_and_blocks_does_not_matter(fixed):
+def test_the_order_of_threads_and_blocks_does_not_matter(kernels):
     """Results repeat bit for bit."""
     for case in (DEFAULTS[11], DEFAULTS[13]):
-        kernel = fixed[1][case]
+        kernel = kernels[case]
         inputs = kernel.spec.inputs(kernel.problem, 37, 0)
         first, *others = (kernel.run(inputs, 37, Way(seed, late=seed % 2 == 0)) for seed in (11, 12, 13, 14))
         for other in others:
@@ -225,9 +216,9 @@ PASSES = {
 """How often an op goes over its streams, and u, f: what it cannot do without, and the second look of fused ones."""
 
 
-@pytest.mark.parametrize("case", [case for case in DEFAULTS if case.problem.width >= 64], ids=str)
-def test_streams_are_moved_in_whole_sectors_and_as_often_as_designed(fixed, case):
-    kernel, tokens = fixed[1][case], 128
+@pytest.mark.parametrize("case", tiers(case for case in DEFAULTS if case.problem.width >= 64), ids=str)
+def test_streams_are_moved_in_whole_sectors_and_as_often_as_designed(kernels, case):
+    kernel, tokens = kernels[case], 128
     movements = kernel.movements(tokens)
     # A tile that reaches past its stream carries columns of the next one; narrow rows fill their sectors in part.
     width = case.problem.width
@@ -240,12 +231,12 @@ def test_streams_are_moved_in_whole_sectors_and_as_often_as_designed(fixed, case
             assert needed <= taken <= most * needed, (name, kind)
 
 
-@pytest.mark.parametrize("case", [case for case in FIXED if case.problem.streams % 2 == 0], ids=str)
-def test_threads_do_not_meet_in_the_banks_of_shared_memory(fixed, case):
+@pytest.mark.parametrize("case", tiers(case for case in FIXED if case.problem.streams % 2 == 0), ids=str)
+def test_threads_do_not_meet_in_the_banks_of_shared_memory(kernels, case):
     """Where sums of few outputs are written out they may, once; what a step over the streams takes does not.
     Merging inside of tiles, threads read a token's weights as vectors: eight are served at a time, though more want
     the same."""
-    shared = [move for move in fixed[1][case].movements(64) if move.tensor == "shared"]
+    shared = [move for move in kernels[case].movements(64) if move.tensor == "shared"]
     most = 1.5 if case.problem.op == "step" else 1.2
     assert sum(move.taken for move in shared) <= most * sum(move.least for move in shared)
 
@@ -279,13 +270,13 @@ WAIT = r"cudaGridDependencySynchronize\(\);"
         (BACKWARD, r"x\[\(", "x[-8 + (", 0, "invalid access .* before x"),
     ],
 )
-def test_a_text_that_is_broken_on_purpose_is_found(fixed, emulator, tmp_path, case, old, new, at, found):
-    text = fixed[0][case]
+def test_a_text_that_is_broken_on_purpose_is_found(kernels, emulator, tmp_path, case, old, new, at, found):
+    text = kernels[case].text
     place = list(re.finditer(old, text.source))[at]
     changed = text.source[: place.start()] + new + text.source[place.end() :]
     with pytest.raises(AssertionError, match=found):
         Emulated(tmp_path, emulator, replace(text, source=changed)).check(37, 0)
 
 
-def test_a_day_draws_another_sample():
-    assert len({str(case) + str(case.schedule) for day in range(10) for case in sample(day)}) > 50
+def test_another_number_draws_another_sample():
+    assert len({str(case) + str(case.schedule) for number in range(10) for case in sample(number)}) > 50

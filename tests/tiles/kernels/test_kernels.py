@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
-from building import build, default_job
+from building import DefaultKernels, canonical
 
 from autotune.measuring.verify import check
 from tiles.kernels.registry import kernel_specs
@@ -19,29 +17,40 @@ WIDTH = 72  # a multiple of 8 and of nothing larger, so that vectors have tails
 
 def problems() -> list[Problem]:
     found = [
-        spec.canonical(Problem(spec.op, spec.direction, n, WIDTH, dtype, tokens=64))
-        for spec in kernel_specs().values()
+        canonical(Problem(*kernel, n, WIDTH, dtype, tokens=64))
+        for kernel in kernel_specs()
         for n in STREAMS
         for dtype in DTYPES
     ]
     return list(dict.fromkeys(found))
 
 
+def pairwise() -> set[Problem]:
+    """Of each kernel all stream counts and all dtypes, and with the other kernels every two of them together."""
+    dtypes, found = list(DTYPES), set()
+    for at, kernel in enumerate(kernel_specs()):
+        for turn, n in enumerate(STREAMS):
+            found.add(canonical(Problem(*kernel, n, WIDTH, dtypes[(at + turn) % len(dtypes)], tokens=64)))
+    return found
+
+
+PAIRWISE = pairwise()
+TIERS = [p if p in PAIRWISE else pytest.param(p, marks=pytest.mark.slow) for p in problems()]
+
+
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    jobs = [default_job(problem) for problem in problems()]
-    built = build(tmp_path_factory.mktemp("kernels"), jobs)
-    return {problem: kernel for (problem, _), kernel in built.items()}
+    return DefaultKernels(tmp_path_factory.mktemp("kernels"))
 
 
-@pytest.mark.parametrize("problem", problems(), ids=Problem.describe)
+@pytest.mark.parametrize("problem", TIERS, ids=Problem.describe)
 def test_matches_the_float64_reference_and_writes_nowhere_else(kernels, problem):
     kernel = kernels[problem]
     for tokens, slices in ((0, 1), (1, 1), (5, 2), (37, 3)):
         check(kernel, kernel.spec.inputs(problem, tokens, seed=tokens), tokens, slices)
 
 
-@pytest.mark.parametrize("problem", [p for p in problems() if p.streams == 4], ids=Problem.describe)
+@pytest.mark.parametrize("problem", [p for p in problems() if p.streams == 4 and p in PAIRWISE], ids=Problem.describe)
 def test_repeats_bit_for_bit_at_a_fixed_slice_count(kernels, problem):
     kernel = kernels[problem]
     first = kernel.run(list(kernel.spec.inputs(problem, 61, seed=3).values()), 61, 2)
@@ -53,9 +62,7 @@ def test_repeats_bit_for_bit_at_a_fixed_slice_count(kernels, problem):
 
 
 def test_results_of_a_token_do_not_depend_on_the_other_tokens(kernels):
-    for problem in problems():
-        if problem.streams != 4 or problem.dtype != "float32":
-            continue
+    for problem in (p for p in problems() if p in PAIRWISE and p.streams > 1 and p.dtype == "float32"):
         kernel = kernels[problem]
         results = [arg.name for arg in kernel.arguments if is_result(arg)]
         partial = {arg.name for arg in kernel.arguments if arg.role == "partial"}
@@ -77,7 +84,7 @@ def test_merge_weighs_input_stream_j_in_output_stream_i_with_res_ij(kernels):
 
 @pytest.mark.parametrize("n", STREAMS)
 def test_sinkhorn_is_doubly_stochastic_with_rows_to_rounding(kernels, n):
-    problem = default_job(Problem("sinkhorn", "forward", n, WIDTH, tokens=64))[0]
+    problem = Problem("sinkhorn", "forward", n, WIDTH, tokens=64)
     res = kernels[problem](2 * torch.randn(200, n, n, generator=torch.Generator().manual_seed(n)))[0]
     assert (res >= 0).all()
     # n additions and one division, each rounded
@@ -93,11 +100,11 @@ def test_logits_of_any_finite_size_give_finite_results(kernels, n, size):
     logits[:8] = torch.sign(logits[:8]) * size
     logits[8:16, 0] = -size
     logits[16:24, :, 0] = size
-    forward = default_job(Problem("sinkhorn", "forward", n, WIDTH, tokens=64))[0]
+    forward = Problem("sinkhorn", "forward", n, WIDTH, tokens=64)
     res = kernels[forward](logits)[0]
     assert torch.isfinite(res).all()
     assert (res >= 0).all()
-    backward = default_job(Problem("sinkhorn", "backward", n, WIDTH, tokens=64))[0]
+    backward = Problem("sinkhorn", "backward", n, WIDTH, tokens=64)
     assert torch.isfinite(kernels[backward](logits, torch.randn(64, n, n, generator=random))[0]).all()
 
 
@@ -107,7 +114,7 @@ def test_logits_up_to_60_apart_match_the_log_domain_reference(kernels, n):
     logits = 60 * torch.rand(256, n, n, generator=random) - 30
     grad = torch.randn(256, n, n, generator=random)
     for direction, inputs in (("forward", (logits,)), ("backward", (logits, grad))):
-        kernel = kernels[default_job(Problem("sinkhorn", direction, n, WIDTH, tokens=64))[0]]
+        kernel = kernels[Problem("sinkhorn", direction, n, WIDTH, tokens=64)]
         names = ("logits", "dres")
         want = kernel.spec.reference(
             kernel.problem, {name: value.double() for name, value in zip(names, inputs, strict=False)}
@@ -163,7 +170,7 @@ def test_nan_and_infinity_in_the_streams_reach_the_results(kernels):
 @pytest.mark.parametrize("n", STREAMS[1:])  # with one stream res is 1 whatever its logit
 def test_a_nan_logit_spreads_over_its_token_and_no_further(kernels, n):
     """A run that has diverged must show it: nothing turns a NaN into a plausible matrix."""
-    sinkhorn = kernels[default_job(Problem("sinkhorn", "forward", n, WIDTH, tokens=64))[0]]
+    sinkhorn = kernels[Problem("sinkhorn", "forward", n, WIDTH, tokens=64)]
     logits = torch.randn(40, n, n, generator=torch.Generator().manual_seed(n))
     for place in range(n * n):
         poisoned = logits.clone()
@@ -172,7 +179,7 @@ def test_a_nan_logit_spreads_over_its_token_and_no_further(kernels, n):
         assert res[7].isnan().all()
         assert not res[:7].isnan().any()
         assert not res[8:].isnan().any()
-    coefficients = kernels[default_job(Problem("coefficients", "forward", n, WIDTH, tokens=64))[0]]
+    coefficients = kernels[Problem("coefficients", "forward", n, WIDTH, tokens=64)]
     inputs = coefficients.spec.inputs(coefficients.problem, 9, seed=0)
     inputs["z"][4] = torch.nan
     for result in coefficients(*inputs.values()):
@@ -203,8 +210,9 @@ def test_small_work_stays_on_one_thread_and_large_work_uses_torchs_threads(kerne
         torch.set_num_threads(before)
 
 
-def test_rounds_are_part_of_the_problem(tmp_path):
-    jobs = [default_job(Problem("sinkhorn", "forward", 3, 8, rounds=rounds)) for rounds in (1, 2, 100)]
-    for (problem, _), kernel in build(tmp_path, jobs).items():
-        check(kernel, kernel.spec.inputs(problem, 19, seed=0), 19, 1)
-    assert len({dataclasses.replace(problem, rounds=1) for problem, _ in jobs}) == 1
+def test_rounds_are_part_of_the_problem(kernels):
+    for rounds in (1, 2, 100):
+        problem = Problem("sinkhorn", "forward", 3, 8, rounds=rounds)
+        kernel = kernels[problem]
+        assert kernel.problem.rounds == rounds
+        check(kernel, kernel.spec.inputs(kernel.problem, 19, seed=0), 19, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import math
 import re
@@ -15,6 +16,7 @@ from tiles.compiler.compile import CompileError, compile_kernel, generate_source
 from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_specs
 from tiles.kernels.spec import KernelSpec, Problem
+from tiles.lang.dialect import dialect_for
 from tiles.runtime.loaded_kernel import is_given
 from tiles.target import Target, parse_target
 
@@ -59,16 +61,33 @@ def test_the_default_is_valid_for_every_problem(spec, target):
         assert spec.why_invalid(problem, default, target) is None, (problem, default)
 
 
+def program(spec: KernelSpec, problem: Problem, schedule: object, target: Target) -> str:
+    """The program that TileLang is given to lower, which takes many times as long."""
+    from tilelang.backend.target import determine_target
+
+    module, _, function = spec.builder.partition(":")
+    with determine_target("c" if target.kind == "cpu" else {"kind": "cuda", "arch": target.arch}, return_object=True):
+        return getattr(importlib.import_module(module), function)(problem, schedule, dialect_for(target)).script()
+
+
+@pytest.mark.parametrize("made", [program, pytest.param(generate_source, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("target", [TARGETS[0], TARGETS[2]], ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=named)
-def test_every_tunable_changes_the_generated_source(spec, target):
+def test_every_tunable_changes_the_program_and_the_generated_source(spec, target, made):
     problem = problem_of(spec, 4 if target.kind == "cpu" else 2)  # lowering for CUDA takes long for many streams
     default, space = spec.default(problem, target), spec.space(problem, target)
-    base = generate_source(spec, problem, default, target)
+    base = made(spec, problem, default, target)
     for name in (name for name, values in space.items() if len(values) > 1):
         start, other = neighbours(spec, problem, target, default, name)
-        text = base if start == default else generate_source(spec, problem, start, target)
-        assert generate_source(spec, problem, other, target) != text, name
+        text = base if start == default else made(spec, problem, start, target)
+        assert made(spec, problem, other, target) != text, name
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=named)
+def test_the_same_schedule_is_the_same_program(spec):
+    problem, target = problem_of(spec, 2), TARGETS[2]
+    default = spec.default(problem, target)
+    assert program(spec, problem, default, target) == program(spec, problem, default, target)
 
 
 def neighbours(spec, problem, target, default, name):
@@ -98,7 +117,8 @@ def test_schedules_far_from_the_default_compute_the_same(spec, tmp_path):
     ]
     valid = [corner for corner in corners if spec.why_invalid(problem, corner, target) is None]
     assert valid
-    for kernel in build(tmp_path, [(problem, corner) for corner in valid]).values():
+    for number, corner in enumerate(dict.fromkeys(valid)):
+        kernel = build(tmp_path / f"{number}.so", problem, corner)
         check(kernel, spec.inputs(problem, 21, seed=5), 21, 2)
 
 
