@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Literal
 
@@ -41,13 +40,7 @@ class KernelReport(tuple[Row, ...]):
     def __str__(self) -> str:
         if not self:
             return "no mhc op has run yet"
-        return table([field.name for field in fields(Row)], [[str(value) for value in astuple(row)] for row in self])
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, each as wide as its longest cell."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+        lines = [[field.name for field in fields(Row)], *([str(value) for value in astuple(row)] for row in self)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        cells = ((cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+        return "\n".join("  ".join(line).rstrip() for line in cells)

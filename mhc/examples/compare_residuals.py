@@ -9,13 +9,11 @@ equally; step times are medians. Plotted by `mhc.examples.plot_loss`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from mhc.examples.train_bytes import (
     as_json,
     build,
     kernels_for,
+    parser_for,
     standard_library,
     training,
     validation_loss,
@@ -87,14 +86,7 @@ def table(outcomes: dict[str, Outcome]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; 0 when done, 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mhc.examples.compare_residuals", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--kernels", metavar="PACK", help="pack or cache folder; none: torch (default: user's cache)")
-    parser.add_argument("--steps", type=int, default=Run.steps, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=Run.seed, help="of weights and batches (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every step of every run here")
-    chosen = parser.parse_args(arguments)
+    chosen = parser_for("compare_residuals", __doc__).parse_args(arguments)
     run = Run(steps=chosen.steps, seed=chosen.seed)
     try:
         if run.steps < 2:

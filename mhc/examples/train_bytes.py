@@ -163,14 +163,20 @@ def where_it_ran() -> dict[str, Any]:
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; 0 when done, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m mhc.examples.train_bytes", description=__doc__.splitlines()[0])
+def parser_for(name: str, doc: str) -> argparse.ArgumentParser:
+    """The command line of an example: its kernels, steps, seed and output."""
+    parser = argparse.ArgumentParser(prog=f"python -m mhc.examples.{name}", description=doc.splitlines()[0])
     parser.add_argument("--kernels", metavar="PACK", help="pack or cache folder; none: torch (default: user's cache)")
-    parser.add_argument("--residual", choices=get_args(Residual), default=Run.residual, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=Run.steps, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=Run.seed, help="of weights and batches (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the loss of every step here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every step of every run here")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; 0 when done, 2 for bad input."""
+    parser = parser_for("train_bytes", __doc__)
+    parser.add_argument("--residual", choices=get_args(Residual), default=Run.residual, help="(default: %(default)s)")
     chosen = parser.parse_args(arguments)
     run = Run(chosen.residual, chosen.steps, chosen.seed)
     try:

@@ -1,15 +1,12 @@
-"""Every test runs with a cache folder of its own session, on the torch reference unless it asks for `kernels`."""
+"""Every test runs with a cache folder of its own session, on the torch reference unless it asks for `kernels`.
 
-import sys
-from pathlib import Path
+Tests on compiled kernels take n = 4 and C = 16 where they can: a kernel is compiled once a shape and dtype."""
 
 import pytest
 import torch
 
 import mhc
 from mhc.dispatch.resolve import Resolver
-
-sys.path.insert(0, str(Path(__file__).parent))  # the tests import `fake_kernels`
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,7 +25,7 @@ def _on_reference(cache_folder):
 
 @pytest.fixture
 def one_thread():
-    """Small tensors are nothing to wait for another thread for."""
+    """One torch thread: small tensors gain nothing from more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -37,7 +34,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def compiled(cache_folder):
-    """Compiled default schedules that never give way to the reference; shared, as compiling takes seconds a kernel."""
+    """Compiled default schedules that never fall back to the reference; shared, as compiling takes seconds a kernel."""
 
     def candidates(problem, device):
         return [

@@ -1,4 +1,4 @@
-"""What a process that trains needs: no TileLang, no tuner, no command line, no compiler."""
+"""A process that trains needs no TileLang, no tuner, no command line, no compiler."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What residual maps do to signals and gradients, against closed forms."""
+"""Measures of residual maps, against closed forms."""
 
 import math
 

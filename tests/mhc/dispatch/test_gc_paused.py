@@ -1,4 +1,4 @@
-"""Loading kernels collects no garbage, and leaves the collector as it was."""
+"""The paused garbage collector: nothing is collected meanwhile, and it is left as it was."""
 
 import gc
 

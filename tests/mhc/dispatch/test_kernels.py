@@ -1,4 +1,4 @@
-"""The look-up order, what is said about it, and that it is walked once."""
+"""The order of look-up, its log messages, and that it runs once."""
 
 import contextlib
 import threading

@@ -1,4 +1,4 @@
-"""Two processes of one training run (gloo): both run what rank 0 chose, and neither waits for ever for the other."""
+"""Two ranks (gloo): both run the kernels that rank 0 chose, and neither waits for ever for the other."""
 
 import json
 import os

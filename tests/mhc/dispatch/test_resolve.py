@@ -1,4 +1,4 @@
-"""Kernels of other versions, machines and makers: schedules are kept, code does not run, and it is said."""
+"""Records of other versions, machines and owners: schedules are used, binaries are not, and it is logged."""
 
 from dataclasses import replace
 

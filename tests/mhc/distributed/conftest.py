@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # the tests import `ranks` and `models`
+sys.path.insert(0, str(Path(__file__).parent))  # the tests import `two_ranks` and `models`
 
-from ranks import Ranks
+from two_ranks import Ranks
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from torch import nn
 import mhc
 from mhc.modules.recompute import recompute
 
-WIDTH, STREAMS, TOKENS = 24, 3, 8
+WIDTH, STREAMS, TOKENS = 16, 4, 8
 RUNNERS = {"stack": mhc.HyperConnectionStack, "recompute": lambda made: recompute(made, segment=2)}
 
 

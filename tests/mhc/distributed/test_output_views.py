@@ -1,4 +1,4 @@
-"""Results that are no views, without a copy."""
+"""Module outputs that are no views, without a copy."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""DualPipeV's pairs of a forward and a backward, run by `overlap_pairs`; what is made again ahead."""
+"""Pairs of a forward and a backward of DualPipeV, run by `overlap_pairs`; recomputation ahead of the gradient."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 from models import STREAMS, WIDTH, blocks
-from staged import pipeline, sharded
+from pipeline_model import pipeline, sharded
 from torch.distributed.pipelining.schedules import OVERLAP_F_B, _Action
 
 import mhc

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from models import RUNNERS, batch, blocks, expect_same, gradients, loss_of
+from models import RUNNERS, STREAMS, WIDTH, batch, blocks, expect_same, gradients, loss_of
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.pipelining import ScheduleDualPipeV
 
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_the_cpu_and_the_stages_have_streams_of_their_own
 def test_what_follows_a_chosen_sublayer_runs_with_priority(monkeypatch):
     made, ran = blocks(2), []
     stack = mhc.HyperConnectionStack(made).cuda()
-    x = torch.randn(64, 3, 24, device="cuda")
+    x = torch.randn(64, STREAMS, WIDTH, device="cuda")
     wanted = stack(x)
     prioritise_merges(stack, [made[1]], torch.device("cuda"))
     run = mhc.Kernels.run

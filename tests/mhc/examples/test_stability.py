@@ -1,4 +1,4 @@
-"""The stability example, small: what it records, that it goes on where it was, and what it draws."""
+"""The stability example, small: its records, its resumption, its plots."""
 
 import json
 import math
@@ -15,13 +15,6 @@ from mhc.examples.train_bytes import Run
 
 RECORDED = Path(__file__).parents[3] / "results" / "stability"
 TINY = Size(blocks=2, width=16, heads=2, context=16)
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def text():
-    return train_bytes.standard_library()
 
 
 def tiny(residual="mhc", **changes):

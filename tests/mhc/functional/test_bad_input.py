@@ -1,4 +1,4 @@
-"""A broken rule is one line: the rule, the values received, what to do."""
+"""Error messages for bad input: one line with the rule, the values received, what to do."""
 
 import re
 

@@ -126,8 +126,15 @@ def test_reference_follows_its_formula(op, n, dtype):
 
 
 # Compiling takes seconds a kernel; tests/tiles compiles every family at more stream counts.
-@pytest.mark.parametrize(("n", "dtype"), [(4, "float32"), (4, "bfloat16"), (3, "float16")])
-@pytest.mark.parametrize("op", OPS)
+COMPILED = [(op, 4, "float32") for op in OPS]
+COMPILED += [("project", 3, "float16"), ("coefficients", 3, "float32"), ("aggregate", 3, "float16")]
+COMPILED += [("merge", 4, "bfloat16"), ("sinkhorn", 3, "float32")]
+REST = [("project", 4, "bfloat16"), ("aggregate", 4, "bfloat16"), ("merge", 3, "float16")]
+
+
+@pytest.mark.parametrize(
+    ("op", "n", "dtype"), [*COMPILED, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+)
 def test_compiled_kernels_follow_their_formula(on_compiled, op, n, dtype):
     check_op(op, n, dtype)
 

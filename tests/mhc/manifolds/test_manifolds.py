@@ -1,4 +1,4 @@
-"""Every manifold's promise: what its matrices are, far logits, gradients, shapes, bad input."""
+"""The properties of every manifold: sums and norms, large logits, gradients, shapes, bad input."""
 
 import itertools
 import math

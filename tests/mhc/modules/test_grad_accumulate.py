@@ -1,4 +1,4 @@
-"""Sharing sums gradients in place and changes nothing else."""
+"""Views that accumulate gradients in place, and change nothing else."""
 
 from __future__ import annotations
 

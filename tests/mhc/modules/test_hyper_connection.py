@@ -1,4 +1,4 @@
-"""HyperConnection: its start, its modes, what it passes on, what it refuses."""
+"""HyperConnection: its modes, arguments, state_dict and errors; compiled, exported, captured."""
 
 import copy
 import pickle
@@ -418,14 +418,24 @@ def test_printing_shows_the_settings():
     assert "manifold=cayley" in str(built(manifold=mhc.manifolds.cayley))
 
 
-class Model(nn.Module):
-    """Embedding, two blocks and a head: a whole language model in small."""
+CONNECTIONS = [
+    {},
+    {"mode": "hc"},
+    {"mode": "residual"},
+    {"dynamic": False},
+    {"manifold": "permutations"},
+    {"manifold": "orthogonal"},
+]
 
-    def __init__(self, **settings):
+
+class Model(nn.Module):
+    """Embedding, a block of each of the settings, and a head: a whole language model in small."""
+
+    def __init__(self, *settings):
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 11)
-        self.layers = nn.ModuleList(mhc.HyperConnection(WIDTH, 4, Block(), **settings) for _ in range(2))
+        self.layers = nn.ModuleList(mhc.HyperConnection(WIDTH, 4, Block(), **each) for each in settings)
         for layer in self.layers:
             if layer.mode != "residual":
                 layer.bias.data.add_(0.3 * torch.randn_like(layer.bias))
@@ -445,21 +455,9 @@ def loss_and_gradients(model, tokens, run):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own import
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"mode": "hc"},
-        {"mode": "residual"},
-        {"dynamic": False},
-        {"manifold": "permutations"},
-        {"manifold": "orthogonal"},
-    ],
-    ids=str,
-)
-def test_a_whole_model_compiles_in_one_graph(settings):
+def test_a_model_of_every_kind_of_block_compiles_in_one_graph():
     torch._dynamo.reset()
-    model, tokens = Model(**settings), torch.randint(11, (2, 5))
+    model, tokens = Model(*CONNECTIONS), torch.randint(11, (2, 5))
     expected = loss_and_gradients(model, tokens, model)
     found = loss_and_gradients(model, tokens, torch.compile(model, fullgraph=True, backend="aot_eager"))
     for actual, wanted in zip(found, expected, strict=True):
@@ -469,7 +467,7 @@ def test_a_whole_model_compiles_in_one_graph(settings):
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own import
 def test_a_compiled_model_takes_autocast_and_is_watched():
     torch._dynamo.reset()
-    model, tokens, seen = Model(), torch.randint(11, (2, 5)), []
+    model, tokens, seen = Model({}, {}), torch.randint(11, (2, 5)), []
 
     def with_autocast(run):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -485,9 +483,8 @@ def test_a_compiled_model_takes_autocast_and_is_watched():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.export's own import
-@pytest.mark.parametrize("settings", [{}, {"mode": "hc"}], ids=str)
-def test_a_whole_model_can_be_exported(settings):
-    model, tokens = Model(**settings).eval(), torch.randint(11, (2, 5))
+def test_a_model_of_every_kind_of_block_can_be_exported():
+    model, tokens = Model(*CONNECTIONS).eval(), torch.randint(11, (2, 5))
     exported = torch.export.export(model, (tokens,)).module()
     torch.testing.assert_close(exported(tokens), model(tokens))
 
@@ -495,7 +492,7 @@ def test_a_whole_model_can_be_exported(settings):
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{}, {"mode": "hc"}, {"manifold": "permutations"}], ids=str)
 def test_a_training_step_can_be_captured_in_a_cuda_graph(settings):
-    model = Model(**settings).cuda()
+    model = Model(settings, settings).cuda()
     tokens = torch.randint(11, (2, 5), device="cuda")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 

@@ -1,4 +1,4 @@
-"""How blocks start: what the docstring of mhc.modules.init says of each choice."""
+"""Initial parameters, as the docstring of mhc.modules.init states them."""
 
 import math
 

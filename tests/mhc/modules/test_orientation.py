@@ -5,7 +5,7 @@ import torch
 
 from mhc import functional
 
-WIDTH = 8
+WIDTH = 16
 
 
 def test_merge_reads_stream_j_for_column_j(kernels):

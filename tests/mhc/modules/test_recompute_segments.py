@@ -1,4 +1,4 @@
-"""How blocks are cut into segments: the length that holds least, and no segment in two stages."""
+"""Segments of blocks: the length that holds least memory, and no segment in two stages."""
 
 from itertools import accumulate
 from math import sqrt

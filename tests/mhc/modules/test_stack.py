@@ -1,4 +1,4 @@
-"""Blocks in a stack are the blocks one after the other; the fused passes are the separate kernels joined."""
+"""A stack is its blocks in sequence; its fused passes are the separate kernels joined."""
 
 from itertools import pairwise
 
@@ -8,10 +8,10 @@ import torch
 import mhc
 from mhc import functional
 
-WIDTH = 24
+WIDTH = 16
 
 
-def blocks(modes, streams=3):
+def blocks(modes, streams=4):
     """A mode, `static`, or a manifold's name for each."""
     settings = {"static": {"dynamic": False}, "orthogonal": {"manifold": "orthogonal"}}
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ MODES = [
 @pytest.mark.parametrize("modes", MODES, ids="-".join)
 def test_a_stack_is_its_blocks_in_turn(modes, fused):
     made = blocks(modes)
-    x, upstream = torch.randn(2, 5, 3, WIDTH), torch.randn(2, 5, 3, WIDTH)
+    x, upstream = torch.randn(2, 5, 4, WIDTH), torch.randn(2, 5, 4, WIDTH)
     with mhc.using(mhc.Kernels.reference()):
         wanted = outcome(torch.nn.Sequential(*made), x, upstream)
     with mhc.using(mhc.Kernels.defaults(fused=fused)) as active:
@@ -65,7 +65,7 @@ def test_a_stack_is_its_blocks_in_turn(modes, fused):
 
 def test_bfloat16_stacks_agree_to_rounding(on_compiled):
     made = blocks(["mhc"] * 3)
-    x, upstream = torch.randn(40, 3, WIDTH).bfloat16(), torch.randn(40, 3, WIDTH).bfloat16()
+    x, upstream = torch.randn(40, 4, WIDTH).bfloat16(), torch.randn(40, 4, WIDTH).bfloat16()
     stack = mhc.HyperConnectionStack(made)
     for block in made:
         block.sublayer.bfloat16()
@@ -79,7 +79,7 @@ def test_bfloat16_stacks_agree_to_rounding(on_compiled):
 
 def test_the_callers_tensors_are_not_written_to(kernels):
     stack = mhc.HyperConnectionStack(blocks(["mhc", "mhc"]))
-    x, upstream = torch.randn(7, 3, WIDTH), torch.randn(7, 3, WIDTH)
+    x, upstream = torch.randn(7, 4, WIDTH), torch.randn(7, 4, WIDTH)
     before = x.clone(), upstream.clone()
     first, second = outcome(stack, x, upstream), outcome(stack, x, upstream)
     assert torch.equal(x, before[0])
@@ -89,7 +89,7 @@ def test_the_callers_tensors_are_not_written_to(kernels):
 
 def test_a_graph_can_be_walked_twice(kernels):
     stack = mhc.HyperConnectionStack(blocks(["mhc", "mhc"]))
-    x = torch.randn(7, 3, WIDTH, requires_grad=True)
+    x = torch.randn(7, 4, WIDTH, requires_grad=True)
     result = stack(x)
     upstream = torch.randn_like(result)
     first = torch.autograd.grad(result, x, upstream, retain_graph=True)[0].clone()
@@ -101,8 +101,8 @@ def test_arguments_go_to_every_sublayer(kernels):
         def forward(self, u, factor, *, shift):
             return u * factor + shift
 
-    made = [mhc.HyperConnection(WIDTH, 3, Scaled()) for _ in range(2)]
-    x = torch.randn(4, 3, WIDTH)
+    made = [mhc.HyperConnection(WIDTH, 4, Scaled()) for _ in range(2)]
+    x = torch.randn(4, 4, WIDTH)
     found = mhc.HyperConnectionStack(made)(x, 2.0, shift=1.0)
     wanted = made[1](made[0](x, 2.0, shift=1.0), 2.0, shift=1.0)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
@@ -113,8 +113,8 @@ def test_what_sublayers_return_beside_their_output_is_dropped(kernels):
         def forward(self, u):
             return 2 * u, "more"
 
-    made = [mhc.HyperConnection(WIDTH, 3, Two(), mode=mode) for mode in ("mhc", "mhc", "residual")]
-    x = torch.randn(4, 3, WIDTH)
+    made = [mhc.HyperConnection(WIDTH, 4, Two(), mode=mode) for mode in ("mhc", "mhc", "residual")]
+    x = torch.randn(4, 4, WIDTH)
     wanted = x
     for block in made:
         wanted, _ = block(wanted)
@@ -125,7 +125,7 @@ def test_watchers_see_the_map_of_every_block(kernels):
     made, seen = blocks(["mhc", "mhc", "hc", "residual", "mhc"]), {}
     for block in made:
         block.watchers.append(lambda block, res: seen.setdefault(block, []).append(res))
-    x = torch.randn(4, 3, WIDTH)
+    x = torch.randn(4, 4, WIDTH)
     mhc.HyperConnectionStack(made)(x)
     for block in made:
         found, before = list(seen.get(block, [])), x
@@ -138,7 +138,7 @@ def test_watchers_see_the_map_of_every_block(kernels):
 
 def test_streams_of_another_shape_are_refused():
     for modes in (["mhc"], ["residual"]):
-        with pytest.raises(mhc.BadInput, match=r"\(4, 3, 24\).*\(4, 5, 24\)"):
+        with pytest.raises(mhc.BadInput, match=r"\(4, 4, 16\).*\(4, 5, 16\)"):
             mhc.HyperConnectionStack(blocks(modes))(torch.randn(4, 5, WIDTH))
 
 
@@ -150,9 +150,9 @@ def test_blocks_that_do_not_fit_are_refused(shapes):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own import
-def test_a_stack_compiles_in_one_graph(kernels):
+def test_a_stack_compiles_in_one_graph():
     stack = mhc.HyperConnectionStack(blocks(["mhc", "mhc", "hc"]))
-    x, upstream = torch.randn(2, 5, 3, WIDTH), torch.randn(2, 5, 3, WIDTH)
+    x, upstream = torch.randn(2, 5, 4, WIDTH), torch.randn(2, 5, 4, WIDTH)
     wanted = outcome(stack, x, upstream)
     found = outcome(torch.compile(stack, fullgraph=True, backend="aot_eager"), x, upstream)
     for actual, want in zip(found, wanted, strict=True):
@@ -161,7 +161,7 @@ def test_a_stack_compiles_in_one_graph(kernels):
 
 @pytest.mark.parametrize("leading", [(), (0,), (1,), (3, 2)])
 def test_step_is_merge_then_pre_for_any_leading_dimensions(kernels, leading):
-    n, outputs = 3, 15
+    n, outputs = 4, 24
     x, f = torch.randn(*leading, n, WIDTH), torch.randn(*leading, WIDTH)
     post, res = torch.rand(*leading, n), torch.rand(*leading, n, n)
     phi, alpha, bias = torch.randn(outputs, n * WIDTH), torch.full((3,), 0.1), torch.randn(outputs)
@@ -177,7 +177,7 @@ def test_step_is_merge_then_pre_for_any_leading_dimensions(kernels, leading):
 
 def test_non_contiguous_streams_and_gradients(kernels):
     stack = mhc.HyperConnectionStack(blocks(["mhc", "mhc"]))
-    x, upstream = torch.randn(3, WIDTH, 7), torch.randn(WIDTH, 3, 7)
+    x, upstream = torch.randn(4, WIDTH, 7), torch.randn(WIDTH, 4, 7)
     x, upstream = x.permute(2, 0, 1), upstream.permute(2, 1, 0)
     for actual, want in zip(
         outcome(stack, x, upstream), outcome(stack, x.contiguous(), upstream.contiguous()), strict=True

@@ -1,4 +1,4 @@
-"""Where streams begin and end."""
+"""Expansion to streams, their reduction, and the learned head."""
 
 import torch
 

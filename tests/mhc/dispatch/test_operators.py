@@ -1,4 +1,4 @@
-"""The ops as torch sees them: registration, fakes, compilation, autocast, checkpointing."""
+"""The custom ops in torch: registration, fakes, compilation, autocast, checkpointing."""
 
 import pytest
 import torch
@@ -11,11 +11,18 @@ from mhc.dispatch.operators import OPERATORS
 from tiles.kernels.registry import kernel_spec, kernel_specs
 from tiles.kernels.spec import Problem
 
-WIDTH = 8
+WIDTH = 16
 
 
-@pytest.mark.parametrize("n", [1, 4])
-@pytest.mark.parametrize(("op", "direction"), sorted(kernel_specs()))
+def cases():
+    """Forwards at n = 4, backwards at n = 1; the other way round in the slow tier."""
+    for op, direction in sorted(kernel_specs()):
+        for n in (1, 4):
+            fast = (direction == "forward") == (n == 4)
+            yield pytest.param(op, direction, n, marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("op", "direction", "n"), [*cases()])
 def test_opcheck(op, direction, n):
     spec, problem = kernel_spec(op, direction), Problem(op, direction, n, WIDTH)
     updated = {argument.name for argument in spec.arguments(problem) if argument.role == "updated"}
@@ -28,10 +35,9 @@ def test_opcheck(op, direction, n):
     assert set(opcheck(checked, (*values, n, WIDTH, 20)).values()) == {"SUCCESS"}
 
 
-def network():
+def network(modes=("mhc", "hc", "residual")):
     torch.manual_seed(0)
-    sublayers = [torch.nn.Sequential(torch.nn.RMSNorm(WIDTH), torch.nn.Linear(WIDTH, WIDTH)) for _ in range(3)]
-    modes = ("mhc", "hc", "residual")
+    sublayers = [torch.nn.Sequential(torch.nn.RMSNorm(WIDTH), torch.nn.Linear(WIDTH, WIDTH)) for _ in modes]
     layers = [mhc.HyperConnection(WIDTH, 4, each, mode=mode) for each, mode in zip(sublayers, modes, strict=True)]
     return torch.nn.Sequential(*layers, mhc.StreamHead(WIDTH, 4))
 
@@ -45,9 +51,19 @@ def outcome(model, h):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own import
+def test_a_module_compiles_with_inductor(on_compiled):
+    expect_same_when_compiled(network(["mhc"]), "inductor")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own import
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_modules_compile_in_one_graph(kernels, backend):
-    model, h = network(), torch.randn(2, 3, WIDTH)
+    expect_same_when_compiled(network(), backend)
+
+
+def expect_same_when_compiled(model, backend):
+    h = torch.randn(2, 3, WIDTH)
     expected = outcome(model, h)
     found = outcome(torch.compile(model, fullgraph=True, backend=backend), h)
     for actual, wanted in zip(found, expected, strict=True):

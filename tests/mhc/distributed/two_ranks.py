@@ -1,4 +1,4 @@
-"""Two processes of one training run (gloo) that serve the tests: started once, each test is a function they both run.
+"""Two ranks (gloo) that serve the tests: started once, each test is a function they both run.
 
 A rank's error is shown by the test that asked. Where a rank hangs or dies, both processes are ended with all that
 they started, and the next test gets fresh ones.

@@ -1,4 +1,4 @@
-"""Loading reads no code: a binary is checked before the first call of its kernel, and no other one is."""
+"""Lazy loading: a binary is read and checked before the first call of its kernel, and no other one is."""
 
 import pytest
 from fake_kernels import PROBLEM, answer, fakes, put

@@ -1,4 +1,4 @@
-"""A pack built for AVX-512 on a machine that reports AVX2 only: the next fallback, said once, right numbers."""
+"""A pack built for AVX-512 on a machine that reports AVX2 only: the next fallback, logged once, right numbers."""
 
 import logging
 import platform

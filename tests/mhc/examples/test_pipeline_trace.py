@@ -1,4 +1,4 @@
-"""The example that records a timeline, small."""
+"""The recorded timeline of a pipeline, small."""
 
 import json
 

@@ -1,43 +1,15 @@
-"""Looking at the residual maps of a model: watching, NaN, logs, plots. The measures themselves: test_gains."""
+"""Watchers of a model's residual maps, and the check that values are finite. The measures: test_gains."""
 
 import copy
-import json
 import math
 
 import pytest
 import torch
+from watched import forward, stack
 
 import mhc
-from mhc import diagnostics
-from mhc.diagnostics import (
-    JsonLines,
-    Log,
-    TensorBoard,
-    Watch,
-    check_finite,
-    composites,
-    entropy,
-    forward_gain,
-    measure,
-    plot_gains,
-    plot_mappings,
-    spectral_norm,
-)
-from mhc.diagnostics.plot import draw_mapping, short
+from mhc.diagnostics import Watch, check_finite, composites, entropy, forward_gain, measure, spectral_norm
 from tiles.errors import BadInput
-
-SIGNED = torch.tensor([[1.0, -3.0], [0.5, 0.25]], dtype=torch.float64)
-"""Rows sum to −2 and 0.75, columns to 1.5 and −2.75: absolute entries would give other gains."""
-
-
-def stack(mode="mhc", blocks=3, streams=4, width=16):
-    torch.manual_seed(0)
-    layers = [mhc.HyperConnection(width, streams, torch.nn.Linear(width, width), mode=mode) for _ in range(blocks)]
-    return mhc.HyperConnectionStack(layers)
-
-
-def forward(model, tokens=(2, 5), streams=4, width=16):
-    return model(torch.randn(*tokens, streams, width, generator=torch.Generator().manual_seed(1)))
 
 
 @pytest.mark.parametrize(
@@ -58,9 +30,6 @@ def test_bad_input_is_one_line(call, says):
         call()
     assert says in str(raised.value)
     assert len(str(raised.value).splitlines()) == 1
-
-
-# Watching
 
 
 @pytest.mark.parametrize("mode", ["mhc", "hc"])
@@ -151,9 +120,6 @@ def test_mhc_gains_are_one_and_hc_gains_are_what_its_maps_say():
     assert free.composite_forward[0] > 1.1**60 / 3 > 100
 
 
-# NaN
-
-
 @pytest.mark.parametrize("mode", ["mhc", "hc"])
 @pytest.mark.parametrize(("parameter", "values"), [("phi", 24 * 64), ("alpha", 3), ("bias", 24)])
 def test_check_finite_names_the_block_whose_logits_are_nan(kernels, mode, parameter, values):
@@ -197,96 +163,3 @@ def test_check_finite_takes_sublayers_of_several_outputs():
     found, total = block(torch.randn(3, 4, 16))
     assert found.isfinite().all()
     assert total.isfinite()
-
-
-# Logs
-
-
-def test_json_lines_hold_every_measure_of_every_layer(tmp_path):
-    path, model = tmp_path / "gains.jsonl", stack()
-    log = Log(model, JsonLines(path))
-    for step in (0, 10):
-        loss = forward(model).mean()
-        log(step, loss=loss.item(), bad=math.inf)
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 10]
-    assert lines[1]["loss"] == loss.item()
-    assert lines[1]["bad"] is None
-    assert lines[1]["names"] == ["blocks.0", "blocks.1", "blocks.2"]
-    for name, values in log.watch.measure().series().items():
-        assert lines[1][name] == values
-    assert set(lines[0]) == {"step", "loss", "bad", "names"} | {
-        "forward",
-        "backward",
-        "composite_forward",
-        "composite_backward",
-        "column_error",
-        "spectral_norm",
-        "entropy",
-    }
-
-
-class Curves:
-    """Has `add_scalar`, as torch.utils.tensorboard.SummaryWriter."""
-
-    def __init__(self):
-        self.points = {}
-
-    def add_scalar(self, tag, scalar_value, global_step):
-        self.points[tag, global_step] = scalar_value
-
-
-def test_tensorboard_gets_every_curve():
-    curves, model = Curves(), stack("hc", blocks=2)
-    log = Log(model, TensorBoard(curves))
-    forward(model)
-    log(7, loss=2.5)
-    found = log.watch.measure()
-    assert curves.points["loss", 7] == 2.5
-    assert curves.points["mhc/backward/blocks.1", 7] == found.backward[1]
-    assert curves.points["mhc_worst/composite_forward", 7] == max(found.composite_forward)
-    assert len(curves.points) == 1 + 7 * (2 + 1)
-
-
-# Plots
-
-
-@pytest.mark.parametrize("streams", [1, 4, 16])
-def test_plots_are_written(tmp_path, streams):
-    with Watch(model := stack("hc", streams=streams)) as watch:
-        forward(model, streams=streams)
-        found = watch.measure()
-    for plot in (plot_gains, plot_mappings):
-        plot(found, tmp_path / "plot.png")
-        assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
-        (tmp_path / "plot.png").unlink()
-
-
-def test_plotted_maps_carry_row_and_column_sums():
-    from matplotlib.figure import Figure
-
-    panel = Figure().subplots()
-    draw_mapping(panel, "signed", SIGNED)
-    assert [label.get_text() for label in panel.get_yticklabels()] == ["-2.00", "0.75"]
-    assert [label.get_text() for label in panel.get_xticklabels()] == ["1.50", "-2.75"]
-    assert [text.get_text() for text in panel.texts] == ["1.00", "-3.00", "0.50", "0.25"]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0.00"),
-        (-2.004, "-2.00"),
-        (9.996, "10.0"),
-        (99.96, "100"),
-        (-184.3, "-184"),
-        (999.7, "1e3"),
-        (2.02e6, "2e6"),
-    ],
-)
-def test_numbers_in_a_plot_stay_short(value, text):
-    assert short(value) == text
-
-
-def test_the_package_offers_them():
-    assert mhc.diagnostics is diagnostics

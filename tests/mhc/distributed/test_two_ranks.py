@@ -1,4 +1,4 @@
-"""The two processes themselves: what a rank raises is shown, and nothing waits for ever."""
+"""The two ranks themselves: an error of a rank is shown, and nothing waits for ever."""
 
 import os
 import time
@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankFailed
+from two_ranks import RankFailed
 
 
 def total(start):
@@ -36,7 +36,11 @@ def one_dies_and_the_other_sleeps():
     ("function", "said"),
     [
         (one_raises, r"rank 1: Traceback(.|\n)*ValueError: odd number of eggs"),
-        (one_dies_and_the_other_sleeps, r"rank 0: no answer within 120 s\nrank 1: the process died"),
+        pytest.param(
+            one_dies_and_the_other_sleeps,
+            r"rank 0: no answer within 120 s\nrank 1: the process died",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_goes_wrong_is_told_and_the_next_function_runs(ranks, function, said):
