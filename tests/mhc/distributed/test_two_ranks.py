@@ -32,15 +32,12 @@ def one_dies_and_the_other_sleeps():
     time.sleep(600)
 
 
+@pytest.mark.slow  # both start fresh processes
 @pytest.mark.parametrize(
     ("function", "said"),
     [
         (one_raises, r"rank 1: Traceback(.|\n)*ValueError: odd number of eggs"),
-        pytest.param(
-            one_dies_and_the_other_sleeps,
-            r"rank 0: no answer within 120 s\nrank 1: the process died",
-            marks=pytest.mark.slow,
-        ),
+        (one_dies_and_the_other_sleeps, r"rank 0: no answer within 120 s\nrank 1: the process died"),
     ],
 )
 def test_what_goes_wrong_is_told_and_the_next_function_runs(ranks, function, said):
