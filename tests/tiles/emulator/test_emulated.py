@@ -78,6 +78,7 @@ DEFAULTS = [
     case("step", "backward", 1, 72, "bfloat16", "sm_90a"),
     case("step", "backward", 2, 128, "bfloat16", "sm_80", None, 32),
     case("step", "backward", 11, 16, "bfloat16", "sm_80"),
+    case("merge", "backward", 9, 8, "bfloat16", "sm_90a", None, 16),
 ]
 
 TILED = (
@@ -125,8 +126,19 @@ MERGED = [
 ]
 
 FIXED = [*DEFAULTS, *TILED, *CHAINED, *MERGED]
-SLOW = {DEFAULTS[14], DEFAULTS[17], TILED[0], TILED[1], TILED[4], CHAINED[0], CHAINED[4], MERGED[0], MERGED[3]}
-"""What the others have as well, in other pairs of op, tiles, architecture and dtype."""
+SLOW = {
+    DEFAULTS[14],
+    DEFAULTS[17],
+    DEFAULTS[18],
+    TILED[0],
+    TILED[1],
+    TILED[4],
+    CHAINED[0],
+    CHAINED[4],
+    MERGED[0],
+    MERGED[3],
+}
+"""What the others have as well, in other pairs of op, tiles, architecture and dtype; many streams take minutes."""
 
 
 def tiers(cases: Iterable[Case]) -> list[Any]:
