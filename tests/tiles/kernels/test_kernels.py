@@ -26,11 +26,13 @@ def problems() -> list[Problem]:
 
 
 def pairwise() -> set[Problem]:
-    """Of each kernel all stream counts and all dtypes, and with the other kernels every two of them together."""
+    """Of each kernel all stream counts and all dtypes. The ops that take long to compile share the stream counts out
+    between forward and backward."""
     dtypes, found = list(DTYPES), set()
-    for at, kernel in enumerate(kernel_specs()):
+    for at, (op, direction) in enumerate(kernel_specs()):
         for turn, n in enumerate(STREAMS):
-            found.add(canonical(Problem(*kernel, n, WIDTH, dtypes[(at + turn) % len(dtypes)], tokens=64)))
+            if op not in ("project", "pre", "step") or turn % 2 == (direction == "backward"):
+                found.add(canonical(Problem(op, direction, n, WIDTH, dtypes[(at + turn) % len(dtypes)], tokens=64)))
     return found
 
 
@@ -50,7 +52,9 @@ def test_matches_the_float64_reference_and_writes_nowhere_else(kernels, problem)
         check(kernel, kernel.spec.inputs(problem, tokens, seed=tokens), tokens, slices)
 
 
-@pytest.mark.parametrize("problem", [p for p in problems() if p.streams == 4 and p in PAIRWISE], ids=Problem.describe)
+@pytest.mark.parametrize(
+    "problem", [p for p in problems() if p.streams in (3, 4) and p in PAIRWISE], ids=Problem.describe
+)
 def test_repeats_bit_for_bit_at_a_fixed_slice_count(kernels, problem):
     kernel = kernels[problem]
     first = kernel.run(list(kernel.spec.inputs(problem, 61, seed=3).values()), 61, 2)
