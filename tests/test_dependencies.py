@@ -25,6 +25,9 @@ CONSTRAINTS = [
 ]
 
 
+KNOWN = packages_distributions()
+
+
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -44,8 +47,7 @@ def imported(node: ast.AST) -> Iterator[str]:
 def distributions(source: str) -> set[str]:
     """The distributions of what a source imports besides the standard library and our own packages."""
     names = set(imported(ast.parse(source))) - set(sys.stdlib_module_names) - set(PACKAGES)
-    known = packages_distributions()
-    return {normal(known.get(name, [name])[0]) for name in names}
+    return {normal(KNOWN.get(name, [name])[0]) for name in names}
 
 
 def declared(requirements: list[str]) -> set[str]:

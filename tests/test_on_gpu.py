@@ -23,7 +23,7 @@ from cli.bench.fastest_torch import FastestTorch
 from mhc.dispatch.kernels import Kernels, using
 from tiles.cache.cache import KernelCache
 from tiles.compiler.compile import Artifact, compile_kernel
-from tiles.kernels.limits import overlaps
+from tiles.kernels.limits import supports_pdl
 from tiles.kernels.registry import kernel_specs
 from tiles.kernels.spec import Direction, Problem
 from tiles.runtime.loaded_kernel import LoadedKernel
@@ -79,9 +79,9 @@ def test_the_default_schedule_is_right_and_writes_nowhere_else(
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_kernels_that_overlap_in_chunks_are_right(op: str, direction: Direction, tmp_path: Path):
     problem, schedule, target = to_compile(Problem(op, direction, 4, 1280, "bfloat16", tokens=4096))
-    if not overlaps(target):
+    if not supports_pdl(target):
         pytest.skip(f"kernels overlap on sm_90 and newer, not on {target}")
-    chosen = replace(schedule, overlap=1, chunk_tokens=1024)
+    chosen = replace(schedule, use_pdl=1, chunk_tokens=1024)
     kernel = loaded(compile_kernel(problem, chosen, target), problem, tmp_path)
     for seed in range(5):
         verify(kernel, inputs_for(kernel, 3000, seed), 3000, seed=seed)

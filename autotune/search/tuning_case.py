@@ -13,7 +13,7 @@ from autotune.processes.workers import Workers
 from autotune.search.pool import Pool
 from autotune.search.trials import member_of
 from tiles.cache.cache import Key
-from tiles.compiler.canonical_source import stable_form
+from tiles.compiler.canonical_source import canonical_source
 from tiles.compiler.compile import Artifact
 from tiles.errors import BadInput
 from tiles.kernels.spec import KernelSpec, Problem, Traffic
@@ -96,7 +96,7 @@ class TuningCase:
 
 def source_digest(artifact: Artifact) -> str:
     """SHA-256 of the generated code in canonical form, the same in every process."""
-    return hashlib.sha256(stable_form(artifact.source).encode()).hexdigest()
+    return hashlib.sha256(canonical_source(artifact.source).encode()).hexdigest()
 
 
 def is_machine_fault(reason: str) -> bool:

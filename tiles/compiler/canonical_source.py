@@ -1,4 +1,4 @@
-"""What CUDA texts of the same program have in common, whatever process generated them.
+"""The canonical form of generated CUDA source, equal for equal programs whatever process generated them.
 
 TileLang 0.1.15 plans shared memory in the order of names, and gives nameless buffers and the work spaces of reductions
 equal ones: which of them comes first depends on addresses. So their names differ from run to run, and buffers of equal
@@ -15,7 +15,7 @@ _SHARED = re.compile(r"^ *void\* (\w+) = \(\(void\*\)\(\(char\*\)buf_dyn_shmem \
 _KERNEL = re.compile(r'^(?=extern "C" __global__)', re.MULTILINE)
 
 
-def stable_form(source: str) -> str:
+def canonical_source(source: str) -> str:
     """The text with each kernel's shared buffers named in the order of their first use, at the same places in ascending
     order.
 

@@ -1,4 +1,4 @@
-"""Family + problem + schedule + target -> artifact. With the programs, the only place that imports TileLang.
+"""Compilation: family + problem + schedule + target -> artifact. With the programs, all that imports TileLang.
 
 An artifact is a shared library that exports one C function: `tiles.compiler.cpu_launcher` on a CPU,
 `tiles.compiler.cuda_launcher` with the cubin inside for CUDA.
@@ -24,7 +24,7 @@ from tiles.compiler.cpu_launcher import with_launcher
 from tiles.compiler.cpu_prelude import PRELUDE
 from tiles.compiler.cuda_launcher import IMAGE, SPLITS, Launch, Plan, with_cuda_launcher
 from tiles.errors import BadInput
-from tiles.kernels.occupancy import REGISTERS, multiprocessor
+from tiles.kernels.occupancy import REGISTER_FILE, multiprocessor
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import DTYPE_BYTES, TOKENS, Argument, KernelSpec, Problem
 from tiles.lang.program_attrs import CHECKED, PLANNED
@@ -58,7 +58,7 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 
 
 _UNCHECKED = "tl.disable_safe_memory_legalize"
-"""Most programs clamp their indices themselves: bounds checked in every lane would cost more than the loads."""
+"""Most programs clamp their indices themselves: bounds checked in every iteration would cost more than the loads."""
 
 _PASSES = {
     "tl.disable_tma_lower": True,  # its descriptors would have to be made at every launch; cp.async needs none
@@ -122,11 +122,6 @@ def planned(spec: KernelSpec, problem: Problem, schedule: Any, target: Target) -
     """A kernel's CUDA text without a launcher, and how it is launched."""
     program, source, module = _program(spec, problem, schedule, target)
     return source, _plan(program, module, spec.arguments(problem))
-
-
-def lowered(spec: KernelSpec, problem: Problem, schedule: Any, target: Target) -> tuple[Any, str]:
-    """A kernel's program, and its C++ or CUDA text without a launcher."""
-    return _program(spec, problem, schedule, target)[:2]
 
 
 def _program(spec: KernelSpec, problem: Problem, schedule: Any, target: Target) -> tuple[Any, str, Any]:
@@ -275,7 +270,7 @@ def _heaviest(said: str, plan: Plan, target: Target) -> dict[str, int]:
 
     def share(used: dict[str, int]) -> float:
         shared = used["static_shared_bytes"] + used["dynamic_shared_bytes"]
-        return max(used["registers"] * used["threads"] / REGISTERS, shared / limits.shared_bytes)
+        return max(used["registers"] * used["threads"] / REGISTER_FILE, shared / limits.shared_bytes)
 
     return max(found, key=share) | {name: sum(used[name] for used in found) for name in _SUMMED}
 

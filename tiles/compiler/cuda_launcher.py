@@ -65,7 +65,7 @@ class Plan:
             most `most_splits`, whatever the device, so that results repeat bit for bit on all of them.
         chunk_tokens: all kernels run on so many tokens before the next ones are touched, so that these stay in the L2
             cache; 0 takes all tokens at once.
-        overlap: 1 if each kernel after a chunk's first starts while the one before ends; it waits for that one itself.
+        use_pdl: 1 if each kernel after a chunk's first starts while the one before ends; it waits for that one itself.
         token_elements: the most elements that a dimension of a tensor has for each token; TileLang counts in int32.
     """
 
@@ -74,7 +74,7 @@ class Plan:
     most_splits: int = 64
     split_tokens: int = 128
     chunk_tokens: int = 0
-    overlap: int = 0
+    use_pdl: int = 0
     token_elements: int = 1
 
     @property
@@ -86,11 +86,11 @@ class Plan:
 def with_cuda_launcher(source: str, plan: Plan, arguments: Sequence[Argument]) -> str:
     """One text for two compilers: TileLang's CUDA code for nvcc, the launcher for the C++ compiler."""
     partials = [argument for argument in arguments if argument.role == "partial"] if plan.splits else []
-    device = source + _sum_kernel(partials, plan.overlap) if partials else source
+    device = source + _sum_kernel(partials, plan.use_pdl) if partials else source
     return f"#ifdef __CUDACC__\n{device}\n#else\n{_host(plan, arguments, partials)}\n#endif\n"
 
 
-def _sum_kernel(partials: Sequence[Argument], overlap: int) -> str:
+def _sum_kernel(partials: Sequence[Argument], use_pdl: int) -> str:
     """Sums every partial over its splits, in order: one kernel for all of them."""
     parameters = ", ".join(f"const float *of_{a.name}, float *{a.name}" for a in partials)
     steps = "".join(
@@ -103,7 +103,7 @@ def _sum_kernel(partials: Sequence[Argument], overlap: int) -> str:
         "  for (int split = 0; split < splits; ++split) total += first[split * stride];\n"
         "  return total;\n}\n"
         f'extern "C" __global__ void __launch_bounds__({SUM_THREADS}) {SUM_KERNEL}({parameters}, int splits) {{\n'
-        f"{'  cudaGridDependencySynchronize();' * overlap}\n"
+        f"{'  cudaGridDependencySynchronize();' * use_pdl}\n"
         f"  long long at = blockIdx.x * {SUM_THREADS}ll + threadIdx.x;\n{steps}}}\n"
     )
 
@@ -120,7 +120,7 @@ def _host(plan: Plan, arguments: Sequence[Argument], partials: Sequence[Argument
     addresses |= {name: f"(void *)&scalars[{index}]" for index, name in enumerate(scalars)}
     addresses |= {name: f"&{name}" for name, _ in plan.workspace}
     launches = [
-        _launch_text(index, launch, addresses, plan.overlap if index else 0)
+        _launch_text(index, launch, addresses, plan.use_pdl if index else 0)
         for index, launch in enumerate(plan.launches)
     ]
     kernels = [launch.kernel for launch in plan.launches] + ([SUM_KERNEL] if partials else [])
@@ -140,7 +140,7 @@ def _host(plan: Plan, arguments: Sequence[Argument], partials: Sequence[Argument
         pointers="".join(_pointer(a, places[a.name]) for a in tensors if a not in partials)
         + "".join(_partial(a, places[a.name], len(plan.workspace) + n) for n, a in enumerate(partials)),
         launches="".join(launches),
-        finish=_finish(len(plan.launches), partials, places, len(plan.workspace), plan.overlap) if partials else "",
+        finish=_finish(len(plan.launches), partials, places, len(plan.workspace), plan.use_pdl) if partials else "",
         no_driver=NO_DRIVER,
         old_driver=OLD_DRIVER,
         too_many=TOO_MANY_TOKENS,
@@ -161,7 +161,7 @@ def _partial(argument: Argument, place: int, space: int) -> str:
     )
 
 
-def _launch_text(index: int, launch: Launch, addresses: dict[str, str], overlap: int) -> str:
+def _launch_text(index: int, launch: Launch, addresses: dict[str, str], use_pdl: int) -> str:
     parameters = ", ".join(addresses[name] for name in launch.parameters)
     cluster = ", ".join(map(str, [*launch.cluster, 1, 1, 1][:3]))
     grid = ", ".join(f"(unsigned)({extent})" for extent in launch.grid)
@@ -169,12 +169,12 @@ def _launch_text(index: int, launch: Launch, addresses: dict[str, str], overlap:
         f"    {{\n      void *parameters[] = {{{parameters}}};\n"
         f"      const unsigned grid[3] = {{{grid}}}, block[3] = {{{', '.join(map(str, launch.block))}}};\n"
         f"      const unsigned cluster[3] = {{{cluster}}};\n"
-        f"      if (int failed = run({index}, grid, block, cluster, {int(bool(launch.cluster))}, {overlap},"
+        f"      if (int failed = run({index}, grid, block, cluster, {int(bool(launch.cluster))}, {use_pdl},"
         f" {launch.shared_bytes}, stream, parameters)) return failed;\n    }}\n"
     )
 
 
-def _finish(index: int, partials: Sequence[Argument], places: dict[str, int], spaces: int, overlap: int) -> str:
+def _finish(index: int, partials: Sequence[Argument], places: dict[str, int], spaces: int, use_pdl: int) -> str:
     """The launch of the kernel that sums over splits."""
     elements = sum(prod(argument.sized(1)) for argument in partials)
     assert all(DTYPE_BYTES[argument.dtype] == 4 for argument in partials)
@@ -187,7 +187,7 @@ def _finish(index: int, partials: Sequence[Argument], places: dict[str, int], sp
         f"  if (chunks * splits > 1) {{\n{pairs}    int32_t parts = (int32_t)(chunks * splits);\n"
         f"    void *parameters[] = {{{parameters}, &parts}};\n"
         f"    const unsigned grid[3] = {{{-(-elements // SUM_THREADS)}, 1, 1}}, block[3] = {{{SUM_THREADS}, 1, 1}};\n"
-        f"    if (int failed = run({index}, grid, block, grid, 0, {overlap}, 0, stream, parameters)) return failed;\n"
+        f"    if (int failed = run({index}, grid, block, grid, 0, {use_pdl}, 0, stream, parameters)) return failed;\n"
         "  }\n"
     )
 
@@ -264,7 +264,7 @@ int prepare(int index, int shared) {{
   return failed;
 }}
 
-int run(int index, const unsigned *grid, const unsigned *block, const unsigned *cluster, int clustered, int overlap,
+int run(int index, const unsigned *grid, const unsigned *block, const unsigned *cluster, int clustered, int use_pdl,
         int shared, void *stream, void **parameters) {{
   if (!grid[0] || !grid[1] || !grid[2]) return 0;
   Attribute attributes[2] = {{}}, *next = attributes;
@@ -273,7 +273,7 @@ int run(int index, const unsigned *grid, const unsigned *block, const unsigned *
     for (int axis = 0; axis < 3; ++axis) next->cluster[axis] = cluster[axis];
     ++next;
   }}
-  if (overlap) next->id = 6, next->allowed = 1, ++next;
+  if (use_pdl) next->id = 6, next->allowed = 1, ++next;
   Config config = {{{{grid[0], grid[1], grid[2]}}, {{block[0], block[1], block[2]}}, (unsigned)shared, stream,
                    attributes, (unsigned)(next - attributes)}};
   if (int failed = prepare(index, shared)) return failed;

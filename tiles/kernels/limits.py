@@ -1,4 +1,4 @@
-"""What schedules of all families are held to: block sizes that divide, and storage that a target has."""
+"""Limits that schedules of all families are held to: block sizes that divide, and storage that a target has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHARED_BYTES_HOPPER = 227 * 1024
 STACK_BYTES = 512 * 1024
 """Local arrays a CPU kernel may have: OpenMP's threads can have stacks of 2 MiB."""
 
-REGISTERS = 160
+MAX_ACCUMULATORS = 160
 """float32 accumulators a CUDA thread may hold; above this the 255 registers spill."""
 
 REGISTER_BLOCK = 8
@@ -43,7 +43,7 @@ def scratch_bytes(target: Target) -> int:
 
 
 def owned_scratch(target: Target) -> Callable[[int], int]:
-    """Of so many floats that a lane owns, those that are in scratch (`Dialect.own`)."""
+    """Of so many floats that a lane owns, those that are in scratch (`Dialect.per_thread`)."""
     return lambda floats: floats if target.kind == "cpu" or floats > OWNED_REGISTERS else 0
 
 
@@ -55,14 +55,14 @@ def why_too_much_scratch(needed: int, target: Target) -> str | None:
     return f"scratch must be at most {limit} bytes on {target}, got {needed}: choose smaller blocks"
 
 
-def why_bad_overlap(overlap: int, target: Target) -> str | None:
+def why_bad_pdl(use_pdl: int, target: Target) -> str | None:
     """The rule for kernels that start while the one before ends, or None where it holds."""
-    if overlap == 0 or (overlap == 1 and overlaps(target)):
+    if use_pdl == 0 or (use_pdl == 1 and supports_pdl(target)):
         return None
-    return f"overlap must be 0, or 1 on sm_90 and newer, got {overlap} on {target}: choose 0"
+    return f"use_pdl must be 0, or 1 on sm_90 and newer, got {use_pdl} on {target}: choose 0"
 
 
-def overlaps(target: Target) -> bool:
+def supports_pdl(target: Target) -> bool:
     """Whether kernels can wait for each other on the device (programmatic dependent launch, Hopper and newer)."""
     return target.kind == "cuda" and compute_capability(target) >= 90
 

@@ -1,4 +1,4 @@
-"""How many warps of a kernel fit a multiprocessor: from what the compiler reports, without a GPU.
+"""Occupancy: how many warps of a kernel fit a multiprocessor, from what the compiler reports, without a GPU.
 
 The limits are those of the CUDA programming guide (technical specifications by compute capability) and of the occupancy
 calculator in CUDA's `cuda_occupancy.h`: registers are given to whole warps in units of 256, shared memory to blocks in
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 WARP = 32
-REGISTERS = 64 * 1024
+REGISTER_FILE = 64 * 1024
 """32-bit registers of a multiprocessor."""
 
 REGISTER_UNIT, SHARED_UNIT, SYSTEM_SHARED = 256, 128, 1024
@@ -62,7 +62,7 @@ def occupancy(arch: str, threads: int, registers: int, shared_bytes: int) -> Occ
     by_registers = limits.blocks
     if registers:
         warp_registers = _rounded(registers * WARP, REGISTER_UNIT)
-        by_registers = REGISTERS // PARTITIONS // warp_registers * PARTITIONS // warps
+        by_registers = REGISTER_FILE // PARTITIONS // warp_registers * PARTITIONS // warps
     fits = {
         "warps": limits.warps // warps,
         "blocks": limits.blocks,

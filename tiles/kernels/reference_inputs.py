@@ -1,4 +1,4 @@
-"""What the families' references share: the precision they compute in, and how inputs are drawn."""
+"""Inputs of the references: how they are drawn, and the precision that references compute in."""
 
 from __future__ import annotations
 

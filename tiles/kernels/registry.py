@@ -1,4 +1,4 @@
-"""Finds the kernel families: every sub-package of `tiles.kernels` that holds a `FAMILY`."""
+"""The registry of kernel families: every sub-package of `tiles.kernels` that holds a `FAMILY`."""
 
 from __future__ import annotations
 

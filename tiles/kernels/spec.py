@@ -1,4 +1,4 @@
-"""What a kernel family is: plain data, standard library only.
+"""Specifications of kernels and kernel families: plain data, standard library only.
 
 A family is a folder of `tiles` whose `__init__` holds `FAMILY`, a `KernelFamily`. It bundles the kernels (one per op
 and direction) that share maths. Everything else in the project (compiler, tuner, cache, runtime, command line)
@@ -104,13 +104,14 @@ class Argument:
 
     An `updated` tensor is an input that the kernel adds to in place. A `partial` is an output that each slice of tokens
     writes on its own: the kernel sees [slices, *shape], the caller gets the sum over slices, in slice order, so results
-    repeat bit for bit at a fixed slice count.
+    repeat bit for bit at a fixed slice count. Of a `flat` tensor a program sees each token as one row.
     """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str
     role: Role
+    flat: bool = False
 
     def sized(self, tokens: int) -> tuple[int, ...]:
         """The concrete shape for a token count."""
@@ -214,7 +215,7 @@ class KernelSpec:
         for name, value in values.items():
             if type(value) is not fields[name]:
                 raise BadInput(
-                    f"{self.name}: {name} must be of type {fields[name].__name__}, got {value!r}: re-tune this kernel"
+                    f"{self.name}: {name} must be of type {fields[name].__name__}, got {value!r}: tune it again"
                 )
         return kind(**values)
 

@@ -1,4 +1,4 @@
-"""How far a kernel may be from the float64 reference, as (rtol, atol), and why."""
+"""Tolerances: how far a kernel may be from the float64 reference, as (rtol, atol), and why."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def token_sum(tokens: int) -> tuple[float, float]:
 
 
 def in_parts(tolerance: tuple[float, float], size: float) -> tuple[float, float]:
-    """For a sum of variance `size` whose factors are cut into two bfloat16 parts (`tiles.lang.tensor_cores`): each
+    """For a sum of variance `size` whose factors are split into two bfloat16 parts (`tiles.lang.tensor_cores`): each
     factor is off by at most 2**-18 of itself, at random; the margin is 16."""
     rtol, atol = tolerance
     return rtol, max(atol, 16 * 2.0**-18 * size**0.5)

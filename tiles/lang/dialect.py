@@ -1,8 +1,8 @@
-"""What one program text asks of its target: loops over lanes, accumulators, low-precision storage.
+"""The dialects, for CPU and CUDA, that one program text is written in: loops, accumulators, low-precision storage.
 
-A program is written once against a `Dialect`. On a CPU a lane loop is a plain loop that the C compiler vectorises,
-an accumulator is a scalar that it keeps in vector registers, and bfloat16 and float16, which have no C type, are
-stored as uint16. On CUDA a lane loop is spread over the block's threads and an accumulator is a fragment.
+On a CPU a parallel loop is a plain loop that the C compiler vectorises, an accumulator is a scalar that it keeps in
+vector registers, and bfloat16 and float16, which have no C type, are stored as uint16. On CUDA a parallel loop is
+spread over the block's threads and an accumulator is a fragment.
 """
 
 from __future__ import annotations
@@ -38,49 +38,50 @@ class Dialect(Protocol):
     def kernel(self, *grid: Expr, threads: int) -> Any:
         """The launch frame."""
 
-    def lanes(self, *extents: int) -> Any:
+    def parallel(self, *extents: int) -> Any:
         """A loop nest whose iterations are independent (or only add to accumulators)."""
 
     def accumulator(self, *extents: int) -> Buffer:
-        """float32 storage that starts at zero and that a lane loop of these extents adds to; read it with `totals`."""
+        """float32 storage of zeros that a parallel loop of these extents adds to; read it with `totals`."""
 
     def scratch(self, *extents: int) -> Buffer:
-        """Uninitialised float32 storage that is indexed freely: by a lane, by a serial loop, by all lanes alike."""
+        """Uninitialised float32 storage that is indexed freely: by one thread or by all alike."""
 
-    def own(self, *extents: int) -> Buffer:
-        """Uninitialised float32 storage. The last index is a lane of `own_lanes`, which alone touches its part; the
-        others come from `each`, so that registers can hold it."""
+    def per_thread(self, *extents: int) -> Buffer:
+        """Uninitialised float32 storage. The last index is a thread of `thread_loop`, which alone touches its part; the
+        others come from `unrolled`, so that registers can hold it."""
 
-    def own_lanes(self, count: int) -> Any:
-        """A loop over lanes that own storage. On CUDA a kernel with such loops has a thread for each lane."""
+    def thread_loop(self, count: int) -> Any:
+        """A loop over what threads have `per_thread`: on a CPU all of them in turn, on CUDA the thread itself."""
 
-    def each(self, count: int) -> Any:
-        """A loop over an index of what lanes own."""
+    def unrolled(self, count: int) -> Any:
+        """A loop over an index of `per_thread` storage."""
 
     def reciprocal(self, value: Expr) -> Expr:
         """1 / value to about float32's precision, for values far from float32's limits."""
 
-    def row(self, tensor: Buffer, dtype: str, lanes: int, *, copied: bool = False) -> Row:
-        """`lanes` elements of a tensor's row for a lane loop; `copied` where the loop reads what it also writes."""
+    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> Row:
+        """`width` elements of a tensor's row for a parallel loop; `copied` where it reads what it also writes."""
 
-    def lane(self, *indices: Expr) -> tuple[Expr, ...]:
-        """Where the lane at `indices` finds its part of an accumulator."""
+    def partial_index(self, *indices: Expr) -> tuple[Expr, ...]:
+        """Where iteration `indices` of a parallel loop finds its part of an accumulator."""
 
     def totals(self, accumulators: Sequence[Buffer], into: Callable[[Expr, Expr], Any]) -> Any:
-        """Give `into` the number and the sum over lanes of each of these accumulators, which have the same extent."""
+        """Give `into` the number and the sum of each of these accumulators, which have the same extent."""
 
     def exp(self, value: Expr) -> Expr:
         """e to the power of a float32 value of at most 0 and any finite size."""
 
-    def let_next_start(self, overlap: int) -> Any:
-        """Where kernels `overlap`, the program's next one may start as soon as there is room for its thread blocks."""
+    def pdl_trigger(self, use_pdl: int) -> Any:
+        """Let the program's next kernel start as soon as there is room for its thread blocks (programmatic dependent
+        launch)."""
 
-    def await_last(self, overlap: int) -> Any:
-        """Let the next kernel start, and wait for those before. Where kernels `overlap`, every one but the first does
-        so in all of its threads, before it touches what an earlier one touches."""
+    def pdl_wait(self, use_pdl: int) -> Any:
+        """Let the next kernel start, and wait for those before. With `use_pdl` every kernel but the first does so, in
+        all of its threads, before it touches what an earlier one touches."""
 
     def barrier(self) -> Any:
-        """What one lane has written to tensors or scratch, other lanes may read after this."""
+        """What one thread has written to tensors or scratch, others may read after this."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class View:
 
 def dialect_for(target: Target) -> Dialect:
     """The dialect that programs for `target` are written in."""
-    return Cpu() if target.kind == "cpu" else Cuda(by_proxy=compute_capability(target) >= 90)
+    return Cpu() if target.kind == "cpu" else Cuda(uses_wgmma=compute_capability(target) >= 90)
 
 
 class Cpu:
@@ -121,7 +122,7 @@ class Cpu:
     def kernel(self, *grid: Expr, threads: int) -> Any:
         return T.Kernel(*grid)
 
-    def lanes(self, *extents: int) -> Any:
+    def parallel(self, *extents: int) -> Any:
         return T.grid(*extents)
 
     def accumulator(self, *extents: int) -> Buffer:
@@ -132,22 +133,22 @@ class Cpu:
     def scratch(self, *extents: int) -> Buffer:
         return T.alloc_local(extents, "float32")
 
-    def own(self, *extents: int) -> Buffer:
+    def per_thread(self, *extents: int) -> Buffer:
         return self.scratch(*extents)
 
-    def own_lanes(self, count: int) -> Any:
+    def thread_loop(self, count: int) -> Any:
         return T.serial(count)
 
-    def each(self, count: int) -> Any:
+    def unrolled(self, count: int) -> Any:
         return T.serial(count)
 
     def reciprocal(self, value: Expr) -> Expr:
         return T.float32(1) / value
 
-    def row(self, tensor: Buffer, dtype: str, lanes: int, *, copied: bool = False) -> Row:
-        return CpuRow(self, tensor, dtype, lanes, copied)
+    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> Row:
+        return CpuRow(self, tensor, dtype, width, copied)
 
-    def lane(self, *indices: Expr) -> tuple[Expr, ...]:
+    def partial_index(self, *indices: Expr) -> tuple[Expr, ...]:
         return (0,)
 
     def totals(self, accumulators: Sequence[Buffer], into: Callable[[Expr, Expr], Any]) -> Any:
@@ -157,10 +158,10 @@ class Cpu:
     def exp(self, value: Expr) -> Expr:
         return T.call_extern("float32", "mhc_exp", value)
 
-    def let_next_start(self, overlap: int) -> Any:
+    def pdl_trigger(self, use_pdl: int) -> Any:
         pass
 
-    def await_last(self, overlap: int) -> Any:
+    def pdl_wait(self, use_pdl: int) -> Any:
         pass
 
     def barrier(self) -> Any:
@@ -178,7 +179,7 @@ class Cpu:
         return sums
 
     def add_dots(self, sums: Buffer, first: Expr, a: View, b: View, rows: int, columns: int, width: int) -> Any:
-        """sums[i, first + j] += Σ_c a[i, c] b[j, c]: a register block of dot products over `width` lanes."""
+        """sums[i, first + j] += Σ_c a[i, c] b[j, c]: a register block of dot products over `width` columns."""
         views = View(sums, (0, first, 0), (0, 1)), a, b
         matrices = [part for view in views for part in (view.pointer(), view.stride(0))]
         _call("mhc_add_dots", *matrices, rows, columns, width)
@@ -188,17 +189,17 @@ class Cpu:
         return T.call_extern("float32", "mhc_dot_sum", T.address_of(sums[row, column, 0]))
 
     def add_product(self, out: View, a: View, b: View, rows: int, count: Expr, width: int) -> Any:
-        """out[i, c] += Σ_{j < count} a[i, j] b[j, c]: a register block of a matrix product, c over `width` lanes."""
+        """out[i, c] += Σ_{j < count} a[i, j] b[j, c]: a register block of a matrix product, c over `width`."""
         factors = a.pointer(), a.stride(0), a.stride(1)
         _call("mhc_add_product", out.pointer(), out.stride(0), *factors, b.pointer(), b.stride(0), rows, count, width)
 
 
 class Cuda:
-    """One thread block a program instance. `by_proxy`: matrix instructions may read shared memory by a way of their
-    own, as wgmma does, and have to be told of what other ways wrote."""
+    """One thread block a program instance. `uses_wgmma`: matrix instructions may read shared memory through the async
+    proxy, and have to be told of what was written otherwise."""
 
-    def __init__(self, *, by_proxy: bool) -> None:
-        self.by_proxy = by_proxy
+    def __init__(self, *, uses_wgmma: bool) -> None:
+        self.uses_wgmma = uses_wgmma
 
     def storage(self, dtype: str) -> str:
         return dtype
@@ -212,7 +213,7 @@ class Cuda:
     def kernel(self, *grid: Expr, threads: int) -> Any:
         return T.Kernel(*grid, threads=threads)
 
-    def lanes(self, *extents: int) -> Any:
+    def parallel(self, *extents: int) -> Any:
         return T.Parallel(*extents)
 
     def accumulator(self, *extents: int) -> Buffer:
@@ -223,22 +224,22 @@ class Cuda:
     def scratch(self, *extents: int) -> Buffer:
         return T.alloc_shared(extents, "float32")
 
-    def own(self, *extents: int) -> Buffer:
+    def per_thread(self, *extents: int) -> Buffer:
         return Registers(extents[:-1]) if prod(extents[:-1]) <= OWNED_REGISTERS else self.scratch(*extents)
 
-    def own_lanes(self, count: int) -> Any:
+    def thread_loop(self, count: int) -> Any:
         return (T.get_thread_binding(),)
 
-    def each(self, count: int) -> Any:
+    def unrolled(self, count: int) -> Any:
         return T.unroll(count) if count**2 <= OWNED_REGISTERS else T.serial(count)
 
     def reciprocal(self, value: Expr) -> Expr:
         return T.fast_rcp(value)
 
-    def row(self, tensor: Buffer, dtype: str, lanes: int, *, copied: bool = False) -> Row:
-        return CudaRow(tensor, dtype, lanes)
+    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> Row:
+        return CudaRow(tensor, dtype, width)
 
-    def lane(self, *indices: Expr) -> tuple[Expr, ...]:
+    def partial_index(self, *indices: Expr) -> tuple[Expr, ...]:
         return indices
 
     def totals(self, accumulators: Sequence[Buffer], into: Callable[[Expr, Expr], Any]) -> Any:
@@ -252,35 +253,35 @@ class Cuda:
     def exp(self, value: Expr) -> Expr:
         return T.exp(value)
 
-    def let_next_start(self, overlap: int) -> Any:
-        return T.pdl_trigger() if overlap else None
+    def pdl_trigger(self, use_pdl: int) -> Any:
+        return T.pdl_trigger() if use_pdl else None
 
-    def await_last(self, overlap: int) -> Any:
-        return _await_last() if overlap else None
+    def pdl_wait(self, use_pdl: int) -> Any:
+        return _pdl_wait() if use_pdl else None
 
     def barrier(self) -> Any:
         return T.sync_threads()  # a macro emits what its statements evaluate to
 
 
 class Registers:
-    """What a CUDA thread owns: `[..., lane]` is its element `[...]`, as a lane is a thread."""
+    """`per_thread` storage in registers: `[..., thread]` is its element `[...]`."""
 
     def __init__(self, extents: tuple[int, ...]) -> None:
         self._held = T.alloc_local(extents or (1,), "float32")
 
     def __getitem__(self, index: Any) -> Expr:
-        return self._held[_without_lane(index)]
+        return self._held[_without_thread(index)]
 
     def __setitem__(self, index: Any, value: Expr) -> None:
-        _put(self._held, _without_lane(index), value)
+        _put(self._held, _without_thread(index), value)
 
 
-def _without_lane(index: Any) -> tuple[Expr, ...]:
+def _without_thread(index: Any) -> tuple[Expr, ...]:
     return (index[:-1] if isinstance(index, tuple) else ()) or (0,)
 
 
 @T.macro
-def _await_last() -> None:
+def _pdl_wait() -> None:
     T.pdl_trigger()
     T.pdl_sync()
 
@@ -302,11 +303,11 @@ def _clear(fragment: Buffer) -> None:
 
 @T.macro
 def _add_up(parts: Buffer, accumulators: Sequence[Buffer], first: int, into: Callable[[Expr, Expr], Any]) -> None:
-    """A lane adds up a row of `parts`; lanes start apart from each other, since rows may begin in one memory bank."""
+    """A thread adds up a row of `parts`; threads start apart from each other: rows may begin in one memory bank."""
     extent = parts.shape[1]
-    for lane in T.Parallel(extent):
+    for thread in T.Parallel(extent):
         for row, accumulator in enumerate(accumulators):
-            parts[row, lane] = accumulator[lane]
+            parts[row, thread] = accumulator[thread]
     T.sync_threads()
     for row in T.Parallel(len(accumulators)):
         total = T.alloc_var("float32", init=0.0)

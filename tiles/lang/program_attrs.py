@@ -1,4 +1,4 @@
-"""What a program tells the compiler and the CUDA launcher about itself, as attributes of its function."""
+"""Attributes of a program's function: what the compiler and the CUDA launcher are told about it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ PLANNED = {
     "mhc.most_splits": "most_splits",
     "mhc.split_tokens": "split_tokens",
     "mhc.chunk_tokens": "chunk_tokens",
-    "mhc.overlap": "overlap",
+    "mhc.use_pdl": "use_pdl",
 }
 """Attributes that become fields of `tiles.compiler.cuda_launcher.Plan`."""
 
 
-def checked(program: Any, **planned: int) -> Any:
-    """The program with checked accesses, and with these fields of its `Plan`."""
-    facts = {CHECKED: 1} | {f"mhc.{name}": value for name, value in planned.items()}
-    assert set(facts) <= {CHECKED, *PLANNED}
-    for name, value in facts.items():
+def with_attributes(program: Any, **values: int) -> Any:
+    """The program with these attributes: `checked`, or fields of its `Plan`."""
+    named = {f"mhc.{name}": value for name, value in values.items()}
+    assert set(named) <= {CHECKED, *PLANNED}
+    for name, value in named.items():
         program = program.with_attr(name, value)
     return program

@@ -22,7 +22,7 @@ def bind(value: Expr) -> Expr:
 
 def variable(value: Expr) -> Expr:
     """An int32 in a variable of the generated code. TVM copies the expression behind a `bind` to where it is used, and
-    a C compiler that finds a minimum in a lane loop's index makes a gather of the load."""
+    a C compiler that finds a minimum in a loop's index makes a gather of the load."""
     held = T.alloc_local((1,), "int32")
     _set(held, value)
     return held[0]

@@ -2,7 +2,9 @@
 
 import json
 
-from cli.maintain.code_digests import SAMPLES, compare, digest, digests
+from cli.maintain.code_digests import compare, digest, of_default
+from tiles.kernels.spec import Problem
+from tiles.target import Target
 
 SOURCE = "float sum(const float *x) {\n  float s = 0.5f; // start\n  return s + x[0];\n}\n"
 
@@ -17,13 +19,11 @@ def test_a_constant_an_operator_and_an_exchange_of_names_count():
     assert len({digest(SOURCE), *map(digest, others)}) == 4
 
 
-def test_a_problem_has_a_digest_for_each_schedule():
-    case = ("cpu:x86-64-v3", "aggregate", "forward", 2, 64, "float32", 16)
-    found = digests(case)
-    assert set(found) == {str(number) for number in range(1 + SAMPLES)}
-    assert found == digests(case)
-    assert "refused" not in found.values()
-    assert found["0"] != digests((*case[:5], "bfloat16", 16))["0"]
+def test_a_kernel_has_one_digest_and_another_kernel_another_one():
+    target = Target("cpu", "x86-64-v3")
+    found = of_default((Problem("aggregate", "forward", 2, 64, "float32", 16), target))
+    assert found == of_default((Problem("aggregate", "forward", 2, 64, "float32", 16), target))
+    assert found != of_default((Problem("aggregate", "forward", 2, 64, "bfloat16", 16), target))
 
 
 def test_a_comparison_lists_what_differs_or_is_missing(tmp_path):

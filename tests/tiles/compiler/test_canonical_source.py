@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tiles.compiler.canonical_source import stable_form
+from tiles.compiler.canonical_source import canonical_source
 
 TEXT = """__global__ void kernel(float* v_9) {
   extern __shared__ __align__(1024) uchar buf_dyn_shmem[];
@@ -24,7 +24,7 @@ def text(first: str, second: str, a: str, b: str) -> str:
 
 
 def test_buffers_are_named_in_the_order_of_their_use_and_places_are_sorted():
-    assert stable_form(text("v", "v_1", a="v", b="v_1")) == (
+    assert canonical_source(text("v", "v_1", a="v", b="v_1")) == (
         "__global__ void kernel(float* v_9) {\n"
         "  extern __shared__ __align__(1024) uchar buf_dyn_shmem[];\n"
         "  // shared at 0 512\n"
@@ -35,18 +35,18 @@ def test_buffers_are_named_in_the_order_of_their_use_and_places_are_sorted():
 
 
 def test_a_text_without_shared_memory_stays():
-    assert stable_form("int main() {}\n") == "int main() {}\n"
+    assert canonical_source("int main() {}\n") == "int main() {}\n"
 
 
-def test_names_and_places_that_change_from_run_to_run_leave_the_stable_form_alone():
+def test_names_and_places_that_change_from_run_to_run_leave_the_canonical_source_alone():
     forms = {
-        stable_form(text("v", "v_1", a="v", b="v_1")),
-        stable_form(text("v", "v_1", a="v_1", b="v")),
-        stable_form(text("workspace_2", "workspace", a="workspace", b="workspace_2")),
+        canonical_source(text("v", "v_1", a="v", b="v_1")),
+        canonical_source(text("v", "v_1", a="v_1", b="v")),
+        canonical_source(text("workspace_2", "workspace", a="workspace", b="workspace_2")),
     }
     assert len(forms) == 1
-    assert forms != {stable_form(text("v", "v_1", a="v", b="v_1").replace("+ 512", "+ 1024"))}
-    assert forms != {stable_form(text("v", "v_1", a="v", b="v_1").replace("v_3[0] +", "v_3[0] -"))}
+    assert forms != {canonical_source(text("v", "v_1", a="v", b="v_1").replace("+ 512", "+ 1024"))}
+    assert forms != {canonical_source(text("v", "v_1", a="v", b="v_1").replace("v_3[0] +", "v_3[0] -"))}
 
 
 GENERATE = """
@@ -54,7 +54,7 @@ import hashlib, sys
 from tiles.compiler.compile import generate_source
 from tiles.kernels.spec import Problem
 from tiles.kernels.registry import kernel_spec
-from tiles.compiler.canonical_source import stable_form
+from tiles.compiler.canonical_source import canonical_source
 from tiles.target import Target
 hopper = Target("cuda", "sm_90a")
 for op in ("merge", "coefficients"):
@@ -62,7 +62,7 @@ for op in ("merge", "coefficients"):
     problem = spec.canonical(Problem(op, "backward", 4, 256, "bfloat16"))
     junk = [object() for _ in range(int(sys.argv[1]))]
     source = generate_source(spec, problem, spec.default(problem, hopper), hopper)
-    print(hashlib.sha256(stable_form(source).encode()).hexdigest())
+    print(hashlib.sha256(canonical_source(source).encode()).hexdigest())
 """
 
 

@@ -141,9 +141,9 @@ def test_clusters_are_asked_for(driver, tmp_path):
 
 def test_kernels_after_a_chunks_first_may_start_while_the_one_before_ends(driver, tmp_path):
     second = replace(LAUNCH, kernel="second", cluster=(2,))
-    plan = replace(PLAN, launches=(LAUNCH, second), chunk_tokens=16, overlap=1)
-    for chosen, wanted in ((plan, [0, 1, 0, 1, 1]), (replace(plan, overlap=0), [0] * 5)):
-        ((record,),) = launched(driver, [job(built(tmp_path / str(chosen.overlap), chosen), (32, 0, 0))])
+    plan = replace(PLAN, launches=(LAUNCH, second), chunk_tokens=16, use_pdl=1)
+    for chosen, wanted in ((plan, [0, 1, 0, 1, 1]), (replace(plan, use_pdl=0), [0] * 5)):
+        ((record,),) = launched(driver, [job(built(tmp_path / str(chosen.use_pdl), chosen), (32, 0, 0))])
         assert [launch["overlaps"] for launch in record["log"][:5]] == wanted
         assert [launch["cluster"] for launch in record["log"][:2]] == [[0, 0, 0], [2, 1, 1]]
 

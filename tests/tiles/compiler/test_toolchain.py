@@ -75,6 +75,6 @@ def test_a_new_a_lost_and_a_renamed_module_change_the_digest(copy: Path) -> None
     seen.add(hash_sources("pre", copy))
     (copy / "lang" / "new.py").rename(copy / "lang" / "renamed.py")
     seen.add(hash_sources("pre", copy))
-    (copy / "kernels" / "apply" / "programs.py").unlink()
+    (copy / "kernels" / "apply" / "merge.py").unlink()
     seen.add(hash_sources("pre", copy))
     assert len(seen) == 4

@@ -23,7 +23,7 @@ from emulated import Emulated, generate
 from emulation import Way
 
 from tiles.kernels.fused.chain_schedule import ChainSchedule
-from tiles.kernels.project.matmul_schedule import TiledSchedule
+from tiles.kernels.project.tensor_core_schedule import TiledSchedule
 from tiles.kernels.registry import kernel_specs
 from tiles.kernels.spec import Problem
 from tiles.target import Target
@@ -87,11 +87,11 @@ TILED = (
         for arch, schedule in (
             ("sm_80", TiledSchedule(16, 32, 2, 2, 1, 64)),
             ("sm_90a", TiledSchedule(64, 16, 4, 1, 1, 128)),
-            ("sm_90a", TiledSchedule(128, 32, 3, 2, 1, 256, overlap=1)),
+            ("sm_90a", TiledSchedule(128, 32, 3, 2, 1, 256, use_pdl=1)),
         )
     ]
     + [
-        case("project", "forward", n, 72, dtype, arch, TiledSchedule(*tiles, halved=1))
+        case("project", "forward", n, 72, dtype, arch, TiledSchedule(*tiles, presplit_phi=1))
         for n, dtype, arch, tiles in (
             (2, "bfloat16", "sm_90a", (64, 64, 3, 1, 1, 128, 1)),
             (3, "float16", "sm_80", (16, 32, 2, 2, 1, 64, 0)),
@@ -101,7 +101,7 @@ TILED = (
         case("project", "backward", 3, 40, "bfloat16", arch, schedule, 16)
         for arch, schedule in (
             ("sm_80", TiledSchedule(16, 32, 2, 2, 2, 64)),
-            ("sm_90a", TiledSchedule(64, 64, 2, 4, 1, 128, overlap=1)),
+            ("sm_90a", TiledSchedule(64, 64, 2, 4, 1, 128, use_pdl=1)),
         )
     ]
 )

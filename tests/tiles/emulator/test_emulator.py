@@ -340,10 +340,10 @@ KERNELvoid second(const float *a, float *b, int tokens) {
 def test_a_kernel_that_may_start_early_waits_before_it_touches_what_others_did(emulator, tmp_path, wait, found):
     arguments = [Argument(name, ("tokens", 32), "float32", role) for name, role in (("a", "input"), ("b", "output"))]
     first, second = (Launch(name, ("a", "b", "tokens"), ("1", "1", "1"), (32, 1, 1), 0) for name in ("first", "second"))
-    for overlap in (0, 1):
-        plan = Plan((first, second), overlap=overlap)
+    for use_pdl in (0, 1):
+        plan = Plan((first, second), use_pdl=use_pdl)
         chain = Emulation(tmp_path, emulator, CHAIN.replace("WAIT", wait), plan, arguments)
-        if found and overlap:
+        if found and use_pdl:
             with pytest.raises(Found, match=found):
                 chain.run({"a": numbers(3, 32)}, 3)
         else:

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from tiles.kernels.fused import chain_schedule
-from tiles.kernels.fused.chain_schedule import lanes, split_sums
+from tiles.kernels.fused.chain_schedule import coefficient_threads, split_sums
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
 from tiles.target import Target
@@ -32,25 +32,26 @@ def test_few_tokens_have_no_chunks_and_no_fixed_grid_to_choose():
 
 def test_one_token_gets_more_threads_for_its_row_than_one_of_many():
     one, many = (chain_schedule.default(problem("forward", tokens), HOPPER) for tokens in (1, 4096))
-    assert (one.row_threads, one.lane_tokens) == (160, 1)
-    assert (many.row_threads, many.lane_tokens) == (64, 8)
+    assert (one.row_threads, one.coefficient_tokens) == (160, 1)
+    assert (many.row_threads, many.coefficient_tokens) == (64, 8)
 
 
 @pytest.mark.parametrize("streams", range(1, 17))
 def test_the_threads_of_a_block_add_up_every_sum_of_its_tokens(streams):
     for tokens in (1, 3, 8):
         at_hand = problem("forward", tokens, streams)
-        schedule = replace(chain_schedule.default(at_hand, HOPPER), lane_tokens=tokens)
+        schedule = replace(chain_schedule.default(at_hand, HOPPER), coefficient_tokens=tokens)
         turns, elements = split_sums(at_hand, schedule)
         assert elements <= chain_schedule.SUM_ELEMENTS
         wanted = tokens * (at_hand.outputs + 1)
-        assert wanted <= turns * elements * lanes(at_hand) < wanted + (turns + 1) * lanes(at_hand)
+        threads = coefficient_threads(at_hand)
+        assert wanted <= turns * elements * threads < wanted + (turns + 1) * threads
 
 
 def test_a_backwards_default_splits_fill_the_turns_of_a_hopper_gpu():
     """80 tiles of columns: three splits are 240 thread blocks, of 264 that run at a time; four would take two turns."""
     schedule = chain_schedule.default(problem("backward", 4096), HOPPER)
-    assert (schedule.block_width, schedule.resident, schedule.splits) == (128, 2, 3)
+    assert (schedule.block_width, schedule.min_blocks_per_sm, schedule.splits) == (128, 2, 3)
     assert chain_schedule.default(problem("backward", 64), HOPPER).splits == 1
 
 
@@ -73,11 +74,11 @@ def test_kernels_may_overlap_on_hopper_and_newer(op):
     spec, at_hand = kernel_spec(op, "backward"), replace(problem("backward", 4096), op=op)
     for arch in ("sm_80", "sm_89", "sm_90", "sm_90a", "sm_100a", "sm_121a"):
         target = Target("cuda", arch)
-        overlapping = replace(spec.default(at_hand, target), overlap=1)
-        assert spec.space(at_hand, target)["overlap"] == ((0,) if arch in ("sm_80", "sm_89") else (0, 1))
+        overlapping = replace(spec.default(at_hand, target), use_pdl=1)
+        assert spec.space(at_hand, target)["use_pdl"] == ((0,) if arch in ("sm_80", "sm_89") else (0, 1))
         assert (spec.why_invalid(at_hand, overlapping, target) is None) == (arch not in ("sm_80", "sm_89"))
-    why = spec.why_invalid(at_hand, replace(overlapping, overlap=2), HOPPER)
-    assert why == "overlap must be 0, or 1 on sm_90 and newer, got 2 on cuda:sm_90a: choose 0"
+    why = spec.why_invalid(at_hand, replace(overlapping, use_pdl=2), HOPPER)
+    assert why == "use_pdl must be 0, or 1 on sm_90 and newer, got 2 on cuda:sm_90a: choose 0"
 
 
 def test_a_step_merges_inside_of_tiles_where_that_saves_more_than_it_costs():
@@ -100,8 +101,8 @@ def test_a_step_merges_inside_of_tiles_where_that_saves_more_than_it_costs():
         (
             "step",
             4,
-            {"halved": 1},
-            "halved must be 0 in the backward, where a thread block stages phi once, got 1: choose 0",
+            {"presplit_phi": 1},
+            "presplit_phi must be 0 in the backward, which copies phi once, got 1: choose 0",
         ),
     ],
 )
@@ -113,15 +114,15 @@ def test_rules_of_a_step_that_merges_inside_of_tiles(op, streams, change, why):
 
 def test_phi_is_cut_once_where_there_is_much_of_it():
     for op in ("project", "pre", "step"):
-        for streams, tokens, halved in ((4, 4096, 0), (8, 4096, 1), (8, 64, 0), (16, 4096, 1)):
+        for streams, tokens, presplit_phi in ((4, 4096, 0), (8, 4096, 1), (8, 64, 0), (16, 4096, 1)):
             at_hand = replace(problem("forward", tokens, streams), op=op)
-            assert kernel_spec(op, "forward").default(at_hand, HOPPER).halved == halved
+            assert kernel_spec(op, "forward").default(at_hand, HOPPER).presplit_phi == presplit_phi
 
 
 def test_one_kernel_has_nothing_to_overlap_with():
     spec, at_hand = kernel_spec("project", "forward"), replace(problem("forward", 4096), op="project")
-    one = replace(spec.default(at_hand, HOPPER), splits=1, overlap=1)
+    one = replace(spec.default(at_hand, HOPPER), splits=1, use_pdl=1)
     assert spec.why_invalid(at_hand, one, HOPPER).startswith(
-        "overlap must be 0 where one split makes one kernel, got 1"
+        "use_pdl must be 0 where one split makes one kernel, got 1"
     )
     assert spec.why_invalid(at_hand, replace(one, splits=2), HOPPER) is None

@@ -40,7 +40,7 @@ def _spec(op: str, direction: Direction, computes: Any, arguments: Any, inputs: 
         why_invalid=schedule.why_invalid,
         scratch=schedule.scratch,
         arguments=arguments,
-        builder=f"tiles.kernels.apply.programs:{op}_{direction}",
+        builder=f"tiles.kernels.apply.{op}:{op}_{direction}",
         reference=computes,
         inputs=inputs,
         traffic=moved,

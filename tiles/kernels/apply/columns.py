@@ -1,4 +1,4 @@
-"""How a block of columns is walked: by a lane loop, or by CUDA threads that have neighbouring columns to themselves."""
+"""Blocks of columns: walked by a parallel loop, or by CUDA threads that have neighbouring columns to themselves."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tiles.lang.values import Buffer, Expr, bind
 class Columns:
     """Rows of `block` columns of `dtype`, and a loop nest over them.
 
-    The loop over `lanes()` is outside, that over `steps()` inside; `place` names a column for `Row.get` and `Row.put`.
+    The loop over `outer()` is outside, that over `inner()` inside; `index` names a column for `Row.get` and `Row.put`.
 
     With `threads`, each of so many CUDA threads has block / threads neighbouring columns: it moves them as one vector,
-    and adds up in one register what it sums over them (`sums`, added to at `dialect.lane(lane)`). Columns that threads
-    cannot share evenly, as narrow rows have them, are left to a lane loop.
+    and adds up in one register what it sums over them (`sums`, added to at `dialect.partial_index(outer)`). Columns
+    that threads cannot share evenly, as narrow rows have them, are left to a parallel loop.
     """
 
     def __init__(self, block: int, dtype: str, dialect: Dialect, threads: int = 0) -> None:
@@ -35,42 +35,42 @@ class Columns:
         """An accumulator of sums over columns."""
         return self._dialect.accumulator(self._threads or self._block)
 
-    def lanes(self) -> Any:
+    def outer(self) -> Any:
         """The outer loop."""
-        return self._dialect.lanes(self._threads or self._block)
+        return self._dialect.parallel(self._threads or self._block)
 
-    def steps(self) -> Any:
+    def inner(self) -> Any:
         """The inner loop."""
         return T.unroll(self._block // self._threads) if self._threads else T.serial(1)
 
-    def place(self, lane: Expr, step: Expr) -> Any:
-        """Where a row finds the column of a lane and a step."""
-        return (lane, step) if self._threads else lane + step
+    def index(self, outer: Expr, inner: Expr) -> Any:
+        """Where a row finds the column of both loops' variables."""
+        return (outer, inner) if self._threads else outer + inner
 
 
 class ThreadRow:
-    """A `Row` of threads × share elements in registers; an element's place is (thread, step)."""
+    """A `Row` of threads × share elements in registers; an element's index is (thread, place in its share)."""
 
     def __init__(self, tensor: Buffer, dtype: str, threads: int, share: int) -> None:
         self._tensor, self._dtype = tensor, dtype
         self._held = T.alloc_fragment((threads, share), dtype)
         self._at: tuple[Expr, Expr] = (0, 0)
 
-    def fetch(self, row: Expr, column: Expr) -> None:
+    def load(self, row: Expr, column: Expr) -> None:
         """See `Row`."""
-        _fetch(self._tensor, row, column, self._held)
+        _load(self._tensor, row, column, self._held)
 
-    def place(self, row: Expr, column: Expr) -> None:
+    def store_at(self, row: Expr, column: Expr) -> None:
         """See `Row`."""
         self._at = row, column
 
-    def get(self, place: Any) -> Expr:
+    def get(self, index: Any) -> Expr:
         """See `Row`."""
-        return bind(T.cast(self._held[place], "float32"))
+        return bind(T.cast(self._held[index], "float32"))
 
-    def put(self, place: Any, value: Expr) -> None:
+    def put(self, index: Any, value: Expr) -> None:
         """See `Row`."""
-        _put(self._held, place, T.cast(value, self._dtype))
+        _put(self._held, index, T.cast(value, self._dtype))
 
     def flush(self) -> None:
         """See `Row`."""
@@ -78,12 +78,12 @@ class ThreadRow:
 
 
 @T.macro
-def _put(held: Buffer, place: Any, value: Expr) -> None:
-    held[place] = value
+def _put(held: Buffer, index: Any, value: Expr) -> None:
+    held[index] = value
 
 
 @T.macro
-def _fetch(tensor: Buffer, row: Expr, column: Expr, held: Buffer) -> None:
+def _load(tensor: Buffer, row: Expr, column: Expr, held: Buffer) -> None:
     for thread, step in T.Parallel(*held.shape):
         held[thread, step] = tensor[row, column + thread * held.shape[1] + step]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tiles.kernels.limits import REGISTERS, divisors, why_bad_threads, why_not_divisor, why_too_much_scratch
+from tiles.kernels.limits import MAX_ACCUMULATORS, divisors, why_bad_threads, why_not_divisor, why_too_much_scratch
 from tiles.kernels.spec import DTYPE_BYTES, Problem
 from tiles.target import Target
 
@@ -32,7 +32,7 @@ GROUP = 4
 class ApplySchedule:
     """How one token's row is walked.
 
-    block_width: columns in one lane loop, a divisor of the width; all streams of a block are handled together.
+    block_width: columns in one parallel loop, a divisor of the width; all streams of a block are handled together.
     threads: CUDA threads a block; 0 on a CPU.
     """
 
@@ -41,7 +41,7 @@ class ApplySchedule:
 
 
 def default(problem: Problem, target: Target) -> ApplySchedule:
-    """On a CPU the whole row, or what of it stays near where it is staged; on CUDA as many threads as the row keeps
+    """On a CPU the whole row, or what L1 holds of it where gradients are copied; on CUDA as many threads as a row keeps
     busy with the longest vectors that the registers take. A backward needs most of them: there, few threads make room
     for other blocks, whose loads are under way while one adds up."""
     if target.kind == "cpu":
@@ -82,8 +82,8 @@ def _why_not_cuda(problem: Problem, schedule: ApplySchedule) -> str | None:
     if schedule.block_width % schedule.threads:
         return f"threads must divide block_width {schedule.block_width}, got {schedule.threads}: choose 32"
     held = _registers(problem, schedule)
-    if held > REGISTERS:
-        return f"a thread's values must fit {REGISTERS} registers, got {held}: choose a smaller block_width"
+    if held > MAX_ACCUMULATORS:
+        return f"a thread's values must fit {MAX_ACCUMULATORS} registers, got {held}: choose a smaller block_width"
     return None
 
 
@@ -94,7 +94,7 @@ def scratch(problem: Problem, schedule: ApplySchedule, target: Target) -> int:
 
 
 def in_groups(problem: Problem, schedule: ApplySchedule) -> bool:
-    """Whether merge takes its streams in groups (`grouped.Grouped`): a CUDA thread could not hold all n² weights."""
+    """Whether merge takes its streams in groups (`merge.Merge`): a CUDA thread could not hold all n² weights."""
     return schedule.threads > 0 and problem.streams * (problem.streams + 1) > MOST_WEIGHTS
 
 

@@ -2,51 +2,34 @@
 
 from __future__ import annotations
 
-from tiles.kernels.spec import TOKENS, Argument, Problem
-
-
-def _streams(name: str, problem: Problem, role: str) -> Argument:
-    return Argument(name, (TOKENS, problem.streams, problem.width), problem.dtype, role)  # type: ignore[arg-type]
-
-
-def _row(name: str, problem: Problem, role: str) -> Argument:
-    return Argument(name, (TOKENS, problem.width), problem.dtype, role)  # type: ignore[arg-type]
-
-
-def _weights(name: str, role: str, *shape: int) -> Argument:
-    return Argument(name, (TOKENS, *shape), "float32", role)  # type: ignore[arg-type]
+from tiles.kernels.arguments import gates, matrix, row, streams
+from tiles.kernels.spec import Argument, Problem
 
 
 def aggregate_arguments(problem: Problem) -> tuple[Argument, ...]:
     """forward: x, pre -> u;  backward: x, pre, du -> dx, dpre."""
-    n = problem.streams
-    given = (_streams("x", problem, "input"), _weights("pre", "input", n))
+    given = (streams("x", problem, "input"), gates("pre", problem, "input"))
     if problem.direction == "forward":
-        return (*given, _row("u", problem, "output"))
-    return (
-        *given,
-        _row("du", problem, "input"),
-        _streams("dx", problem, "output"),
-        _weights("dpre", "output", n),
-    )
+        return (*given, row("u", problem, "output"))
+    results = (streams("dx", problem, "output"), gates("dpre", problem, "output"))
+    return (*given, row("du", problem, "input"), *results)
 
 
 def merge_arguments(problem: Problem) -> tuple[Argument, ...]:
     """forward: x, f, res, post -> out;  backward: x, f, res, post, g -> dx, df, dres, dpost."""
-    n = problem.streams
     given = (
-        _streams("x", problem, "input"),
-        _row("f", problem, "input"),
-        _weights("res", "input", n, n),
-        _weights("post", "input", n),
+        streams("x", problem, "input"),
+        row("f", problem, "input"),
+        matrix("res", problem, "input"),
+        gates("post", problem, "input"),
     )
     if problem.direction == "forward":
-        return (*given, _streams("out", problem, "output"))
+        return (*given, streams("out", problem, "output"))
     return (
         *given,
-        _streams("g", problem, "input"),
-        _streams("dx", problem, "output"),
-        _row("df", problem, "output"),
-        _weights("dres", "output", n, n),
-        _weights("dpost", "output", n),
+        streams("g", problem, "input"),
+        streams("dx", problem, "output"),
+        row("df", problem, "output"),
+        matrix("dres", problem, "output"),
+        gates("dpost", problem, "output"),
     )

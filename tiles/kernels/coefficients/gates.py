@@ -1,6 +1,7 @@
-"""The steps from z and s to pre, post and res, and back, as TileLang macros: the fused passes share them.
+"""Gates: from z and s to pre, post and res, and back, as TileLang macros that the fused kernels share.
 
-Every macro works on a block of tokens, start..start + block, clamped to last - 1, with a lane for each.
+Every macro works on a block of tokens, start..start + block, clamped to last - 1, with a thread for each. `maps`
+has alpha, bias and eps.
 """
 
 from typing import Any, NamedTuple
@@ -25,68 +26,68 @@ class ForwardScratch(NamedTuple):
 
 
 class Forward:
-    """z, s -> pre, post, res for a block of tokens: the macro `run`, shared with the fused passes.
+    """z, s -> pre, post, res for a block of tokens: the macro `run`, shared with the fused kernels.
 
     `scratch` allocates what it works on: pre and post [n, tokens], matrix [n, n, tokens] and more. Tokens are
     start..start + block, clamped to last - 1.
     """
 
     def __init__(self, problem: Problem, block: int, dialect: Dialect) -> None:
-        n, fan_in, each = problem.streams, problem.fan_in, dialect.each
+        n, fan_in, unrolled = problem.streams, problem.fan_in, dialect.unrolled
         rounds = Sinkhorn(problem, block, dialect)
         self._n, self._block, self._dialect = n, block, dialect
 
         @T.macro
-        def gates(held: Any, z: Any, s: Any, alpha: Any, bias: Any, eps: Any, start: Any, last: Any) -> None:
+        def gates(held: Any, z: Any, s: Any, maps: Any, start: Any, last: Any) -> None:
             """scale, pre, post, and the logits of res."""
-            for lane in dialect.own_lanes(block):
-                token = T.min(start + lane, last - 1)
-                held.scale[lane] = T.float32(1) / T.sqrt(s[token] * T.float32(1 / fan_in) + eps)
-            for i in each(n):
-                for lane in dialect.own_lanes(block):
-                    token = T.min(start + lane, last - 1)
-                    h = bind(alpha[0] * z[token, i] * held.scale[lane] + bias[i])
-                    held.pre[i, lane] = _sigmoid(dialect, h)
-                for lane in dialect.own_lanes(block):
-                    token = T.min(start + lane, last - 1)
-                    h = bind(alpha[1] * z[token, n + i] * held.scale[lane] + bias[n + i])
-                    held.post[i, lane] = 2 * _sigmoid(dialect, h)
-            for i in each(n):
-                for j in each(n):
-                    for lane in dialect.own_lanes(block):
-                        token = T.min(start + lane, last - 1)
+            for thread in dialect.thread_loop(block):
+                token = T.min(start + thread, last - 1)
+                held.scale[thread] = T.float32(1) / T.sqrt(s[token] * T.float32(1 / fan_in) + maps.eps)
+            for i in unrolled(n):
+                for thread in dialect.thread_loop(block):
+                    token = T.min(start + thread, last - 1)
+                    h = bind(maps.alpha[0] * z[token, i] * held.scale[thread] + maps.bias[i])
+                    held.pre[i, thread] = _sigmoid(dialect, h)
+                for thread in dialect.thread_loop(block):
+                    token = T.min(start + thread, last - 1)
+                    h = bind(maps.alpha[1] * z[token, n + i] * held.scale[thread] + maps.bias[n + i])
+                    held.post[i, thread] = 2 * _sigmoid(dialect, h)
+            for i in unrolled(n):
+                for j in unrolled(n):
+                    for thread in dialect.thread_loop(block):
+                        token = T.min(start + thread, last - 1)
                         k = 2 * n + i * n + j
-                        held.logits[i, j, lane] = alpha[2] * z[token, k] * held.scale[lane] + bias[k]
+                        held.logits[i, j, thread] = maps.alpha[2] * z[token, k] * held.scale[thread] + maps.bias[k]
 
         @T.macro
-        def run(held: Any, z: Any, s: Any, alpha: Any, bias: Any, eps: Any, start: Any, last: Any) -> None:
-            gates(held, z, s, alpha, bias, eps, start, last)
+        def run(held: Any, z: Any, s: Any, maps: Any, start: Any, last: Any) -> None:
+            gates(held, z, s, maps, start, last)
             rounds.forward(held.logits, held.matrix, held.column, None)
 
         @T.macro
         def store(held: Any, pre: Any, post: Any, res: Any, start: Any, last: Any) -> None:
             """Write post and res out, and pre where it is given."""
-            for i in each(n):
-                for lane in dialect.own_lanes(block):
-                    post[T.min(start + lane, last - 1), i] = held.post[i, lane]
+            for i in unrolled(n):
+                for thread in dialect.thread_loop(block):
+                    post[T.min(start + thread, last - 1), i] = held.post[i, thread]
                 if pre is not None:
-                    for lane in dialect.own_lanes(block):
-                        pre[T.min(start + lane, last - 1), i] = held.pre[i, lane]
-            for i in each(n):
-                for j in each(n):
-                    for lane in dialect.own_lanes(block):
-                        res[T.min(start + lane, last - 1), i, j] = held.matrix[i, j, lane]
+                    for thread in dialect.thread_loop(block):
+                        pre[T.min(start + thread, last - 1), i] = held.pre[i, thread]
+            for i in unrolled(n):
+                for j in unrolled(n):
+                    for thread in dialect.thread_loop(block):
+                        res[T.min(start + thread, last - 1), i, j] = held.matrix[i, j, thread]
 
         self.gates, self.run, self.store = gates, run, store
 
     def scratch(self) -> ForwardScratch:
         """Allocate what the macros work on; call it inside the kernel."""
-        return _forward_scratch(self._n, self._block, self._dialect, self._dialect.own)
+        return _forward_scratch(self._n, self._block, self._dialect, self._dialect.per_thread)
 
 
 def _forward_scratch(n: int, block: int, dialect: Dialect, kind: Any) -> ForwardScratch:
     """`kind` allocates the logits."""
-    logits, own = kind(n, n, block), dialect.own
+    logits, own = kind(n, n, block), dialect.per_thread
     return ForwardScratch(logits, own(n, n, block), own(n, block), own(block), own(n, block), own(n, block))
 
 
@@ -105,7 +106,7 @@ class BackwardScratch(NamedTuple):
 
 
 class Backward:
-    """dpre, dpost, dres -> dz, ds, and sums for dalpha and dbias: macros that the fused passes share.
+    """dpre, dpost, dres -> dz, ds, and sums for dalpha and dbias: macros that the fused kernels share.
 
     `scratch` allocates what they work on. A block of tokens: fill dpre, dpost [n, tokens] and dres [n, n, tokens], then
     `run`; it leaves dz [N, tokens] and ds [tokens], which `store_logits` writes. `clear` comes before the first block,
@@ -113,7 +114,7 @@ class Backward:
     """
 
     def __init__(self, problem: Problem, block: int, dialect: Dialect) -> None:
-        n, outputs, fan_in, each = problem.streams, problem.outputs, problem.fan_in, dialect.each
+        n, outputs, fan_in, unrolled = problem.streams, problem.outputs, problem.fan_in, dialect.unrolled
         groups = ((0, 1, 0), (1, 1, n), (2, n, 2 * n))  # gate, rows of n logits, the first of them
         gates, rounds = Forward(problem, block, dialect).gates, Sinkhorn(problem, block, dialect)
         self._problem, self._block, self._dialect = problem, block, dialect
@@ -121,70 +122,70 @@ class Backward:
         @T.macro
         def clear(held: Any) -> None:
             for k in T.serial(outputs + 3):
-                for lane in dialect.own_lanes(block):
-                    held.sums[k, lane] = T.float32(0)
+                for thread in dialect.thread_loop(block):
+                    held.sums[k, thread] = T.float32(0)
 
         @T.macro
         def logit_gradients(held: Any) -> None:
             """dh, kept in dz: back through the gates and the rounds."""
             of = held.forward
-            for i in each(n):
-                for lane in dialect.own_lanes(block):
-                    gate = bind(of.pre[i, lane])
-                    held.dz[i, lane] = held.dpre[i, lane] * gate * (T.float32(1) - gate)
-                for lane in dialect.own_lanes(block):
-                    gate = bind(of.post[i, lane])
-                    held.dz[n + i, lane] = held.dpost[i, lane] * gate * (T.float32(1) - T.float32(0.5) * gate)
-            for i in each(n):
-                for j in each(n):
-                    for lane in dialect.own_lanes(block):
-                        held.dz[2 * n + i * n + j, lane] = held.dres[i, j, lane]
+            for i in unrolled(n):
+                for thread in dialect.thread_loop(block):
+                    gate = bind(of.pre[i, thread])
+                    held.dz[i, thread] = held.dpre[i, thread] * gate * (T.float32(1) - gate)
+                for thread in dialect.thread_loop(block):
+                    gate = bind(of.post[i, thread])
+                    held.dz[n + i, thread] = held.dpost[i, thread] * gate * (T.float32(1) - T.float32(0.5) * gate)
+            for i in unrolled(n):
+                for j in unrolled(n):
+                    for thread in dialect.thread_loop(block):
+                        held.dz[2 * n + i * n + j, thread] = held.dres[i, j, thread]
 
         @T.macro
-        def run(held: Any, z: Any, s: Any, alpha: Any, bias: Any, eps: Any, start: Any, last: Any) -> None:
+        def run(held: Any, z: Any, s: Any, maps: Any, start: Any, last: Any) -> None:
             of = held.forward
-            gates(of, z, s, alpha, bias, eps, start, last)
+            gates(of, z, s, maps, start, last)
             rounds.forward(of.logits, of.matrix, of.column, held.kept)
             rounds.backward(of.logits, of.matrix, of.column, held.kept, held.dres)
             logit_gradients(held)
-            for lane in dialect.own_lanes(block):
-                held.ds[lane] = T.float32(0)
+            for thread in dialect.thread_loop(block):
+                held.ds[thread] = T.float32(0)
             for g, rows, offset in groups:
-                for lane in dialect.own_lanes(block):
-                    held.products[lane] = T.float32(0)
-                for i in each(rows):
-                    for j in each(n):
-                        for lane in dialect.own_lanes(block):
-                            token = T.min(start + lane, last - 1)
+                for thread in dialect.thread_loop(block):
+                    held.products[thread] = T.float32(0)
+                for i in unrolled(rows):
+                    for j in unrolled(n):
+                        for thread in dialect.thread_loop(block):
+                            token = T.min(start + thread, last - 1)
                             k = offset + i * n + j
-                            dh = bind(held.dz[k, lane])
-                            scaled = bind(dh * of.scale[lane])
-                            held.dz[k, lane] = alpha[g] * scaled
-                            held.products[lane] += scaled * z[token, k]
-                            held.sums[k, lane] += T.if_then_else(start + lane < last, dh, T.float32(0))
-                for lane in dialect.own_lanes(block):
-                    held.ds[lane] += alpha[g] * held.products[lane]
-                    held.sums[outputs + g, lane] += T.if_then_else(
-                        start + lane < last, held.products[lane], T.float32(0)
+                            dh = bind(held.dz[k, thread])
+                            scaled = bind(dh * of.scale[thread])
+                            held.dz[k, thread] = maps.alpha[g] * scaled
+                            held.products[thread] += scaled * z[token, k]
+                            held.sums[k, thread] += T.if_then_else(start + thread < last, dh, T.float32(0))
+                for thread in dialect.thread_loop(block):
+                    held.ds[thread] += maps.alpha[g] * held.products[thread]
+                    held.sums[outputs + g, thread] += T.if_then_else(
+                        start + thread < last, held.products[thread], T.float32(0)
                     )
-            for lane in dialect.own_lanes(block):
-                scale = bind(of.scale[lane])
-                held.ds[lane] = T.float32(-0.5 / fan_in) * scale * scale * held.ds[lane]
+            for thread in dialect.thread_loop(block):
+                scale = bind(of.scale[thread])
+                held.ds[thread] = T.float32(-0.5 / fan_in) * scale * scale * held.ds[thread]
 
         @T.macro
         def store_logits(held: Any, dz: Any, ds: Any, start: Any, last: Any) -> None:
             """Write dz and ds out."""
-            for lane in dialect.own_lanes(block):
-                ds[T.min(start + lane, last - 1)] = held.ds[lane]
-            for i in each(n + 2):
-                for j in each(n):
-                    for lane in dialect.own_lanes(block):
-                        dz[T.min(start + lane, last - 1), i * n + j] = held.dz[i * n + j, lane]
+            for thread in dialect.thread_loop(block):
+                ds[T.min(start + thread, last - 1)] = held.ds[thread]
+            for i in unrolled(n + 2):
+                for j in unrolled(n):
+                    for thread in dialect.thread_loop(block):
+                        dz[T.min(start + thread, last - 1), i * n + j] = held.dz[i * n + j, thread]
 
         @T.macro
-        def add_lanes(sums: Any, first: int, count: int, into: Any, row: Any) -> None:
-            """Each lane adds up a row; they start apart from each other, since all rows begin in one memory bank."""
-            for k in dialect.lanes(count):
+        def add_threads(sums: Any, first: int, count: int, into: Any, row: Any) -> None:
+            """Each thread adds up a row; threads start apart from each other, as all rows begin in one memory bank."""
+            for k in dialect.parallel(count):
                 total = T.alloc_var("float32", init=0.0)
                 for step in T.serial(block):
                     total += sums[first + k, (step + k) % block]
@@ -194,24 +195,24 @@ class Backward:
         def store(held: Any, dalpha: Any, dbias: Any, split: Any) -> None:
             """Write the sums out."""
             dialect.barrier()
-            add_lanes(held.sums, 0, outputs, dbias, split)
-            add_lanes(held.sums, outputs, 3, dalpha, split)
+            add_threads(held.sums, 0, outputs, dbias, split)
+            add_threads(held.sums, outputs, 3, dalpha, split)
 
         self.clear, self.run, self.store_logits, self.store = clear, run, store_logits, store
 
     def scratch(self) -> BackwardScratch:
         """Allocate what the macros work on; call it inside the kernel."""
         n, outputs, rounds = self._problem.streams, self._problem.outputs, self._problem.rounds
-        block, own, shared = self._block, self._dialect.own, self._dialect.scratch
+        block, per_thread, shared = self._block, self._dialect.per_thread, self._dialect.scratch
         return BackwardScratch(
             forward=_forward_scratch(n, block, self._dialect, shared),
             kept=shared(max(1, rounds - 1), 2 * n, block),
             dpre=shared(n, block),  # not read before the rounds are done, which fill the registers
             dpost=shared(n, block),
-            dres=own(n, n, block),
-            dz=own(outputs, block),
-            ds=own(block),
-            products=own(block),
+            dres=per_thread(n, n, block),
+            dz=per_thread(outputs, block),
+            ds=per_thread(block),
+            products=per_thread(block),
             sums=shared(outputs + 3, block),
         )
 

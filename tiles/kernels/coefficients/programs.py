@@ -1,4 +1,4 @@
-"""coefficients and Sinkhorn as TileLang programs (docs/design.md, "The maths"): macros between loads and stores."""
+"""coefficients and sinkhorn as TileLang programs (docs/design.md, the maths): loads and stores around their macros."""
 
 from typing import Any
 
@@ -6,91 +6,85 @@ import tilelang.language as T
 
 from tiles.kernels.coefficients.gates import Backward, Forward
 from tiles.kernels.coefficients.schedule import CoefficientsSchedule
+from tiles.kernels.coefficients.signature import arguments, sinkhorn_arguments
 from tiles.kernels.coefficients.sinkhorn import Sinkhorn
 from tiles.kernels.spec import Problem
 from tiles.lang.dialect import Dialect
-from tiles.lang.values import as_value, bind, token_range
+from tiles.lang.program import program
+from tiles.lang.values import Buffer, Expr, as_value, bind, token_range
 
 
 def sinkhorn_forward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect) -> Any:
     """res = SK(logits)."""
-    n, block, each = problem.streams, schedule.block_tokens, dialect.each
-    rounds = Sinkhorn(problem, block, dialect)
-    tokens = T.dynamic("tokens")
+    n, block = problem.streams, schedule.block_tokens
+    rounds, matrices = Sinkhorn(problem, block, dialect), _Matrices(problem, block, dialect)
 
-    @T.prim_func
-    def sinkhorn_forward(
-        logits: T.Tensor((tokens, n, n), "float32"),
-        res: T.Tensor((tokens, n, n), "float32"),
-    ):
-        with dialect.kernel(T.ceildiv(tokens, block), threads=block) as start:
-            work, matrix, column = dialect.own(n, n, block), dialect.own(n, n, block), dialect.own(n, block)
-            for i in each(n):
-                for j in each(n):
-                    for lane in dialect.own_lanes(block):
-                        work[i, j, lane] = logits[T.min(start * block + lane, tokens - 1), i, j]
+    @program(sinkhorn_arguments(problem), dialect)
+    def sinkhorn_forward(p: Any) -> None:
+        with dialect.kernel(T.ceildiv(p.tokens, block), threads=block) as start:
+            work, matrix = dialect.per_thread(n, n, block), dialect.per_thread(n, n, block)
+            column = dialect.per_thread(n, block)
+            matrices.load(p.logits, work, start, as_value(p.tokens))
             rounds.forward(work, matrix, column, None)
-            for i in each(n):
-                for j in each(n):
-                    for lane in dialect.own_lanes(block):
-                        res[T.min(start * block + lane, tokens - 1), i, j] = matrix[i, j, lane]
+            matrices.store(matrix, p.res, start, as_value(p.tokens))
 
     return sinkhorn_forward
 
 
 def sinkhorn_backward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect) -> Any:
     """dlogits = SKᵀ(dres)."""
-    n, block, each = problem.streams, schedule.block_tokens, dialect.each
-    rounds = Sinkhorn(problem, block, dialect)
-    tokens = T.dynamic("tokens")
+    n, block = problem.streams, schedule.block_tokens
+    rounds, matrices = Sinkhorn(problem, block, dialect), _Matrices(problem, block, dialect)
 
-    @T.prim_func
-    def sinkhorn_backward(
-        logits: T.Tensor((tokens, n, n), "float32"),
-        dres: T.Tensor((tokens, n, n), "float32"),
-        dlogits: T.Tensor((tokens, n, n), "float32"),
-    ):
-        with dialect.kernel(T.ceildiv(tokens, block), threads=block) as start:
-            work, matrix = dialect.scratch(n, n, block), dialect.own(n, n, block)
-            grad, column = dialect.own(n, n, block), dialect.own(n, block)
+    @program(sinkhorn_arguments(problem), dialect)
+    def sinkhorn_backward(p: Any) -> None:
+        with dialect.kernel(T.ceildiv(p.tokens, block), threads=block) as start:
+            work, matrix = dialect.scratch(n, n, block), dialect.per_thread(n, n, block)
+            grad, column = dialect.per_thread(n, n, block), dialect.per_thread(n, block)
             kept = dialect.scratch(max(1, problem.rounds - 1), 2 * n, block)
-            for i in each(n):
-                for j in each(n):
-                    for lane in dialect.own_lanes(block):
-                        work[i, j, lane] = logits[T.min(start * block + lane, tokens - 1), i, j]
-                        grad[i, j, lane] = dres[T.min(start * block + lane, tokens - 1), i, j]
+            matrices.load(p.logits, work, start, as_value(p.tokens))
+            matrices.load(p.dres, grad, start, as_value(p.tokens))
             rounds.forward(work, matrix, column, kept)
             rounds.backward(work, matrix, column, kept, grad)
-            for i in each(n):
-                for j in each(n):
-                    for lane in dialect.own_lanes(block):
-                        dlogits[T.min(start * block + lane, tokens - 1), i, j] = grad[i, j, lane]
+            matrices.store(grad, p.dlogits, start, as_value(p.tokens))
 
     return sinkhorn_backward
 
 
+class _Matrices:
+    """The macros that move matrices [T, n, n] of a block of tokens to storage [n, n, tokens] and back."""
+
+    def __init__(self, problem: Problem, block: int, dialect: Dialect) -> None:
+        n, unrolled = problem.streams, dialect.unrolled
+
+        @T.macro
+        def load(tensor: Buffer, into: Any, start: Expr, last: Expr) -> None:
+            for i in unrolled(n):
+                for j in unrolled(n):
+                    for thread in dialect.thread_loop(block):
+                        into[i, j, thread] = tensor[T.min(start * block + thread, last - 1), i, j]
+
+        @T.macro
+        def store(of: Any, tensor: Buffer, start: Expr, last: Expr) -> None:
+            for i in unrolled(n):
+                for j in unrolled(n):
+                    for thread in dialect.thread_loop(block):
+                        tensor[T.min(start * block + thread, last - 1), i, j] = of[i, j, thread]
+
+        self.load, self.store = load, store
+
+
 def forward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect) -> Any:
     """h = alpha∘z·r + bias;  pre = σ(h_pre);  post = 2σ(h_post);  res = SK(h_res);  r = rsqrt(s/K + eps)."""
-    n, block, outputs = problem.streams, schedule.block_tokens, problem.outputs
-    coefficients = Forward(problem, block, dialect)
-    tokens = T.dynamic("tokens")
+    block, coefficients = schedule.block_tokens, Forward(problem, schedule.block_tokens, dialect)
 
-    @T.prim_func
-    def coefficients_forward(
-        z: T.Tensor((tokens, outputs), "float32"),
-        s: T.Tensor((tokens,), "float32"),
-        alpha: T.Tensor((3,), "float32"),
-        bias: T.Tensor((outputs,), "float32"),
-        eps: T.float32,
-        pre: T.Tensor((tokens, n), "float32"),
-        post: T.Tensor((tokens, n), "float32"),
-        res: T.Tensor((tokens, n, n), "float32"),
-    ):
-        with dialect.kernel(T.ceildiv(tokens, block), threads=block) as step:
+    @program(arguments(problem), dialect)
+    def coefficients_forward(p: Any) -> None:
+        with dialect.kernel(T.ceildiv(p.tokens, block), threads=block) as step:
             held = coefficients.scratch()
-            start, last = bind(step * block), as_value(tokens)
-            coefficients.run(held, z, s, alpha, bias, eps, start, last)
-            coefficients.store(held, pre, post, res, start, last)
+            start, last = bind(step * block), as_value(p.tokens)
+            coefficients.run(held, p.z, p.s, p, start, last)
+            coefficients.store(held, p.pre, p.post, p.res, start, last)
 
     return coefficients_forward
 
@@ -98,40 +92,26 @@ def forward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect) 
 def backward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect) -> Any:
     """dh from dpre, dpost and dres;  dz = alpha∘dh·r;  ds = -½ r² Σ_k alpha dh_k z_k r / K;
     dalpha_g = Σ_t Σ_{k∈g} dh_k z_k r and dbias = Σ_t dh, one partial sum per split of the tokens."""
-    n, block, outputs, each = problem.streams, schedule.block_tokens, problem.outputs, dialect.each
+    n, block, unrolled = problem.streams, schedule.block_tokens, dialect.unrolled
     coefficients = Backward(problem, block, dialect)
-    tokens, splits = T.dynamic("tokens"), T.dynamic("splits")
 
-    @T.prim_func
-    def coefficients_backward(
-        z: T.Tensor((tokens, outputs), "float32"),
-        s: T.Tensor((tokens,), "float32"),
-        alpha: T.Tensor((3,), "float32"),
-        bias: T.Tensor((outputs,), "float32"),
-        dpre: T.Tensor((tokens, n), "float32"),
-        dpost: T.Tensor((tokens, n), "float32"),
-        dres: T.Tensor((tokens, n, n), "float32"),
-        eps: T.float32,
-        dz: T.Tensor((tokens, outputs), "float32"),
-        ds: T.Tensor((tokens,), "float32"),
-        dalpha: T.Tensor((splits, 3), "float32"),
-        dbias: T.Tensor((splits, outputs), "float32"),
-    ):
-        with dialect.kernel(splits, threads=block) as split:
+    @program(arguments(problem), dialect)
+    def coefficients_backward(p: Any) -> None:
+        with dialect.kernel(p.splits, threads=block) as split:
             held = coefficients.scratch()
             coefficients.clear(held)
-            first, last, blocks = token_range(tokens, split, splits, block)
+            first, last, blocks = token_range(p.tokens, split, p.splits, block)
             for step in T.serial(blocks[0]):
                 start = bind(first[0] + step * block)
-                for i in each(n):
-                    for lane in dialect.own_lanes(block):
-                        held.dpre[i, lane] = dpre[T.min(start + lane, last[0] - 1), i]
-                        held.dpost[i, lane] = dpost[T.min(start + lane, last[0] - 1), i]
-                    for j in each(n):
-                        for lane in dialect.own_lanes(block):
-                            held.dres[i, j, lane] = dres[T.min(start + lane, last[0] - 1), i, j]
-                coefficients.run(held, z, s, alpha, bias, eps, start, last[0])
-                coefficients.store_logits(held, dz, ds, start, last[0])
-            coefficients.store(held, dalpha, dbias, split)
+                for i in unrolled(n):
+                    for thread in dialect.thread_loop(block):
+                        held.dpre[i, thread] = p.dpre[T.min(start + thread, last[0] - 1), i]
+                        held.dpost[i, thread] = p.dpost[T.min(start + thread, last[0] - 1), i]
+                    for j in unrolled(n):
+                        for thread in dialect.thread_loop(block):
+                            held.dres[i, j, thread] = p.dres[T.min(start + thread, last[0] - 1), i, j]
+                coefficients.run(held, p.z, p.s, p, start, last[0])
+                coefficients.store_logits(held, p.dz, p.ds, start, last[0])
+            coefficients.store(held, p.dalpha, p.dbias, split)
 
     return coefficients_backward

@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
-from tiles.kernels.spec import TOKENS, Argument, Problem, Role
+from tiles.kernels.arguments import EPS, affine, gates, matrix, projected
+from tiles.kernels.spec import Argument, Problem
 
 
 def arguments(problem: Problem) -> tuple[Argument, ...]:
     """forward: z, s, alpha, bias, eps -> pre, post, res;
     backward: z, s, alpha, bias, dpre, dpost, dres, eps -> dz, ds, dalpha, dbias."""
-    n, outputs = problem.streams, problem.outputs
-
-    def of(name: str, role: Role, *shape: int | str) -> Argument:
-        return Argument(name, shape, "float32", role)
-
-    common = (
-        of("z", "input", TOKENS, outputs),
-        of("s", "input", TOKENS),
-        of("alpha", "input", 3),
-        of("bias", "input", outputs),
-    )
-    eps = of("eps", "scalar")
+    given = (*projected("z", "s", problem, "input"), *affine("alpha", "bias", problem, "input"))
     if problem.direction == "forward":
-        results = (("pre", (n,)), ("post", (n,)), ("res", (n, n)))
-        return (*common, eps, *(of(name, "output", TOKENS, *shape) for name, shape in results))
+        gated = (gates("pre", problem, "output"), gates("post", problem, "output"))
+        return (*given, EPS, *gated, matrix("res", problem, "output"))
     return (
-        *common,
-        of("dpre", "input", TOKENS, n),
-        of("dpost", "input", TOKENS, n),
-        of("dres", "input", TOKENS, n, n),
-        eps,
-        of("dz", "output", TOKENS, outputs),
-        of("ds", "output", TOKENS),
-        of("dalpha", "partial", 3),
-        of("dbias", "partial", outputs),
+        *given,
+        gates("dpre", problem, "input"),
+        gates("dpost", problem, "input"),
+        matrix("dres", problem, "input"),
+        EPS,
+        *projected("dz", "ds", problem, "output"),
+        *affine("dalpha", "dbias", problem, "partial"),
     )
 
 
 def sinkhorn_arguments(problem: Problem) -> tuple[Argument, ...]:
     """forward: logits -> res;  backward: logits, dres -> dlogits."""
-    shape = (TOKENS, problem.streams, problem.streams)
-    logits = Argument("logits", shape, "float32", "input")
+    logits = matrix("logits", problem, "input")
     if problem.direction == "forward":
-        return (logits, Argument("res", shape, "float32", "output"))
-    return (
-        logits,
-        Argument("dres", shape, "float32", "input"),
-        Argument("dlogits", shape, "float32", "output"),
-    )
+        return (logits, matrix("res", problem, "output"))
+    return (logits, matrix("dres", problem, "input"), matrix("dlogits", problem, "output"))

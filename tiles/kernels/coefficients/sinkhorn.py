@@ -1,7 +1,7 @@
 """Sinkhorn's rounds as TileLang macros (docs/design.md, "The maths").
 
-A lane is a token: every lane loop does one step of the maths for a block of tokens at once, on matrices stored
-[n, n, tokens]. Lanes past the last token repeat it, so that every lane computes the same thing; sums leave them out.
+A thread takes a token: every `thread_loop` does one step of the maths for a block of tokens, on matrices stored
+[n, n, tokens]. Threads past the last token repeat it, so that all compute the same thing; sums leave them out.
 
 Sinkhorn's first round is evaluated as exp(h_ij - colmax_j - rowmax_i) / (column sum) / (row sum), where colmax and
 rowmax leave a one in every row and column: no sum can vanish, whatever the logits. After that round every row and
@@ -21,72 +21,72 @@ LOWEST = -1e38  # keeps a difference of two finite logits finite
 
 
 class Sinkhorn:
-    """The rounds on blocks of matrices: `logits` [n, n, tokens] is scratch or owned, `matrix`, `grad` and `column`
-    [n, tokens] are owned by lanes, `kept` [rounds - 1, 2n, tokens] is scratch."""
+    """The rounds on blocks of matrices: `logits` [n, n, tokens] is scratch or per thread, `matrix`, `grad` and `column`
+    [n, tokens] are per thread, `kept` [rounds - 1, 2n, tokens] is scratch."""
 
     def __init__(self, problem: Problem, block: int, dialect: Dialect) -> None:
         n, rounds = problem.streams, problem.rounds
-        streams, each = tuple(range(n)), dialect.each
+        streams, unrolled = tuple(range(n)), dialect.unrolled
 
         @T.macro
         def column_start(logits: Any, column: Any) -> None:
             """logits -> log of the first column step's numerators (at most 0); column[j] its sums, in [1, n]."""
-            for j in each(n):
-                for lane in dialect.own_lanes(block):
-                    values = [bind(logits[i, j, lane]) for i in streams]
+            for j in unrolled(n):
+                for thread in dialect.thread_loop(block):
+                    values = [bind(logits[i, j, thread]) for i in streams]
                     top = bind(_maximum(values))
                     shifted = [_bounded(bind(value - top)) for value in values]
                     for i in streams:
-                        logits[i, j, lane] = shifted[i]
-                    column[j, lane] = sum(dialect.exp(value) for value in shifted)
+                        logits[i, j, thread] = shifted[i]
+                    column[j, thread] = sum(dialect.exp(value) for value in shifted)
 
         @T.macro
         def row_start(logits: Any, column: Any, matrix: Any) -> None:
             """The matrix after the first round."""
-            for i in each(n):
-                for lane in dialect.own_lanes(block):
-                    values = [bind(logits[i, j, lane]) for j in streams]
+            for i in unrolled(n):
+                for thread in dialect.thread_loop(block):
+                    values = [bind(logits[i, j, thread]) for j in streams]
                     top = bind(_maximum(values))
-                    row = [bind(dialect.exp(values[j] - top) * dialect.reciprocal(column[j, lane])) for j in streams]
+                    row = [bind(dialect.exp(values[j] - top) * dialect.reciprocal(column[j, thread])) for j in streams]
                     inverse = bind(dialect.reciprocal(sum(row)))
                     for j in streams:
-                        matrix[i, j, lane] = row[j] * inverse
+                        matrix[i, j, thread] = row[j] * inverse
 
         @T.macro
         def round_(matrix: Any, kept: Any, step: Any) -> None:
             """One round, columns then rows; `kept` [rounds, 2n, tokens] takes the sums where it is given."""
-            for j in each(n):
-                for lane in dialect.own_lanes(block):
-                    total = bind(sum(matrix[i, j, lane] for i in streams))
+            for j in unrolled(n):
+                for thread in dialect.thread_loop(block):
+                    total = bind(sum(matrix[i, j, thread] for i in streams))
                     inverse = bind(dialect.reciprocal(total))
                     if kept is not None:
-                        kept[step, j, lane] = total
+                        kept[step, j, thread] = total
                     for i in streams:
-                        matrix[i, j, lane] = matrix[i, j, lane] * inverse
-            for i in each(n):
-                for lane in dialect.own_lanes(block):
-                    total = bind(sum(matrix[i, j, lane] for j in streams))
+                        matrix[i, j, thread] = matrix[i, j, thread] * inverse
+            for i in unrolled(n):
+                for thread in dialect.thread_loop(block):
+                    total = bind(sum(matrix[i, j, thread] for j in streams))
                     inverse = bind(dialect.reciprocal(total))
                     if kept is not None:
-                        kept[step, n + i, lane] = total
+                        kept[step, n + i, thread] = total
                     for j in streams:
-                        matrix[i, j, lane] = matrix[i, j, lane] * inverse
+                        matrix[i, j, thread] = matrix[i, j, thread] * inverse
 
         @T.macro
         def row_back(matrix: Any, grad: Any) -> None:
-            for i in each(n):
-                for lane in dialect.own_lanes(block):
-                    total = bind(sum(grad[i, j, lane] for j in streams))
+            for i in unrolled(n):
+                for thread in dialect.thread_loop(block):
+                    total = bind(sum(grad[i, j, thread] for j in streams))
                     for j in streams:
-                        grad[i, j, lane] = grad[i, j, lane] - matrix[i, j, lane] * total
+                        grad[i, j, thread] = grad[i, j, thread] - matrix[i, j, thread] * total
 
         @T.macro
         def column_back(matrix: Any, grad: Any) -> None:
-            for j in each(n):
-                for lane in dialect.own_lanes(block):
-                    total = bind(sum(grad[i, j, lane] for i in streams))
+            for j in unrolled(n):
+                for thread in dialect.thread_loop(block):
+                    total = bind(sum(grad[i, j, thread] for i in streams))
                     for i in streams:
-                        grad[i, j, lane] = grad[i, j, lane] - matrix[i, j, lane] * total
+                        grad[i, j, thread] = grad[i, j, thread] - matrix[i, j, thread] * total
 
         @T.macro
         def forward(logits: Any, matrix: Any, column: Any, kept: Any) -> None:
@@ -99,27 +99,27 @@ class Sinkhorn:
         @T.macro
         def backward(logits: Any, matrix: Any, column: Any, kept: Any, grad: Any) -> None:
             """grad: of the matrix that `forward` left -> of the logits that it was given."""
-            for i in each(n):
-                for j in each(n):
-                    for lane in dialect.own_lanes(block):
-                        grad[i, j, lane] = grad[i, j, lane] * matrix[i, j, lane]
+            for i in unrolled(n):
+                for j in unrolled(n):
+                    for thread in dialect.thread_loop(block):
+                        grad[i, j, thread] = grad[i, j, thread] * matrix[i, j, thread]
             for back in T.serial(rounds - 1):
                 step = rounds - 2 - back
                 row_back(matrix, grad)
-                for i in each(n):
-                    for j in each(n):
-                        for lane in dialect.own_lanes(block):
-                            matrix[i, j, lane] = matrix[i, j, lane] * kept[step, n + i, lane]
+                for i in unrolled(n):
+                    for j in unrolled(n):
+                        for thread in dialect.thread_loop(block):
+                            matrix[i, j, thread] = matrix[i, j, thread] * kept[step, n + i, thread]
                 column_back(matrix, grad)
-                for i in each(n):
-                    for j in each(n):
-                        for lane in dialect.own_lanes(block):
-                            matrix[i, j, lane] = matrix[i, j, lane] * kept[step, j, lane]
+                for i in unrolled(n):
+                    for j in unrolled(n):
+                        for thread in dialect.thread_loop(block):
+                            matrix[i, j, thread] = matrix[i, j, thread] * kept[step, j, thread]
             row_back(matrix, grad)
-            for i in each(n):
-                for j in each(n):
-                    for lane in dialect.own_lanes(block):
-                        matrix[i, j, lane] = dialect.exp(logits[i, j, lane]) * dialect.reciprocal(column[j, lane])
+            for i in unrolled(n):
+                for j in unrolled(n):
+                    for thread in dialect.thread_loop(block):
+                        matrix[i, j, thread] = dialect.exp(logits[i, j, thread]) * dialect.reciprocal(column[j, thread])
             column_back(matrix, grad)
 
         self.forward, self.backward = forward, backward

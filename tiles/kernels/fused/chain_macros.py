@@ -1,24 +1,25 @@
-"""What pre and step on CUDA are made of besides passes over rows: how these share the tokens, and the macros of the
-kernels between them."""
+"""Kernels of pre and step on CUDA besides passes over rows, as macros, and how those passes share the tokens."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tilelang.language as T
 
+from tiles.kernels.apply.aggregate import Aggregate
 from tiles.kernels.coefficients import gates
-from tiles.kernels.fused.chain_schedule import ChainSchedule, lanes, split_sums, tiled
-from tiles.kernels.project.matmul_programs import column_groups, gradients, projection, whole_halves
-from tiles.kernels.spec import Problem
-from tiles.lang.dialect import Dialect
-from tiles.lang.program_attrs import checked
-from tiles.lang.tensor_cores import tiles_for
-from tiles.lang.values import Buffer, Expr, variable
+from tiles.kernels.fused.chain_schedule import ChainSchedule, coefficient_threads, split_sums, tiled
+from tiles.kernels.project.presplit_phi import PresplitPhi
+from tiles.kernels.spec import Argument, Problem
+from tiles.lang.dialect import Cuda
+from tiles.lang.program import program
+from tiles.lang.tensor_cores import TensorCores
+from tiles.lang.values import Buffer, Expr, as_value, variable
 
 LOADS_AHEAD = 100
 """Loads of a thread that are under way at a time where sums over splits are added up."""
 
 SUM_ROWS, JOIN_THREADS = 32, 256
-"""Rows that are summed side by side where the sums of all lane blocks are joined, and threads of that kernel."""
+"""Rows that are summed side by side where the sums of all blocks of tokens are joined, and threads of that kernel."""
 
 
 class Rows:
@@ -43,147 +44,173 @@ class Rows:
 class _Sums(NamedTuple):
     """A block's sums [tokens · (N + 1)] as if they were all tokens' [T, N] or, where `column` is given, [T]."""
 
-    near: Buffer
+    sums: Buffer
     start: Expr
     outputs: int
     column: int | None
 
     def __getitem__(self, index: Any) -> Expr:
         token, column = index if self.column is None else (index, self.column)
-        return self.near[(token - self.start) * (self.outputs + 1) + column]
+        return self.sums[(token - self.start) * (self.outputs + 1) + column]
 
 
-class Before:
-    """The macros before a sublayer: `cut` phi, `project` for a tile, `coefficients` for a block of tokens."""
+class Forward:
+    """What the forwards of pre and step share: the workspace, and the kernels that follow project."""
 
-    def __init__(self, problem: Problem, schedule: ChainSchedule, dialect: Dialect) -> None:
-        block, outputs, splits = schedule.lane_tokens, problem.outputs, schedule.splits
-        lane, tiles = gates.Forward(problem, lanes(problem), dialect), tiles_for(dialect)
+    def __init__(self, problem: Problem, schedule: ChainSchedule, dialect: Cuda, presplit: PresplitPhi) -> None:
+        block, outputs, splits = schedule.coefficient_tokens, problem.outputs, schedule.splits
+        maps, tiles, rows = (
+            gates.Forward(problem, coefficient_threads(problem), dialect),
+            TensorCores(dialect),
+            Rows(schedule),
+        )
+        apply = Aggregate(problem, schedule.row_width, dialect, schedule.row_threads)
         turns, elements = split_sums(problem, schedule)
-        turn, ahead = lanes(problem) * elements, min(splits, max(1, LOADS_AHEAD // elements))
+        turn, ahead = coefficient_threads(problem) * elements, min(splits, max(1, LOADS_AHEAD // elements))
+        self._problem, self._schedule, self._dialect, self._presplit = problem, schedule, dialect, presplit
 
         @T.macro
-        def coefficients(
-            alpha: Buffer,
-            bias: Buffer,
-            eps: Expr,
-            pre: Buffer,
-            post: Buffer,
-            res: Buffer,
-            z: Buffer,
-            s: Buffer,
-            parts: Buffer,
-            group: Expr,
-            last: Expr,
-        ) -> None:
-            """The splits' sums in order, then all that comes from them."""
+        def coefficients(p: Any, group: Expr, last: Expr) -> None:
+            """The splits' sums in order, then all that comes from them, for a block of tokens."""
             start, end = variable(group * block), variable(T.min(group * block + block, last))
-            held, near = lane.scratch(), dialect.scratch(turns * turn)
+            held, smem_sums = maps.scratch(), dialect.scratch(turns * turn)
             for at in T.serial(turns):
-                total = tiles.sums(1, turn)
+                total = tiles.accumulator(1, turn)
                 for split in T.unroll(splits, unroll_factor=ahead):
-                    for _, e in dialect.lanes(1, turn):
-                        total[0, e] += parts[split, start * (outputs + 1) + at * turn + e]
-                for _, e in dialect.lanes(1, turn):
-                    near[at * turn + e] = total[0, e]
-            for t, k in dialect.lanes(block, outputs):
+                    for _, e in dialect.parallel(1, turn):
+                        total[0, e] += p.parts[split, start * (outputs + 1) + at * turn + e]
+                for _, e in dialect.parallel(1, turn):
+                    smem_sums[at * turn + e] = total[0, e]
+            for t, k in dialect.parallel(block, outputs):
                 if start + t < end:
-                    z[start + t, k] = near[t * (outputs + 1) + k]
-            for t in dialect.lanes(block):
+                    p.z[start + t, k] = smem_sums[t * (outputs + 1) + k]
+            for t in dialect.parallel(block):
                 if start + t < end:
-                    s[start + t] = near[t * (outputs + 1) + outputs]
+                    p.s[start + t] = smem_sums[t * (outputs + 1) + outputs]
             dialect.barrier()
-            sums = _Sums(near, start, outputs, None), _Sums(near, start, outputs, outputs)
-            lane.run(held, *sums, alpha, bias, eps, start, end)
-            lane.store(held, pre, post, res, start, end)
+            sums = _Sums(smem_sums, start, outputs, None), _Sums(smem_sums, start, outputs, outputs)
+            maps.run(held, *sums, p, start, end)
+            maps.store(held, p.pre, p.post, p.res, start, end)
 
-        self.project, self.coefficients = projection(problem, tiled(schedule), dialect), coefficients
-        self.cut = whole_halves(problem, tiled(schedule), dialect)
-        self._tile = schedule.block_tokens
+        @T.macro
+        def after_project(p: Any) -> None:
+            """From project's sums: pre, post, res, z and s, a thread for each token; then u from x."""
+            with dialect.kernel(T.ceildiv(p.tokens, block), threads=coefficient_threads(problem)) as group:
+                dialect.pdl_wait(schedule.use_pdl)
+                coefficients(p, group, as_value(p.tokens))
+            with dialect.kernel(rows.blocks(p.tokens), threads=schedule.row_threads) as group:
+                dialect.pdl_wait(schedule.use_pdl)
+                for turn in T.serial(rows.turns(group, p.tokens)):
+                    token = rows.token(group, turn)
+                    apply.aggregate(p.x, p.u, token, apply.gates(p.pre, token))
+
+        self.after_project = after_project
 
     def groups(self, tokens: Expr) -> Expr:
-        """Tiles of tokens."""
-        return T.ceildiv(tokens, self._tile)
+        """Tiles of tokens of project."""
+        return T.ceildiv(tokens, self._schedule.block_tokens)
+
+    def program(self, arguments: tuple[Argument, ...]) -> Callable[[Callable[[Any], None]], Any]:
+        """The decorator of a program with these arguments and the workspace parts, pre and phi_hi_lo."""
+        problem, schedule, presplit = self._problem, self._schedule, self._presplit
+
+        def workspace(tokens: Expr) -> dict[str, Any]:
+            return {
+                "parts": T.Tensor((schedule.splits, tokens * (problem.outputs + 1)), "float32"),
+                "pre": T.Tensor((tokens, problem.streams), "float32"),
+                "phi_hi_lo": T.Tensor(presplit.shape, presplit.dtype),
+            }
+
+        plan = {"chunk_tokens": schedule.chunk_tokens, "use_pdl": schedule.use_pdl}
+        return program(arguments, self._dialect, workspace, checked=1, **plan)
 
 
-class After:
-    """The macros on the way back: `coefficients` for a block of tokens, `spread` for a tile of columns, `join`."""
+class Backward:
+    """What the backwards of pre and step share: the workspace, and the kernels of the coefficients."""
 
-    def __init__(self, problem: Problem, schedule: ChainSchedule, dialect: Dialect) -> None:
-        n, outputs, block, each = problem.streams, problem.outputs, schedule.lane_tokens, dialect.each
-        count = lanes(problem)
-        back = gates.Backward(problem, count, dialect)
-        self._schedule = schedule
+    def __init__(self, problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> None:
+        n, outputs, block, unrolled = problem.streams, problem.outputs, schedule.coefficient_tokens, dialect.unrolled
+        count = coefficient_threads(problem)
+        maps = gates.Backward(problem, count, dialect)
+        self._problem, self._schedule, self._dialect = problem, schedule, dialect
 
         @T.macro
-        def coefficients(
-            dpre: Buffer,
-            dpost: Buffer,
-            dres: Buffer,
-            z: Buffer,
-            s: Buffer,
-            alpha: Buffer,
-            bias: Buffer,
-            eps: Expr,
-            dz: Buffer,
-            ds: Buffer,
-            pre: Buffer,
-            alphas: Buffer,
-            biases: Buffer,
-            group: Expr,
-            last: Expr,
-        ) -> None:
+        def coefficients(p: Any, dpre: Any, dpost: Buffer, dres: Buffer, group: Expr, last: Expr) -> None:
             """dz and ds of a block of tokens, pre again, and the block's sums for dalpha and dbias."""
             start, end = variable(group * block), variable(T.min(group * block + block, last))
-            held = back.scratch()
-            back.clear(held)
-            for i in each(n):
-                for lane in dialect.own_lanes(count):
-                    held.dpre[i, lane] = dpre[i, T.min(start + lane, end - 1)]
-                    held.dpost[i, lane] = dpost[T.min(start + lane, end - 1), i]
-                for j in each(n):
-                    for lane in dialect.own_lanes(count):
-                        held.dres[i, j, lane] = dres[T.min(start + lane, end - 1), i, j]
-            back.run(held, z, s, alpha, bias, eps, start, end)
-            back.store_logits(held, dz, ds, start, end)
-            for i in each(n):
-                for lane in dialect.own_lanes(count):
-                    pre[T.min(start + lane, end - 1), i] = held.forward.pre[i, lane]
-            back.store(held, alphas, biases, group)
+            held = maps.scratch()
+            maps.clear(held)
+            for i in unrolled(n):
+                for thread in dialect.thread_loop(count):
+                    held.dpre[i, thread] = dpre[i, T.min(start + thread, end - 1)]
+                    held.dpost[i, thread] = dpost[T.min(start + thread, end - 1), i]
+                for j in unrolled(n):
+                    for thread in dialect.thread_loop(count):
+                        held.dres[i, j, thread] = dres[T.min(start + thread, end - 1), i, j]
+            maps.run(held, p.z, p.s, p, start, end)
+            maps.store_logits(held, p.dz, p.ds, start, end)
+            for i in unrolled(n):
+                for thread in dialect.thread_loop(count):
+                    p.pre[T.min(start + thread, end - 1), i] = held.forward.pre[i, thread]
+            maps.store(held, p.dalpha_blocks, p.dbias_blocks, group)
+
+        @T.macro
+        def launch_coefficients(p: Any, dpre: Any, dpost: Buffer, dres: Buffer) -> None:
+            """dz, ds and pre, a thread for each token, from dpre [n, T], dpost [T, n] and dres [T, n, n]."""
+            with dialect.kernel(T.ceildiv(p.tokens, block), threads=count) as group:
+                dialect.pdl_wait(schedule.use_pdl)
+                coefficients(p, dpre, dpost, dres, group, as_value(p.tokens))
 
         @T.macro
         def join_columns(sums: Buffer, total: Buffer, split: Expr, first: Expr, last: Expr, columns: int) -> None:
             joined = dialect.scratch(SUM_ROWS, columns)
-            for r, k in dialect.lanes(SUM_ROWS, columns):
+            for r, k in dialect.parallel(SUM_ROWS, columns):
                 part = T.alloc_var("float32", init=0.0)
                 for step in T.serial(T.ceildiv(last - first, SUM_ROWS)):
                     if first + step * SUM_ROWS + r < last:
                         part += sums[first + step * SUM_ROWS + r, k]
                 joined[r, k] = part
             dialect.barrier()
-            for k in dialect.lanes(columns):
+            for k in dialect.parallel(columns):
                 whole = T.alloc_var("float32", init=0.0)
                 for r in T.serial(SUM_ROWS):
                     whole += joined[r, k]
                 total[split, k] = whole
 
         @T.macro
-        def join(
-            alphas: Buffer, biases: Buffer, dalpha: Buffer, dbias: Buffer, split: Expr, tokens: Expr, splits: Expr
-        ) -> None:
+        def join(p: Any, split: Expr, tokens: Expr, splits: Expr) -> None:
             """One split's part of the blocks' sums."""
             share = variable(T.ceildiv(T.ceildiv(tokens, block), splits))
             first = variable(split * share)
             last = variable(T.min(first + share, T.ceildiv(tokens, block)))
-            join_columns(alphas, dalpha, split, first, last, 3)
-            join_columns(biases, dbias, split, first, last, outputs)
+            join_columns(p.dalpha_blocks, p.dalpha, split, first, last, 3)
+            join_columns(p.dbias_blocks, p.dbias, split, first, last, outputs)
 
-        part = tiled(schedule)
-        self.coefficients, self.join, self.spread = coefficients, join, gradients(problem, part, dialect)
-        self.groups = column_groups(problem, part)
+        @T.macro
+        def launch_join(p: Any) -> None:
+            """dalpha and dbias, a partial sum for each split."""
+            with dialect.kernel(p.splits, threads=JOIN_THREADS) as split:
+                dialect.pdl_wait(schedule.use_pdl)
+                join(p, split, as_value(p.tokens), as_value(p.splits))
 
-    def planned(self, program: Any) -> Any:
-        """The program with what the launcher needs to know."""
-        schedule = self._schedule
-        splits = {"most_splits": schedule.splits, "split_tokens": schedule.block_tokens}
-        return checked(program, chunk_tokens=schedule.chunk_tokens, overlap=schedule.overlap, **splits)
+        self.launch_coefficients, self.launch_join = launch_coefficients, launch_join
+
+    def program(
+        self, arguments: tuple[Argument, ...], more: Callable[[Expr], dict[str, Any]]
+    ) -> Callable[[Callable[[Any], None]], Any]:
+        """The decorator of a program with these arguments, the workspace of the coefficients and `more`."""
+        n, outputs, schedule = self._problem.streams, self._problem.outputs, self._schedule
+
+        def workspace(tokens: Expr) -> dict[str, Any]:
+            return {
+                "dz": T.Tensor((tokens, outputs), "float32"),
+                "ds": T.Tensor((tokens,), "float32"),
+                "pre": T.Tensor((tokens, n), "float32"),
+                **more(tokens),
+                "dalpha_blocks": T.Tensor((tokens, 3), "float32"),
+                "dbias_blocks": T.Tensor((tokens, outputs), "float32"),
+            }
+
+        tiles = tiled(schedule)
+        plan = {"most_splits": tiles.splits, "split_tokens": tiles.block_tokens, "use_pdl": tiles.use_pdl}
+        return program(arguments, self._dialect, workspace, checked=1, chunk_tokens=schedule.chunk_tokens, **plan)

@@ -10,14 +10,14 @@ from tiles.kernels.apply.schedule import ApplySchedule
 from tiles.kernels.coefficients import schedule as coefficients
 from tiles.kernels.fused import merged_schedule
 from tiles.kernels.limits import why_bad_threads, why_not_divisor, why_too_much_scratch
-from tiles.kernels.project import matmul_schedule
-from tiles.kernels.project.matmul_schedule import TiledSchedule
+from tiles.kernels.project import tensor_core_schedule
+from tiles.kernels.project.tensor_core_schedule import TiledSchedule
 from tiles.kernels.spec import DTYPE_BYTES, Problem
 from tiles.lang.storage import OWNED_REGISTERS
 from tiles.target import Target
 
 CHUNK_BYTES = 24 * 1024 * 1024
-"""The streams of a chunk: half of an L2 cache, since what is made of them is near as well."""
+"""The streams of a chunk: half of an L2 cache, since what is made of them takes room as well."""
 
 ROW_THREADS = (64, 128, 160, 256, 320)
 ROW_BLOCKS = (0, 528)
@@ -31,10 +31,10 @@ TILES = {
     "block_width": (32, 64, 128),
     "stages": (1, 2, 4),
     "splits": (1, 4, 8, 16, 64),
-    "resident": (1, 2),
+    "min_blocks_per_sm": (1, 2),
     "threads": (128, 256),
-    "overlap": (0, 1),
-    "halved": (0, 1),
+    "use_pdl": (0, 1),
+    "presplit_phi": (0, 1),
 }
 """What of project's tiles is tried here."""
 
@@ -43,9 +43,9 @@ TILES = {
 class ChainSchedule:
     """Project's tiles, passes over rows of tokens, and between them the coefficients.
 
-    block_tokens, block_width, stages, splits, resident, threads, overlap, halved: as in `TiledSchedule`.
-    lane_tokens: tokens of a thread block of the coefficients, a thread each; threads to spare help to add up splits.
-    row_width: columns in one lane loop of aggregate and merge; a divisor of C.
+    block_tokens, block_width, stages, splits, min_blocks_per_sm, threads, use_pdl, presplit_phi: as in `TiledSchedule`.
+    coefficient_tokens: tokens of a thread block of the coefficients, a thread each; spare threads add up splits.
+    row_width: columns in one parallel loop of aggregate and merge; a divisor of C.
     row_threads: CUDA threads of those passes.
     row_blocks: thread blocks of those passes, which take tokens in turns; 0: one for each token.
     chunk_tokens: all kernels take so many tokens before the next ones are touched; 0: all at once.
@@ -57,16 +57,16 @@ class ChainSchedule:
     block_width: int
     stages: int
     splits: int
-    resident: int
+    min_blocks_per_sm: int
     threads: int
-    lane_tokens: int
+    coefficient_tokens: int
     row_width: int
     row_threads: int
     row_blocks: int
     chunk_tokens: int
-    overlap: int = 0
+    use_pdl: int = 0
     merged: int = 0
-    halved: int = 0
+    presplit_phi: int = 0
 
 
 def tiled(schedule: ChainSchedule) -> TiledSchedule:
@@ -74,14 +74,14 @@ def tiled(schedule: ChainSchedule) -> TiledSchedule:
     return TiledSchedule(*(getattr(schedule, field.name) for field in fields(TiledSchedule)))
 
 
-def lanes(problem: Problem) -> int:
+def coefficient_threads(problem: Problem) -> int:
     """Threads of a block of the coefficients: a warp whose registers hold its matrices, or fewer in shared memory."""
     return 32 if problem.streams**2 <= OWNED_REGISTERS else 8
 
 
 def split_sums(problem: Problem, schedule: ChainSchedule) -> tuple[int, int]:
     """How a thread adds up its share of a block's N + 1 sums of each token: in how many turns, how many at a time."""
-    share = -(-schedule.lane_tokens * (problem.outputs + 1) // lanes(problem))
+    share = -(-schedule.coefficient_tokens * (problem.outputs + 1) // coefficient_threads(problem))
     turns = -(-share // SUM_ELEMENTS)
     return turns, -(-share // turns)
 
@@ -89,12 +89,14 @@ def split_sums(problem: Problem, schedule: ChainSchedule) -> tuple[int, int]:
 def default(problem: Problem, target: Target) -> ChainSchedule:
     """What project and the passes over rows take by themselves; few tokens for each block that adds up their sums."""
     within = merged_schedule.usual(problem, target) if _merges(problem) else None
-    part = within or matmul_schedule.default(problem, target, staged=_staged(problem))
+    part = within or tensor_core_schedule.default(problem, target, staged=_staged(problem))
     rows = _rows(problem, target)
     walk = {"row_width": rows.block_width, "row_threads": rows.threads, "row_blocks": 0}
     most = 8 if problem.direction == "forward" else 32
-    lane_tokens = max(1, min(most, problem.tokens, lanes(problem)))
-    return ChainSchedule(**vars(part), lane_tokens=lane_tokens, **walk, chunk_tokens=0, merged=int(within is not None))
+    coefficient_tokens = max(1, min(most, problem.tokens, coefficient_threads(problem)))
+    return ChainSchedule(
+        **vars(part), coefficient_tokens=coefficient_tokens, **walk, chunk_tokens=0, merged=int(within is not None)
+    )
 
 
 def _merges(problem: Problem) -> bool:
@@ -115,19 +117,19 @@ def _staged(problem: Problem) -> int:
 
 
 def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
-    """Project's tiles, thinned out, since every one meets every way to walk the rows; lanes; rows of few threads and of
-    many; chunks."""
+    """Project's tiles, thinned out, since every one meets every way to walk the rows; tokens of the coefficients; rows
+    of few threads and of many; chunks."""
     usual = default(problem, target)
-    tiles = matmul_schedule.space(problem, target, staged=_staged(problem))
+    tiles = tensor_core_schedule.space(problem, target, staged=_staged(problem))
     choices = {name: [value for value in values if value in TILES[name]] for name, values in tiles.items()}
     choices["merged"] = [0, 1] if merged_schedule.usual(problem, target) else [0]
     vectors = [8 * threads for threads in ROW_THREADS if problem.width % (8 * threads) == 0]
     vectors = sorted({*vectors[:1], *vectors[-1:]})
     threads = [count // 8 for count in vectors] or [64, 128]
-    choices |= {"lane_tokens": [8, lanes(problem)], "row_width": vectors, "row_threads": threads}
-    if problem.outputs < matmul_schedule.MUCH_OF_PHI:
-        choices["halved"] = []
-    chunk = matmul_schedule.power_of_two(CHUNK_BYTES // (problem.fan_in * DTYPE_BYTES[problem.dtype]))
+    choices |= {"coefficient_tokens": [8, coefficient_threads(problem)], "row_width": vectors, "row_threads": threads}
+    if problem.outputs < tensor_core_schedule.MUCH_OF_PHI:
+        choices["presplit_phi"] = []
+    chunk = tensor_core_schedule.power_of_two(CHUNK_BYTES // (problem.fan_in * DTYPE_BYTES[problem.dtype]))
     for name, counts in (("row_blocks", ROW_BLOCKS), ("chunk_tokens", (0, chunk))):
         choices[name] = [count for count in counts if count < problem.tokens]
     names = [field.name for field in fields(ChainSchedule)]
@@ -141,7 +143,7 @@ def why_invalid(problem: Problem, schedule: ChainSchedule, target: Target) -> st
     if schedule.merged:
         why = merged_schedule.why_invalid(problem, tiled(schedule), target)
     else:
-        why = matmul_schedule.why_invalid(problem, tiled(schedule), target, staged=_staged(problem))
+        why = tensor_core_schedule.why_invalid(problem, tiled(schedule), target, staged=_staged(problem))
     why = why or why_bad_threads(schedule.row_threads, target)
     why = why or why_not_divisor("row_width", schedule.row_width, problem.width)
     if why:
@@ -149,13 +151,14 @@ def why_invalid(problem: Problem, schedule: ChainSchedule, target: Target) -> st
     for name, count in (("row_blocks", schedule.row_blocks), ("chunk_tokens", schedule.chunk_tokens)):
         if not 0 <= count < 2**31:
             return f"{name} must be in 0..2**31 - 1, got {count}: choose 0"
-    if not 1 <= schedule.lane_tokens <= lanes(problem):
-        return f"lane_tokens must be in 1..{lanes(problem)}, got {schedule.lane_tokens}: choose 8"
+    most = coefficient_threads(problem)
+    if not 1 <= schedule.coefficient_tokens <= most:
+        return f"coefficient_tokens must be in 1..{most}, got {schedule.coefficient_tokens}: choose 8"
     rows = ApplySchedule(schedule.row_width, schedule.row_threads)
     if rows != _rows(problem, target):
         op = "merge" if problem.op == "step" else "aggregate"
         why = apply.why_invalid(replace(problem, op=op, direction="backward"), rows, target)
-    return why or why_too_much_scratch(_lane_scratch(problem, schedule, target), target)
+    return why or why_too_much_scratch(_coefficient_scratch(problem, schedule, target), target)
 
 
 def scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
@@ -163,13 +166,13 @@ def scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
     if schedule.merged:
         tiles = merged_schedule.scratch(problem, tiled(schedule))
     else:
-        tiles = matmul_schedule.scratch(problem, tiled(schedule), staged=_staged(problem))
-    return max(tiles, _lane_scratch(problem, schedule, target))
+        tiles = tensor_core_schedule.scratch(problem, tiled(schedule), staged=_staged(problem))
+    return max(tiles, _coefficient_scratch(problem, schedule, target))
 
 
-def _lane_scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
+def _coefficient_scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
     """Bytes for a block of tokens in the kernel of the coefficients; forward, the sums over splits as well."""
-    count = lanes(problem)
+    count = coefficient_threads(problem)
     if problem.direction == "backward":
         return 4 * coefficients.backward_scratch(problem, count, target)
     turns, elements = split_sums(problem, schedule)

@@ -1,4 +1,4 @@
-"""What step's tiles are held to where it merges inside of them: a tile has the same columns of all streams."""
+"""The tiles of step where it merges inside of them: a tile has the same columns of all streams."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import replace
 from itertools import product
 
 from tiles.kernels.apply.schedule import MOST_WEIGHTS, VECTOR_BYTES
-from tiles.kernels.project import matmul_schedule
-from tiles.kernels.project.matmul_schedule import (
+from tiles.kernels.project import tensor_core_schedule
+from tiles.kernels.project.tensor_core_schedule import (
     ASYNC_BYTES,
     TiledSchedule,
     aligned,
     padded_outputs,
     padded_products,
-    settled_row,
+    smem_stride,
 )
 from tiles.kernels.spec import DTYPE_BYTES, Problem
 from tiles.lang.storage import ROW_PADDING
@@ -44,7 +44,9 @@ def vector(problem: Problem, tiles: TiledSchedule) -> int:
     """Columns of a token that a thread has to itself: what moves as one, fewer where threads would be idle. Of few
     streams it is half of that, which leaves registers for two thread blocks; of many, weights are read less often."""
     most = VECTOR_BYTES // DTYPE_BYTES[problem.dtype] if problem.streams >= MANY_STREAMS else 4
-    return matmul_schedule.power_of_two(min(most, tiles.block_tokens * columns_of(problem, tiles) // tiles.threads))
+    return tensor_core_schedule.power_of_two(
+        min(most, tiles.block_tokens * columns_of(problem, tiles) // tiles.threads)
+    )
 
 
 def weights_row(problem: Problem) -> int:
@@ -67,18 +69,18 @@ def _usual(problem: Problem) -> Iterator[TiledSchedule]:
     rows = [block for block in ((64, 32, 16) if forward else (32, 16)) if block < 2 * tokens or block == 16]
     widths = [n * columns for columns in (128, 64, 32, 16) if n * columns <= USUAL_WIDTH]
     ways = [(2, 2)] if n < MANY_STREAMS or not forward else []
-    halved = matmul_schedule.halved(problem) if forward else 0
-    for width, block, (stages, resident) in product(widths, rows, [*ways, (3, 1), (2, 1), (1, 1)]):
+    presplit_phi = tensor_core_schedule.presplits(problem) if forward else 0
+    for width, block, (stages, min_blocks_per_sm) in product(widths, rows, [*ways, (3, 1), (2, 1), (1, 1)]):
         for threads in (256, 128, 64, 32):
-            tiles = TiledSchedule(block, width, stages, 1, resident, threads, halved=halved)
+            tiles = TiledSchedule(block, width, stages, 1, min_blocks_per_sm, threads, presplit_phi=presplit_phi)
             yield replace(tiles, splits=_splits(problem, tiles))
 
 
 def _splits(problem: Problem, tiles: TiledSchedule) -> int:
     blocks = -(-max(1, problem.tokens) // tiles.block_tokens)
     if problem.direction == "forward":
-        return matmul_schedule.forward_splits(blocks, groups(problem, tiles))
-    return matmul_schedule.backward_splits(problem, groups(problem, tiles), tiles.resident, blocks)
+        return tensor_core_schedule.forward_splits(blocks, groups(problem, tiles))
+    return tensor_core_schedule.backward_splits(problem, groups(problem, tiles), tiles.min_blocks_per_sm, blocks)
 
 
 def why_invalid(problem: Problem, tiles: TiledSchedule, target: Target) -> str | None:
@@ -96,22 +98,22 @@ def why_invalid(problem: Problem, tiles: TiledSchedule, target: Target) -> str |
     ):
         return f"threads must share {elements} elements of a stream in vectors, got {tiles.threads}: choose fewer"
     most, needed = STAGES[problem.direction], scratch(problem, tiles)
-    return matmul_schedule.why_bad_tiles(problem, tiles, target, groups(problem, tiles), most, needed)
+    return tensor_core_schedule.why_bad_tiles(problem, tiles, target, groups(problem, tiles), most, needed)
 
 
 def scratch(problem: Problem, tiles: TiledSchedule) -> int:
-    """Bytes of shared memory: the tiles of the loop, or the settled sums after it where they need more."""
+    """Bytes of shared memory: the tiles of the loop, or the sums after it where they need more."""
     n, size, rows, across = problem.streams, DTYPE_BYTES[problem.dtype], tiles.block_tokens, tiles.block_width
     sums, inner, columns = padded_outputs(problem, tiles), padded_products(problem), columns_of(problem, tiles)
     parts = [] if problem.dtype == "bfloat16" else [2 * rows * across] * 2
     once = [*parts, rows * across * size, 4 * rows * weights_row(problem)]
     staged = [rows * columns * size] * (n + 1)
     if problem.direction == "forward":
-        phi = [2 * sums * across] if tiles.halved else [4 * problem.outputs * columns] * n
-        once, staged = [*once, *([] if tiles.halved else [2 * sums * across])], staged + phi
-        settled = 4 * rows * settled_row(sums)
+        phi = [2 * sums * across] if tiles.presplit_phi else [4 * problem.outputs * columns] * n
+        once, staged = [*once, *([] if tiles.presplit_phi else [2 * sums * across])], staged + phi
+        epilogue = 4 * rows * smem_stride(sums)
     else:
         once += [2 * rows * inner, 2 * rows * sums, 2 * inner * across]
         once += [4 * max(rows, sums) * (across + ROW_PADDING), 4 * rows * (n * n + n)]
-        staged, settled = staged * 2, 0
-    return max(aligned([*once, *(tiles.stages * each for each in staged)]), settled)
+        staged, epilogue = staged * 2, 0
+    return max(aligned([*once, *(tiles.stages * each for each in staged)]), epilogue)

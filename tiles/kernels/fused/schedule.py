@@ -25,12 +25,12 @@ from tiles.target import Target
 
 @dataclass(frozen=True)
 class FusedSchedule:
-    """On a CPU: a block of tokens goes through all steps before the next one is touched, so that its streams stay near.
+    """On a CPU: a block of tokens goes through all steps before the next one is touched: its streams stay cached.
 
     block_tokens: tokens in such a block.
     register_tokens, register_outputs: register blocks of project; register_tokens divides block_tokens.
     block_width: columns that project holds as float32; a divisor of nC forward and of C backward.
-    row_width: columns in one lane loop of aggregate and merge; a divisor of C.
+    row_width: columns in one parallel loop of aggregate and merge; a divisor of C.
     threads: 0; the launcher cuts slices.
     """
 
@@ -44,20 +44,20 @@ class FusedSchedule:
 
 Schedule = FusedSchedule | ChainSchedule
 
-NEAR_BYTES = 512 * 1024
+CACHED_BYTES = 512 * 1024
 """The streams of a block on a CPU: half of an L2 cache of today."""
 
 
 def default(problem: Problem, target: Target) -> Schedule:
-    """On a CPU as many tokens as stay near, at most 8 register blocks; in the backward, where every block of tokens
+    """On a CPU as many tokens as stay cached, at most 8 register blocks; in the backward, where every block of tokens
     passes over phi and adds to dphi, at least as many as there are outputs."""
     if target.kind == "cuda":
         return chain_schedule.default(problem, target)
     forward = problem.direction == "forward"
     columns = problem.fan_in if forward else problem.width
     tokens, outputs = dots_block(target) if forward else (6, 6)
-    near = min(8, max(1, NEAR_BYTES // (problem.fan_in * DTYPE_BYTES[problem.dtype] * tokens)))
-    blocks = near if forward else max(near, -(-problem.outputs // tokens))
+    cached = min(8, max(1, CACHED_BYTES // (problem.fan_in * DTYPE_BYTES[problem.dtype] * tokens)))
+    blocks = cached if forward else max(cached, -(-problem.outputs // tokens))
     width = divisors(columns, 8, 640 if forward else 256)[-1]
     row = divisors(problem.width, 8, 128)[-1]
     return _fitting(problem, target, FusedSchedule(tokens * blocks, tokens, outputs, width, row, 0))
@@ -95,7 +95,7 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
 def why_invalid(problem: Problem, schedule: Schedule, target: Target) -> str | None:
     """None, or the rule that the schedule breaks."""
     if isinstance(schedule, ChainSchedule) != (target.kind == "cuda"):
-        return f"a schedule must be of its target's kind, got {schedule} for {target}: re-tune this kernel"
+        return f"a schedule must be of its target's kind, got {schedule} for {target}: tune this kernel again"
     if isinstance(schedule, ChainSchedule):
         return chain_schedule.why_invalid(problem, schedule, target)
     forward, tokens, outputs = problem.direction == "forward", schedule.register_tokens, schedule.register_outputs

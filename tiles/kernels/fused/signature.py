@@ -5,67 +5,33 @@ z and s are results of the forward that the backward takes back: they save it fr
 
 from __future__ import annotations
 
-from tiles.kernels.spec import TOKENS, Argument, Problem, Role
+from tiles.kernels.arguments import EPS, affine, gates, matrix, phi, projected, row, streams
+from tiles.kernels.spec import Argument, Problem
 
 
 def _parameters(problem: Problem) -> tuple[Argument, ...]:
-    return (
-        Argument("phi", (problem.outputs, problem.fan_in), "float32", "input"),
-        Argument("alpha", (3,), "float32", "input"),
-        Argument("bias", (problem.outputs,), "float32", "input"),
-    )
+    return (phi("phi", problem, "input"), *affine("alpha", "bias", problem, "input"))
 
 
 def _parameter_gradients(problem: Problem) -> tuple[Argument, ...]:
-    return (
-        Argument("dphi", (problem.outputs, problem.fan_in), "float32", "partial"),
-        Argument("dalpha", (3,), "float32", "partial"),
-        Argument("dbias", (problem.outputs,), "float32", "partial"),
-    )
-
-
-def _streams(name: str, problem: Problem, role: Role) -> Argument:
-    return Argument(name, (TOKENS, problem.streams, problem.width), problem.dtype, role)
-
-
-def _row(name: str, problem: Problem, role: Role) -> Argument:
-    return Argument(name, (TOKENS, problem.width), problem.dtype, role)
-
-
-def _post(name: str, problem: Problem, role: Role) -> Argument:
-    return Argument(name, (TOKENS, problem.streams), "float32", role)
-
-
-def _res(name: str, problem: Problem, role: Role) -> Argument:
-    return Argument(name, (TOKENS, problem.streams, problem.streams), "float32", role)
-
-
-def _projected(problem: Problem, role: Role) -> tuple[Argument, ...]:
-    return (
-        Argument("z", (TOKENS, problem.outputs), "float32", role),
-        Argument("s", (TOKENS,), "float32", role),
-    )
-
-
-EPS = Argument("eps", (), "float32", "scalar")
+    return (phi("dphi", problem, "partial"), *affine("dalpha", "dbias", problem, "partial"))
 
 
 def pre(problem: Problem) -> tuple[Argument, ...]:
     """forward: x, phi, alpha, bias, eps -> u, post, res, z, s;
     backward: x, phi, alpha, bias, z, s, du, dpost, dres, eps, dx (added to) -> dx, dphi, dalpha, dbias."""
-    x, parameters = _streams("x", problem, "input"), _parameters(problem)
+    given = (streams("x", problem, "input"), *_parameters(problem))
     if problem.direction == "forward":
-        results = (_row("u", problem, "output"), _post("post", problem, "output"), _res("res", problem, "output"))
-        return (x, *parameters, EPS, *results, *_projected(problem, "output"))
+        maps = (gates("post", problem, "output"), matrix("res", problem, "output"))
+        return (*given, EPS, row("u", problem, "output"), *maps, *projected("z", "s", problem, "output"))
     return (
-        x,
-        *parameters,
-        *_projected(problem, "input"),
-        _row("du", problem, "input"),
-        _post("dpost", problem, "input"),
-        _res("dres", problem, "input"),
+        *given,
+        *projected("z", "s", problem, "input"),
+        row("du", problem, "input"),
+        gates("dpost", problem, "input"),
+        matrix("dres", problem, "input"),
         EPS,
-        _streams("dx", problem, "updated"),
+        streams("dx", problem, "updated"),
         *_parameter_gradients(problem),
     )
 
@@ -75,33 +41,33 @@ def step(problem: Problem) -> tuple[Argument, ...]:
     backward: x, f, post, res, phi, alpha, bias, z, s, dx_next, du, dpost_next, dres_next, eps
     -> dx, df, dpost, dres, dphi, dalpha, dbias."""
     given = (
-        _streams("x", problem, "input"),
-        _row("f", problem, "input"),
-        _post("post", problem, "input"),
-        _res("res", problem, "input"),
+        streams("x", problem, "input"),
+        row("f", problem, "input"),
+        gates("post", problem, "input"),
+        matrix("res", problem, "input"),
         *_parameters(problem),
     )
     if problem.direction == "forward":
         return (
             *given,
             EPS,
-            _streams("x_next", problem, "output"),
-            _row("u", problem, "output"),
-            _post("post_next", problem, "output"),
-            _res("res_next", problem, "output"),
-            *_projected(problem, "output"),
+            streams("x_next", problem, "output"),
+            row("u", problem, "output"),
+            gates("post_next", problem, "output"),
+            matrix("res_next", problem, "output"),
+            *projected("z", "s", problem, "output"),
         )
     return (
         *given,
-        *_projected(problem, "input"),
-        _streams("dx_next", problem, "input"),
-        _row("du", problem, "input"),
-        _post("dpost_next", problem, "input"),
-        _res("dres_next", problem, "input"),
+        *projected("z", "s", problem, "input"),
+        streams("dx_next", problem, "input"),
+        row("du", problem, "input"),
+        gates("dpost_next", problem, "input"),
+        matrix("dres_next", problem, "input"),
         EPS,
-        _streams("dx", problem, "output"),
-        _row("df", problem, "output"),
-        _post("dpost", problem, "output"),
-        _res("dres", problem, "output"),
+        streams("dx", problem, "output"),
+        row("df", problem, "output"),
+        gates("dpost", problem, "output"),
+        matrix("dres", problem, "output"),
         *_parameter_gradients(problem),
     )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tiles.kernels.project import reference, schedule, signature, traffic
-from tiles.kernels.project.matmul_schedule import TiledSchedule
+from tiles.kernels.project.tensor_core_schedule import TiledSchedule
 from tiles.kernels.spec import PAPER_ROUNDS, Direction, KernelFamily, KernelSpec, Problem
 from tiles.kernels.tolerance import float32_sum, in_parts, stored, token_sum
 

@@ -16,8 +16,8 @@ from tiles.kernels.limits import (
     why_too_many_dots,
     why_too_much_scratch,
 )
-from tiles.kernels.project import matmul_schedule
-from tiles.kernels.project.matmul_schedule import TiledSchedule
+from tiles.kernels.project import tensor_core_schedule
+from tiles.kernels.project.tensor_core_schedule import TiledSchedule
 from tiles.kernels.spec import Problem
 from tiles.lang.storage import DOT_LANES
 from tiles.target import Target
@@ -65,7 +65,7 @@ Schedule = OnCpu | TiledSchedule
 def default(problem: Problem, target: Target) -> Schedule:
     """On a CPU all columns of a token block in one sweep; on CUDA tiles for tensor cores."""
     if target.kind == "cuda":
-        return matmul_schedule.default(problem, target)
+        return tensor_core_schedule.default(problem, target)
     if problem.direction == "forward":
         tokens, outputs = dots_block(target)
         return ForwardSchedule(tokens, outputs, divisors(problem.fan_in, 64, 640)[-1], 0)
@@ -75,7 +75,7 @@ def default(problem: Problem, target: Target) -> Schedule:
 def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
     """Register blocks, blocks of tokens and columns, sweeps; on CUDA tiles."""
     if target.kind == "cuda":
-        return matmul_schedule.space(problem, target)
+        return tensor_core_schedule.space(problem, target)
     usual = default(problem, target)
     if isinstance(usual, ForwardSchedule):
         columns = {*divisors(problem.fan_in, 64, 2560), usual.block_width}
@@ -101,9 +101,9 @@ def why_invalid(problem: Problem, schedule: Schedule, target: Target) -> str | N
     """None, or the rule that the schedule breaks."""
     tiled = isinstance(schedule, TiledSchedule)
     if tiled != (target.kind == "cuda"):
-        return f"a schedule must be of its target's kind, got {schedule} for {target}: re-tune this kernel"
+        return f"a schedule must be of its target's kind, got {schedule} for {target}: tune this kernel again"
     if isinstance(schedule, TiledSchedule):
-        return matmul_schedule.why_invalid(problem, schedule, target)
+        return tensor_core_schedule.why_invalid(problem, schedule, target)
     tokens, outputs, width = schedule.register_tokens, schedule.register_outputs, schedule.block_width
     why = why_bad_threads(schedule.threads, target) or why_bad_register_block(tokens, outputs)
     if why:
@@ -130,7 +130,7 @@ def _why_invalid_backward(problem: Problem, schedule: BackwardSchedule, target: 
 def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
     """Bytes of scratch."""
     if isinstance(schedule, TiledSchedule):
-        return matmul_schedule.scratch(problem, schedule)
+        return tensor_core_schedule.scratch(problem, schedule)
     if isinstance(schedule, ForwardSchedule):
         return 4 * forward_scratch(problem, schedule)
     return 4 * ((problem.outputs + 1) * schedule.block_tokens + backward_scratch(schedule))

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
-from tiles.kernels.limits import REGISTERS, overlaps, why_bad_overlap, why_bad_threads, why_too_much_scratch
-from tiles.kernels.occupancy import REGISTERS as REGISTER_FILE
-from tiles.kernels.occupancy import SYSTEM_SHARED
+from tiles.kernels.limits import MAX_ACCUMULATORS, supports_pdl, why_bad_pdl, why_bad_threads, why_too_much_scratch
+from tiles.kernels.occupancy import REGISTER_FILE, SYSTEM_SHARED
 from tiles.kernels.spec import DTYPE_BYTES, Problem
 from tiles.lang.storage import ROW_PADDING
 from tiles.target import Target
@@ -26,7 +25,7 @@ THREAD_BLOCKS = 256
 """Thread blocks that a forward's default aims at: two for each multiprocessor of a large GPU."""
 
 MUCH_OF_PHI, MANY_TOKENS = 80, 2048
-"""Outputs and tokens from which on a default has phi cut once."""
+"""Outputs and tokens from which on a default has phi split once."""
 
 ALIGNMENT = 1024
 """Bytes: where a swizzled tile may begin in shared memory."""
@@ -46,26 +45,26 @@ class TiledSchedule:
     block_tokens, block_width: tokens and columns in a tile, multiples of 16.
     stages: tiles that are on their way or in use at a time.
     splits: parts of the columns (backward: of the tokens), each with sums of its own, added in order.
-    resident: thread blocks that a multiprocessor shall have registers for.
+    min_blocks_per_sm: thread blocks that a multiprocessor shall have registers for.
     threads: CUDA threads a block.
-    overlap: 1 if kernels start while the one before ends (`Dialect.await_last`), 0 if after it.
-    halved: 1 if a kernel before cuts phi into its parts for all thread blocks, 0 if each cuts what it stages of it.
+    use_pdl: 1 if kernels start while the one before ends (`Dialect.pdl_wait`), 0 if after it.
+    presplit_phi: 1 if a kernel before splits phi into bfloat16 parts for all thread blocks, 0 if each splits its copy.
     """
 
     block_tokens: int
     block_width: int
     stages: int
     splits: int
-    resident: int
+    min_blocks_per_sm: int
     threads: int
-    overlap: int = 0
-    halved: int = 0
+    use_pdl: int = 0
+    presplit_phi: int = 0
 
 
 def default(problem: Problem, target: Target, *, staged: int = 1) -> TiledSchedule:
     """The first of some usual shapes that fits, large tiles first; enough splits to keep a large GPU busy.
 
-    Here and below, `staged` counts the tiles of the streams' shape that a backward stages.
+    Here and below, `staged` counts the tiles of the streams' shape that a backward copies.
     """
     usual = _usual_forward(problem) if problem.direction == "forward" else _usual_backward(problem, staged)
     return next(schedule for schedule in usual if why_invalid(problem, schedule, target, staged=staged) is None)
@@ -76,10 +75,12 @@ def _usual_forward(problem: Problem) -> Iterator[TiledSchedule]:
     most = 16 if tokens <= 16 else 64 if tokens <= 2048 else 128
     rows = [block for block in (128, 64, 32, 16) if block <= most]
     for stages, block, width in product(((4, 3, 2), (1,)), rows, (64, 32, 16)):
-        for count, threads, resident in product(stages, dict.fromkeys((max(64, 2 * block), 256)), (2, 1)):
+        for count, threads, min_blocks_per_sm in product(stages, dict.fromkeys((max(64, 2 * block), 256)), (2, 1)):
             blocks, columns = -(-tokens // block), -(-problem.fan_in // width)
             splits = forward_splits(blocks, columns)
-            yield TiledSchedule(block, width, count, splits, resident, threads, halved=halved(problem))
+            yield TiledSchedule(
+                block, width, count, splits, min_blocks_per_sm, threads, presplit_phi=presplits(problem)
+            )
 
 
 def _usual_backward(problem: Problem, staged: int) -> Iterator[TiledSchedule]:
@@ -88,10 +89,10 @@ def _usual_backward(problem: Problem, staged: int) -> Iterator[TiledSchedule]:
     rows = [block for block in (64, 32, 16) if block < 2 * tokens or block == MMA]
     depths = (2, 1) if staged == 1 else (1,)
     shapes = product((128, 64, 32, 16), rows, depths, (256, 128, 64, 32), (2, 1))
-    for width, block, stages, threads, resident in shapes:
+    for width, block, stages, threads, min_blocks_per_sm in shapes:
         groups = problem.streams * -(-problem.width // width)
-        splits = backward_splits(problem, groups, resident, -(-tokens // block))
-        yield TiledSchedule(block, width, stages, splits, resident, threads)
+        splits = backward_splits(problem, groups, min_blocks_per_sm, -(-tokens // block))
+        yield TiledSchedule(block, width, stages, splits, min_blocks_per_sm, threads)
 
 
 def forward_splits(blocks: int, columns: int) -> int:
@@ -99,13 +100,13 @@ def forward_splits(blocks: int, columns: int) -> int:
     return power_of_two(min(64, THREAD_BLOCKS // blocks, columns // 2))
 
 
-def backward_splits(problem: Problem, groups: int, resident: int, blocks: int) -> int:
+def backward_splits(problem: Problem, groups: int, min_blocks_per_sm: int, blocks: int) -> int:
     """Splits of so many blocks of tokens that take least time where so many thread blocks run at a time and all start
     together: turns over the thread blocks, each for its share of the tokens, and the sums for dphi, which every split
     writes for another kernel to read, beside the streams, which are read and written once."""
     sums, at_a_time = (
         4 * problem.outputs / (max(1, problem.tokens) * DTYPE_BYTES[problem.dtype]),
-        MULTIPROCESSORS * resident,
+        MULTIPROCESSORS * min_blocks_per_sm,
     )
 
     def time(splits: int) -> float:
@@ -114,8 +115,8 @@ def backward_splits(problem: Problem, groups: int, resident: int, blocks: int) -
     return min(range(1, max(1, min(64, blocks // 2)) + 1), key=time)
 
 
-def halved(problem: Problem) -> int:
-    """Whether a default's forward has phi cut by a kernel before: where there is much of it, for many thread blocks."""
+def presplits(problem: Problem) -> int:
+    """Whether a default's forward has phi split by a kernel before: where it is large, and for many thread blocks."""
     return int(problem.outputs >= MUCH_OF_PHI and problem.tokens >= MANY_TOKENS)
 
 
@@ -133,8 +134,12 @@ def space(problem: Problem, target: Target, *, staged: int = 1) -> Mapping[str, 
         "stages": tuple(range(1, _most_stages(problem, staged) + 1)),
         "splits": (1, 2, 4, 8, 16, 32, 64) if problem.direction == "forward" else (1, 2, 3, 4, 6, 8, 16, 32),
     }
-    choices |= {"resident": (1, 2, 3, 4), "threads": (64, 128, 256), "overlap": (0, 1) if overlaps(target) else (0,)}
-    choices["halved"] = (0, 1) if problem.direction == "forward" else (0,)
+    choices |= {
+        "min_blocks_per_sm": (1, 2, 3, 4),
+        "threads": (64, 128, 256),
+        "use_pdl": (0, 1) if supports_pdl(target) else (0,),
+    }
+    choices["presplit_phi"] = (0, 1) if problem.direction == "forward" else (0,)
     return {name: tuple(sorted({*values, getattr(usual, name)})) for name, values in choices.items()}
 
 
@@ -156,7 +161,7 @@ def why_bad_tiles(
     for name, size in (("tokens", rows), ("columns", schedule.block_width)):
         if size < MMA or size % MMA or size > 512:
             return f"{name} of a tile must be a multiple of {MMA} up to 512, got {size}: choose 64"
-    why = why_bad_threads(schedule.threads, target) or why_bad_overlap(schedule.overlap, target)
+    why = why_bad_threads(schedule.threads, target) or why_bad_pdl(schedule.use_pdl, target)
     why = why or _why_bad_counts(problem, schedule, columns, most_stages)
     if why:
         return why
@@ -175,38 +180,39 @@ def why_bad_tiles(
     if not shared:
         return f"tiles must be whole 16 × 8 blocks for every warp, got {schedule.threads} threads: choose 64 or 128"
     held = registers(problem, schedule)
-    if held > REGISTERS or (held + OTHER_REGISTERS) * schedule.threads * schedule.resident > REGISTER_FILE:
+    if (
+        held > MAX_ACCUMULATORS
+        or (held + OTHER_REGISTERS) * schedule.threads * schedule.min_blocks_per_sm > REGISTER_FILE
+    ):
         return (
-            f"{schedule.resident} thread blocks must fit {REGISTER_FILE} registers, got {held} values for each of "
-            f"{schedule.threads} threads: choose smaller tiles or fewer blocks"
+            f"{schedule.min_blocks_per_sm} thread blocks must fit {REGISTER_FILE} registers, got {held} values for "
+            f"each of {schedule.threads} threads: choose smaller tiles or fewer blocks"
         )
-    return why_too_much_scratch((needed + SYSTEM_SHARED) * schedule.resident - SYSTEM_SHARED, target)
+    return why_too_much_scratch((needed + SYSTEM_SHARED) * schedule.min_blocks_per_sm - SYSTEM_SHARED, target)
 
 
 def _why_bad_counts(problem: Problem, schedule: TiledSchedule, columns: int, most: int) -> str | None:
     if problem.direction == "forward":
         if not 1 <= schedule.splits <= columns:
             return f"splits must be in 1..{columns}, the blocks of columns, got {schedule.splits}: choose 1"
-        if schedule.halved not in (0, 1):
-            return f"halved must be 0 or 1, got {schedule.halved}: choose 0"
-        if problem.op == "project" and schedule.splits == 1 and schedule.overlap and not schedule.halved:
-            return "overlap must be 0 where one split makes one kernel, got 1: choose 0, or more splits"
-    elif schedule.halved:
-        return (
-            f"halved must be 0 in the backward, where a thread block stages phi once, got {schedule.halved}: choose 0"
-        )
+        if schedule.presplit_phi not in (0, 1):
+            return f"presplit_phi must be 0 or 1, got {schedule.presplit_phi}: choose 0"
+        if problem.op == "project" and schedule.splits == 1 and schedule.use_pdl and not schedule.presplit_phi:
+            return "use_pdl must be 0 where one split makes one kernel, got 1: choose 0, or more splits"
+    elif schedule.presplit_phi:
+        return f"presplit_phi must be 0 in the backward, which copies phi once, got {schedule.presplit_phi}: choose 0"
     elif not 1 <= schedule.splits <= 1024:
         return f"splits must be in 1..1024, got {schedule.splits}: choose 4"
     if not 1 <= schedule.stages <= most:
         return f"stages must be in 1..{most} for {problem.dtype}, got {schedule.stages}: choose 1"
-    if not 1 <= schedule.resident <= 8:
-        return f"resident must be in 1..8, got {schedule.resident}: choose 1"
+    if not 1 <= schedule.min_blocks_per_sm <= 8:
+        return f"min_blocks_per_sm must be in 1..8, got {schedule.min_blocks_per_sm}: choose 1"
     return None
 
 
 def _most_stages(problem: Problem, staged: int) -> int:
     """A backward's loop over tokens is of unknown length: TileLang pipelines it, by one tile, only if it ends with a
-    use of all that it stages. What comes beside x is copied ahead in another way (`matmul_programs.gradients`)."""
+    use of all that it copies. Extra gradients are copied ahead in another way (`tensor_core_programs.gradients`)."""
     if problem.direction == "forward":
         return 4
     if staged > 1:
@@ -252,15 +258,15 @@ def registers(problem: Problem, schedule: TiledSchedule) -> int:
 
 
 def scratch(problem: Problem, schedule: TiledSchedule, *, staged: int = 1) -> int:
-    """Bytes of shared memory: the tiles of the loop, or the settled sums after it where they need more."""
+    """Bytes of shared memory: the tiles of the loop, or the sums after it where they need more."""
     size, width, rows, stages = DTYPE_BYTES[problem.dtype], schedule.block_width, schedule.block_tokens, schedule.stages
     sums, inner = padded_outputs(problem, schedule), padded_products(problem)
     held = [] if problem.dtype == "bfloat16" else [2 * rows * width] * 2
     if problem.direction == "forward":
-        halves = 2 * sums * width
+        phi_tile = 2 * sums * width
         held += [stages * rows * width * size]
-        held += [stages * halves] if schedule.halved else [stages * 4 * problem.outputs * width, halves]
-        return max(aligned(held), 4 * rows * settled_row(sums))
+        held += [stages * phi_tile] if schedule.presplit_phi else [stages * 4 * problem.outputs * width, phi_tile]
+        return max(aligned(held), 4 * rows * smem_stride(sums))
     straight, padded = rows * width * size, rows * (width + ROW_PADDING) * size
     if problem.dtype != "bfloat16":
         held += [stages * padded] * staged
@@ -269,7 +275,7 @@ def scratch(problem: Problem, schedule: TiledSchedule, *, staged: int = 1) -> in
     else:
         held += [stages * straight] + [stages * padded] * (staged - 1)
     held += [padded, 2 * inner * width, 2 * rows * inner, 2 * rows * sums]
-    return max(aligned(held), 4 * sums * turned_row(schedule))
+    return max(aligned(held), 4 * sums * smem_stride_transposed(schedule))
 
 
 def aligned(sizes: Iterable[int]) -> int:
@@ -277,11 +283,11 @@ def aligned(sizes: Iterable[int]) -> int:
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
-def settled_row(sums: int) -> int:
+def smem_stride(sums: int) -> int:
     """Elements from one row of sums to the next in shared memory: four rows of eight meet all 32 banks."""
     return sums if sums % 16 else sums + ROW_PADDING
 
 
-def turned_row(schedule: TiledSchedule) -> int:
-    """The same for sums that are turned on the way, where eight elements of a row come from as many lanes."""
+def smem_stride_transposed(schedule: TiledSchedule) -> int:
+    """The same for sums that are transposed on the way, where eight elements of a row come from as many threads."""
     return schedule.block_width + ROW_PADDING // 2

@@ -9,7 +9,7 @@ import pytest
 
 from autotune.measuring.verify import check
 from tiles.compiler.compile import compile_kernel, generate_source
-from tiles.kernels.apply import programs
+from tiles.kernels.apply import merge
 from tiles.kernels.apply.schedule import in_groups
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
@@ -23,7 +23,7 @@ HOPPER = Target("cuda", "sm_90a")
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_groups_compute_what_all_streams_at_once_do(direction, n, tmp_path, monkeypatch):
     """Stream counts below a group's size, equal to it, and with a rest."""
-    monkeypatch.setattr(programs, "in_groups", lambda problem, schedule: True)
+    monkeypatch.setattr(merge, "in_groups", lambda problem, schedule: True)
     problem, target = Problem("merge", direction, n, 72, "bfloat16"), parse_target("cpu")
     spec = kernel_spec("merge", direction)
     path = tmp_path / "kernel.so"

@@ -1,0 +1,43 @@
+"""Arguments that several kernels have: streams, rows, gates, matrices, and the parameters of the maps."""
+
+from __future__ import annotations
+
+from tiles.kernels.spec import TOKENS, Argument, Problem, Role
+
+EPS = Argument("eps", (), "float32", "scalar")
+"""Added to the mean square of a token's streams (of the RMS norm)."""
+
+
+def streams(name: str, problem: Problem, role: Role) -> Argument:
+    """[T, n, C] in the streams' dtype; programs see a token as one row of n·C."""
+    return Argument(name, (TOKENS, problem.streams, problem.width), problem.dtype, role, flat=True)
+
+
+def row(name: str, problem: Problem, role: Role) -> Argument:
+    """[T, C] in the streams' dtype: a sublayer's input or output."""
+    return Argument(name, (TOKENS, problem.width), problem.dtype, role)
+
+
+def gates(name: str, problem: Problem, role: Role) -> Argument:
+    """[T, n] float32: pre, post and their gradients."""
+    return Argument(name, (TOKENS, problem.streams), "float32", role)
+
+
+def matrix(name: str, problem: Problem, role: Role) -> Argument:
+    """[T, n, n] float32: res, its logits and their gradients."""
+    return Argument(name, (TOKENS, problem.streams, problem.streams), "float32", role)
+
+
+def projected(z: str, s: str, problem: Problem, role: Role) -> tuple[Argument, ...]:
+    """z [T, N] and s [T], float32, or their gradients."""
+    return Argument(z, (TOKENS, problem.outputs), "float32", role), Argument(s, (TOKENS,), "float32", role)
+
+
+def phi(name: str, problem: Problem, role: Role) -> Argument:
+    """[N, K] float32."""
+    return Argument(name, (problem.outputs, problem.fan_in), "float32", role)
+
+
+def affine(alpha: str, bias: str, problem: Problem, role: Role) -> tuple[Argument, ...]:
+    """alpha [3] and bias [N], float32, or their gradients."""
+    return Argument(alpha, (3,), "float32", role), Argument(bias, (problem.outputs,), "float32", role)
