@@ -4,7 +4,8 @@ Shapes: `...` are any leading dimensions (batch, sequence), flattened to tokens;
 of 8; K = nC, N = n² + 2n. N is packed [pre (n) | post (n) | res (n², row-major)]; res[i, j] weighs input stream j in
 output stream i. Streams are float32, bfloat16 or float16; coefficients and parameters are float32. All functions raise
 `BadInput` (a `ValueError`) for other shapes, mixed dtypes or mixed devices, make their inputs contiguous, and work with
-`torch.compile(fullgraph=True)`. Double backward is not supported. In the formulas x̄ [..., K] is x, flattened per token.
+`torch.compile(fullgraph=True)`. Kernels compute gradients in reverse mode; forward mode, the transforms of `torch.func`
+and gradients of gradients run in plain torch, more slowly. In the formulas x̄ [..., K] is x, flattened per token.
 """
 
 from __future__ import annotations

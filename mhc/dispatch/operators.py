@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
-from torch.library import custom_op
+from torch._library.autograd import make_autograd_impl
+from torch.library import Library, custom_op
 
+from mhc.dispatch import torch_form
 from mhc.dispatch.kernels import DTYPE_NAMES, active
 from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.registry import kernel_spec, kernel_specs
@@ -22,6 +23,8 @@ from tiles.kernels.spec import TOKENS, Argument, Direction, Problem
 from tiles.runtime.loaded_kernel import empty_result, is_result
 
 PROBLEM = ("streams", "width", "rounds")
+
+_LIBRARY = Library("mhc", "FRAGMENT")
 
 
 def _arguments(op: str, direction: Direction) -> tuple[list[Argument], list[Argument]]:
@@ -120,12 +123,32 @@ def _differentiable_op(op: str) -> Any:
         ctx.settings = inputs[tensors:]
 
     def gradients(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        results = backward(*ctx.saved_tensors, *(grads[index] for index in differentiated), *ctx.settings)
-        results = results if isinstance(results, tuple) else (results,)
+        taken = [grads[index] for index in differentiated]
+        if torch_form.kernel_is_not_enough(taken):
+            results = torch_form.gradients(op, ctx.saved_tensors[:tensors], ctx.settings, taken, differentiated)
+        else:
+            results = backward(*ctx.saved_tensors, *taken, *ctx.settings)
+            results = results if isinstance(results, tuple) else (results,)
         return (*results, *(None for _ in ctx.settings))
 
     forward.register_autograd(gradients, setup_context=setup_context)
+    _differentiate_transformed(op, forward)
     return forward
+
+
+def _differentiate_transformed(op: str, forward: Any) -> None:
+    """Have torch differentiate the plain torch form in forward mode and under transforms, where it would take a custom
+    op's derivative to be zero."""
+    reverse_mode = make_autograd_impl(forward._opoverload, forward)
+
+    def differentiate(keyset: Any, *values: Any) -> Any:
+        if torch_form.is_transformed(values):
+            outputs = torch_form.outputs(op, values)
+            return outputs if len(outputs) > 1 else outputs[0]
+        return reverse_mode(keyset, *values)
+
+    for key in ("AutogradCPU", "AutogradCUDA"):
+        _LIBRARY.impl(forward._name, differentiate, key, with_keyset=True)
 
 
 def _autograd_function(op: str) -> type[torch.autograd.Function]:
@@ -144,10 +167,13 @@ def _autograd_function(op: str) -> type[torch.autograd.Function]:
             return outputs if len(outputs) > 1 else outputs[0]
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            taken = (grads[index] for index in differentiated)
-            return (*backward_kernel(*ctx.saved_tensors, *taken, *ctx.settings), *(None for _ in ctx.settings))
+            taken = [grads[index] for index in differentiated]
+            if torch_form.kernel_is_not_enough(taken):
+                results = torch_form.gradients(op, ctx.saved_tensors[:tensors], ctx.settings, taken, differentiated)
+            else:
+                results = backward_kernel(*ctx.saved_tensors, *taken, *ctx.settings)
+            return (*results, *(None for _ in ctx.settings))
 
     return Direct
 
@@ -159,7 +185,11 @@ _DIRECT = {op: _autograd_function(op) for op in OPERATORS}
 
 
 def call(op: str, *values: Any) -> Any:
-    """Run an op, differentiably: as a custom op where `needs_dispatcher`, else directly."""
+    """Run an op, differentiably: as a custom op where `needs_dispatcher`, else directly; under transforms and in
+    forward mode in plain torch (`mhc.dispatch.torch_form`)."""
+    if torch_form.is_transformed(values):
+        outputs = torch_form.outputs(op, values)
+        return outputs if len(outputs) > 1 else outputs[0]
     if needs_dispatcher(values):
         return OPERATORS[op](*values)
     return _DIRECT[op].apply(*values)
@@ -167,11 +197,11 @@ def call(op: str, *values: Any) -> Any:
 
 def needs_dispatcher(values: Iterable[Any]) -> bool:
     """Whether ops on these values must go through torch's dispatcher: under a compiler, a tracing or dispatch mode, a
-    function transform, or with tensor subclasses."""
+    function transform, forward mode, or with tensor subclasses."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch_form.is_transformed(values)
         or any(isinstance(value, torch.Tensor) and type(value) not in PLAIN_TYPES for value in values)
     )
 

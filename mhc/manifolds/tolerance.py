@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from mhc.dispatch.torch_form import is_transformed
 from mhc.manifolds.checks import streams_of
 from tiles.errors import BadInput
 
@@ -26,7 +26,7 @@ class SinkhornToTolerance:
       For logits of hundreds and more the rounds may run out, and the error is above the tolerance.
     - Each token stops by its own error: its result does not depend on the others in its batch.
     - The gradient is that of the limit, by the implicit function theorem (as in JPmHC, arXiv 2602.18308): no round is
-      saved for it. Double backward is not supported.
+      saved for it, and it can be differentiated again. Forward mode and the transforms of torch.func raise `BadInput`.
     - Rounds are counted on the host, which waits for a GPU each round. torch.compile breaks its graph here, so that
       `fullgraph=True` raises.
 
@@ -47,10 +47,16 @@ class SinkhornToTolerance:
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """logits [..., n, n] -> res [..., n, n]."""
         n = streams_of(logits)
+        if is_transformed((logits,)):
+            raise BadInput(
+                "sinkhorn-tolerance has gradients in reverse mode only, as its rounds depend on the logits, "
+                "got forward mode or a transform of torch.func: take the manifold sinkhorn"
+            )
         flat = logits.detach().double().reshape(-1, n, n)
         log, errors, self.rounds = scale(flat, self.tolerance, self.most_rounds)
         self.error = errors.amax().item() if len(errors) else 0.0
-        return _ImplicitGradient.apply(logits, log.exp().view(logits.shape))  # type: ignore[no-untyped-call]
+        res: torch.Tensor = _ImplicitGradient.apply(logits, log.exp().view(logits.shape))  # type: ignore[no-untyped-call]
+        return res.to(logits.dtype)
 
     def __repr__(self) -> str:
         return f"SinkhornToTolerance(tolerance={self.tolerance}, most_rounds={self.most_rounds})"
@@ -93,7 +99,7 @@ def _solve_columns(res: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 class _ImplicitGradient(torch.autograd.Function):
-    """Returns res, with the gradient of the matrix that has its row and column sums.
+    """Returns res in float64, with the gradient of the matrix that has its row and column sums.
 
     res = diag(e^u) e^h diag(e^v), and u and v keep the sums of rows (one) and columns (c) while h changes: for a
     gradient g of res that of h is res ∘ (g − a 1ᵀ − 1 bᵀ), where a + res b are the row sums of res ∘ g and resᵀ a + c∘b
@@ -102,15 +108,16 @@ class _ImplicitGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(res)
-        return res.to(logits.dtype)
+        ctx.dtype = logits.dtype
+        res = res.clone()
+        ctx.save_for_backward(res)  # the result itself: its own gradient is that of the backward
+        return res
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (res,) = ctx.saved_tensors
-        weighted = res * grad.double()
+        weighted = res * grad
         rows, columns = weighted.sum(-1, keepdim=True), weighted.sum(-2).unsqueeze(-1)
         b = _solve_columns(res, columns - res.mT @ rows)
         a = rows - res @ b
-        return (weighted - res * (a + b.mT)).to(grad.dtype), None
+        return (weighted - res * (a + b.mT)).to(ctx.dtype), None

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mhc.dispatch.torch_form import is_transformed, kernel_is_not_enough
+
 
 class _GradAccumulate(torch.autograd.Function):
     @staticmethod
@@ -19,19 +21,20 @@ class _GradAccumulate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
+        out_of_place = kernel_is_not_enough(grads)
         total: torch.Tensor | None = None
         for grad in grads:
             if grad is not None:
-                total = grad if total is None else total.add_(grad)
+                total = grad if total is None else total + grad if out_of_place else total.add_(grad)
         return total, None
 
 
 def grad_accumulating_views(x: torch.Tensor, uses: int) -> tuple[torch.Tensor, ...]:
     """Return `uses` views of x, each for one op of `mhc.functional` only: the first gradient is written to.
 
-    Under a compiler, which plans the sums itself, they are x itself.
+    Under a compiler, which plans the sums itself, and under function transforms they are x itself.
     """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+    if torch.compiler.is_compiling() or is_transformed((x,)) or not (torch.is_grad_enabled() and x.requires_grad):
         return (x,) * uses
     views: tuple[torch.Tensor, ...] = _GradAccumulate.apply(x, uses)  # type: ignore[no-untyped-call]
     return views

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from mhc import functional
+from mhc.dispatch import torch_form
 from mhc.dispatch.kernels import active
 from mhc.dispatch.operators import needs_dispatcher
 
@@ -23,28 +23,38 @@ class _PreWithResidual(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         n, width = x.shape[-2:]
         leading = x.shape[:-2]
-        given = (x.reshape(-1, n, width).contiguous(), phi.contiguous(), alpha.contiguous(), bias.contiguous())
-        u, post, res, z, s = active().run("pre", "forward", n, width, rounds, (*given, eps))
-        ctx.save_for_backward(*given, z, s)
+        u, post, res, z, s = active().run("pre", "forward", n, width, rounds, (*_flat(x, phi, alpha, bias), eps))
+        ctx.save_for_backward(x, phi, alpha, bias, z, s)
         ctx.rounds, ctx.eps, ctx.backward_ran = rounds, eps, False
         return u.view(*leading, width), post.view(*leading, n), res.view(*leading, n, n), x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, *_ = saved = ctx.saved_tensors
-        tokens, n, width = x.shape
+        *given, z, s = ctx.saved_tensors
+        n, width = given[0].shape[-2:]
         du, dpost, dres, dresidual = (grad.contiguous() for grad in grads)
+        tokens = given[0].shape[:-2].numel()
         flat = (du.view(tokens, width), dpost.view(tokens, n), dres.view(tokens, n, n))
+        if torch_form.kernel_is_not_enough(flat):
+            with torch.enable_grad():  # x's view stays in x's graph
+                inputs = _flat(*given)
+            dx, *rest = torch_form.gradients("pre", inputs, (ctx.eps, n, width, ctx.rounds), flat, (0, 1, 2))
+            return (dresidual if dx is None else dx.view(dresidual.shape) + dresidual, *rest, None, None)
         # merge's gradient is written to: nothing else uses it, as the residual is for one op. But a second backward
         # through the graph may bring the same tensor, which the first one has made its dx (a pipeline's backward: of
         # the input, then of the weights).
         if ctx.backward_ran:
             dresidual = dresidual.clone()
         ctx.backward_ran = True
-        given = (*saved, *flat, ctx.eps, dresidual.view(tokens, n, width))
-        dx, dphi, dalpha, dbias = active().run("pre", "backward", n, width, ctx.rounds, given)
+        taken = (*_flat(*given), z, s, *flat, ctx.eps, dresidual.view(tokens, n, width))
+        dx, dphi, dalpha, dbias = active().run("pre", "backward", n, width, ctx.rounds, taken)
         return dx.view(dresidual.shape), dphi, dalpha, dbias, None, None
+
+
+def _flat(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The kernel's inputs: x [..., n, C] as [tokens, n, C], and the parameters, contiguous."""
+    tokens = x.shape[:-2].numel()
+    return (x.reshape(tokens, *x.shape[-2:]).contiguous(), *(parameter.contiguous() for parameter in parameters))
 
 
 def pre_with_residual(

@@ -21,6 +21,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd.graph import saved_tensors_hooks
 
 from mhc.dispatch.operators import PLAIN_TYPES
+from mhc.dispatch.torch_form import is_transformed
 from mhc.modules.hyper_connection import HyperConnection
 from mhc.modules.recompute_segments import segment_lengths
 from mhc.modules.stack import HyperConnectionStack, check_streams, run_blocks, run_merge, run_pre, with_next
@@ -74,7 +75,7 @@ class RecomputedStack(HyperConnectionStack):
         check_streams(blocks[0], x)
         for length in self.segments:
             segment, blocks = blocks[:length], blocks[length:]
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and not is_transformed((x,)):
                 x = x.contiguous()
                 x = _SegmentForward(segment, x).forward(x, args, kwargs)
             else:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mhc
 from mhc import functional
 from mhc.dispatch import operators
 from mhc.dispatch.operators import OPERATORS, call, needs_dispatcher
@@ -93,14 +92,3 @@ def test_subclasses_and_function_transforms_are_watched():
     assert seen == [True]
     assert needs_dispatcher([torch.randn(2).as_subclass(Tagged)])
     assert not needs_dispatcher([torch.randn(2), 1.0, 3])
-
-
-@pytest.mark.parametrize("op", ["merge", "pre"])
-def test_gradients_of_gradients_are_refused_and_not_wrong(op):
-    given, ints = values_of(op)
-    with mhc.using(mhc.Kernels.reference()):
-        found = call(op, *given, *ints)
-        result = (found[0] if isinstance(found, tuple) else found).square().sum()
-        (first,) = torch.autograd.grad(result, given[0], create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            first.sum().backward()
