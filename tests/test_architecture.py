@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PARTS = {
-    "tiles": ("errors", "target", "lang", "kernels", "compiler", "runtime", "cache", "pack"),
+    "tiles": ("errors", "folders", "target", "lang", "kernels", "compiler", "runtime", "cache", "pack"),
     "autotune": (*("measuring", "processes", "search", "study", "events", "recorded", "decision", "tuner", "buckets"),),
     "mhc": (
         *("checks", "dispatch", "functional", "manifolds", "modules", "converters", "diagnostics", "distributed"),
@@ -28,8 +28,10 @@ MAY_IMPORT = {
     "mhc": {"mhc", "tiles"},
     "cli": {"cli", "autotune", "mhc", "tiles"},
 }
-STANDARD_LIBRARY_ONLY = ("tiles/cache/cache.py", "tiles/kernels/spec.py", "tiles/target.py", "tiles/errors.py")
-LATE = {"tiles/cache/cache.py": "platformdirs", "tiles/target.py": "torch"}
+STANDARD_LIBRARY_ONLY = (
+    *("tiles/cache/cache.py", "tiles/kernels/spec.py", "tiles/target.py", "tiles/errors.py", "tiles/folders.py"),
+)
+LATE = {"tiles/folders.py": "platformdirs", "tiles/target.py": "torch"}
 """What these look up through a library, inside of the function that does so: both load in an interpreter without it."""
 
 LOADED_WITHOUT = {"tilelang", "optuna", "rich", "typer"}

@@ -8,7 +8,8 @@ import typer
 
 from cli.ui.options import JsonOption
 from cli.ui.output import say, show_json
-from tiles.pack.signing import forget_key, keys_folder, own_key, trust_key, trusted_keys
+from tiles.folders import keys_folder
+from tiles.pack.signing import forget_key, own_key, trust_key, trusted_keys
 
 
 def keys(

@@ -98,9 +98,9 @@ def _returns_tuple(layer: nn.Module) -> bool:
         others = list(signature(layer.forward).parameters.values())[1:]
         required = [None for each in others if each.default is Parameter.empty and each.kind in _POSITIONAL]
         try:
-            answer = probe.forward(torch.ones(1, 1, 1), *required)
+            answer = probe.forward(torch.ones(1, 1, 1, dtype=torch.float32, device="cpu"), *required)
             found = answer[0] if isinstance(answer, tuple) else answer
-            if torch.equal(found, torch.full((1, 1, 1), 252.0)):
+            if torch.equal(found, torch.full_like(found, 252.0)):
                 return isinstance(answer, tuple)
         except Exception as error:  # a layer may be any code
             found = found if found is not None else f"{type(error).__name__}: {error}"

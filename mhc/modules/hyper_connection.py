@@ -249,7 +249,7 @@ def _manifold(manifold: str | manifolds.Manifold, streams: int, rounds: int) -> 
     if manifold == FUSED_MANIFOLD:
         return partial(functional.sinkhorn, rounds=rounds)
     to_res = manifolds.named(manifold) if isinstance(manifold, str) else manifold
-    to_res(torch.zeros(streams, streams, device="cpu"))
+    to_res(torch.zeros(streams, streams, dtype=torch.float32, device="cpu"))
     return to_res
 
 
@@ -272,6 +272,6 @@ def init_cyclic_pre(blocks: Iterable[HyperConnection]) -> None:
             raise BadInput(f"a cyclic pre is the start of mode hc, got {block.mode}: leave the blocks as they are")
         n = block.streams
         with torch.no_grad():
-            block.bias[:n] = torch.eye(n)[index % n]
+            block.bias[:n] = torch.eye(n, device=block.bias.device)[index % n]
             if block.dynamic:
                 block.phi.zero_()

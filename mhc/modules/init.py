@@ -46,7 +46,7 @@ def initial_parameters(
         weights = random_static_pre(streams)
         bias[:streams] = weights.logit().clamp(-SATURATED_LOGIT, SATURATED_LOGIT) if constrained else weights
         return {"bias": bias}
-    alpha = torch.full((3,), INITIAL_ALPHA if init == "paper" else 0.0)
+    alpha = torch.full((3,), INITIAL_ALPHA if init == "paper" else 0.0, dtype=torch.float32)
     return {"phi": random_phi(len(bias), streams * width), "alpha": alpha, "bias": bias}
 
 
@@ -57,7 +57,7 @@ def random_phi(outputs: int, fan_in: int) -> torch.Tensor:
     by about 0.01: training starts at the network that the biases describe. With zeros it would too, but replicated
     streams would get equal gradients and stay equal for ever; random rows make them diverge.
     """
-    return torch.randn(outputs, fan_in) / math.sqrt(fan_in)
+    return torch.randn(outputs, fan_in, dtype=torch.float32) / math.sqrt(fan_in)
 
 
 def mean_pre_logit(streams: int) -> float:
@@ -71,7 +71,7 @@ def random_static_pre(streams: int) -> torch.Tensor:
     Equal streams that every block reads with equal weights get equal gradients, and without phi nothing else would make
     them diverge. With sum one, u is still the plain residual's.
     """
-    return torch.randn(streams).softmax(-1)
+    return torch.randn(streams, dtype=torch.float32).softmax(-1)
 
 
 def constrained_bias(streams: int, diagonal: float = PAPER_DIAGONAL) -> torch.Tensor:
@@ -81,8 +81,9 @@ def constrained_bias(streams: int, diagonal: float = PAPER_DIAGONAL) -> torch.Te
     streams equal in the first layer. The other manifolds also map these logits to matrices near the identity.
     """
     logit = math.log(diagonal / (1 - diagonal) * (streams - 1)) if streams > 1 else 0.0
-    pre = torch.full((streams,), mean_pre_logit(streams))
-    return torch.cat((pre, torch.zeros(streams), (logit * torch.eye(streams)).flatten()))
+    pre = torch.full((streams,), mean_pre_logit(streams), dtype=torch.float32)
+    post, res = torch.zeros(streams, dtype=torch.float32), logit * torch.eye(streams, dtype=torch.float32)
+    return torch.cat((pre, post, res.flatten()))
 
 
 def unconstrained_bias(streams: int) -> torch.Tensor:
@@ -91,4 +92,6 @@ def unconstrained_bias(streams: int) -> torch.Tensor:
     Equation 14 of arXiv 2409.19606 but for pre, as a block does not know its index in the network (see
     `hyper_connection.init_cyclic_pre`).
     """
-    return torch.cat((torch.full((streams,), 1 / streams), torch.ones(streams), torch.eye(streams).flatten()))
+    pre = torch.full((streams,), 1 / streams, dtype=torch.float32)
+    post, res = torch.ones(streams, dtype=torch.float32), torch.eye(streams, dtype=torch.float32)
+    return torch.cat((pre, post, res.flatten()))

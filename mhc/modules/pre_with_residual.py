@@ -26,7 +26,9 @@ class _PreWithResidual(torch.autograd.Function):
         u, post, res, z, s = active().run("pre", "forward", n, width, rounds, (*_flat(x, phi, alpha, bias), eps))
         ctx.save_for_backward(x, phi, alpha, bias, z, s)
         ctx.rounds, ctx.eps, ctx.backward_ran = rounds, eps, False
-        return u.view(*leading, width), post.view(*leading, n), res.view(*leading, n, n), x.view_as(x)
+        # No view in autograd's sense, which forbids a sublayer that begins in place to write to one of several views.
+        u = u.view(*leading, width).detach()
+        return u, post.view(*leading, n), res.view(*leading, n, n), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

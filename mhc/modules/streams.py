@@ -45,8 +45,8 @@ class StreamHead(nn.Module):
         check_problem(streams, width)
         self.width, self.streams, self.eps = width, streams, eps
         self.phi = nn.Parameter(random_phi(streams, streams * width))
-        self.alpha = nn.Parameter(torch.full((1,), INITIAL_ALPHA))
-        self.bias = nn.Parameter(torch.full((streams,), mean_pre_logit(streams)))
+        self.alpha = nn.Parameter(torch.full((1,), INITIAL_ALPHA, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.full((streams,), mean_pre_logit(streams), dtype=torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n, C] -> h [..., C] in x's dtype."""

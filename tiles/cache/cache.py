@@ -32,6 +32,7 @@ from tiles.cache.record import (
     token_bucket,
 )
 from tiles.errors import BadInput
+from tiles.folders import default_folder
 
 __all__ = [
     "FORMAT",
@@ -52,6 +53,10 @@ SOURCE_SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}
 TEMPORARY_SUFFIX = ".tmp"
 """Of a file that is being written, or was when its process died; its name starts with a dot."""
 
+NOT_BY_OTHERS = 0o775
+"""The mode of folders, before the umask: not even with a umask of zero may everybody write, as code in such a folder is
+not trusted (`tiles.cache.folder_trust`)."""
+
 MAX_READS = 5
 """Times that an entry is read where another process replaces it meanwhile."""
 
@@ -61,18 +66,6 @@ _Version = tuple[int, int, int]
 
 class CacheCorrupt(BadInput):
     """An entry does not hold what its record says."""
-
-
-def default_folder() -> Path:
-    """`$MHC_TUNE_CACHE` where it is set, else the platform's user cache folder; the folder need not exist."""
-    chosen = os.environ.get("MHC_TUNE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    try:
-        from platformdirs import user_cache_path
-    except ImportError:  # a machine that only runs kernels may have no more than torch; this is Linux's folder
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mhc-tune"
-    return user_cache_path("mhc-tune", appauthor=False)
 
 
 class KernelCache:
@@ -110,7 +103,7 @@ class KernelCache:
         record = record_from_dict(from_json(text))  # what readers will see, refused now if they would refuse it
         files = {self.folder / binary_name(record): binary, self.folder / source_name(record): source.encode()}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(NOT_BY_OTHERS, parents=True, exist_ok=True)
             # The record comes last: where it can be seen, what it points at is already on disk.
             for path, content in files.items():
                 write_atomically(path, content)
@@ -228,7 +221,7 @@ def checked_binary(record: Record, binary: bytes) -> bytes:
     return binary
 
 
-def write_atomically(path: Path, content: bytes, *, mode: int = 0o666, replace: bool = True) -> None:
+def write_atomically(path: Path, content: bytes, *, mode: int = NOT_BY_OTHERS & 0o666, replace: bool = True) -> None:
     """Write a file so that a crash at any moment leaves the old content or the new one, never a part.
 
     `mode` is the file's, before the umask. Without `replace` an older file stays: of two writers the first one wins.

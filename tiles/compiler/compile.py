@@ -13,7 +13,9 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -57,6 +59,8 @@ _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
 
 
+_THEIR_FOLDERS = ("TILELANG_CACHE_DIR", "XDG_CACHE_HOME")
+
 _UNCHECKED = "tl.disable_safe_memory_legalize"
 """Most programs clamp their indices themselves: bounds checked in every iteration would cost more than the loads."""
 
@@ -89,6 +93,23 @@ def why_no_compiler(target: Target) -> str | None:
     if target.kind == "cuda" and shutil.which("nvcc") is None:
         return "nvcc is not on PATH: install the CUDA toolkit"
     return None
+
+
+def import_tilelang() -> Any:
+    """The module tilelang. At its first import it and TVM look for folders of their own in the home folder, which may
+    be missing or read-only, and make some; nothing of ours goes there, so they are made elsewhere and dropped again."""
+    if "tilelang" not in sys.modules:
+        before = {name: os.environ.get(name) for name in _THEIR_FOLDERS}
+        with tempfile.TemporaryDirectory(prefix="mhc-tune-") as folder:
+            os.environ |= dict.fromkeys(_THEIR_FOLDERS, folder)
+            try:
+                with warnings.catch_warnings():  # where warnings are errors, theirs would end ours
+                    warnings.simplefilter("ignore")
+                    importlib.import_module("tilelang")
+            finally:
+                for name, value in before.items():
+                    os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return sys.modules["tilelang"]
 
 
 def compile_kernel(problem: Problem, schedule: Any, target: Target) -> Artifact:
@@ -125,7 +146,7 @@ def planned(spec: KernelSpec, problem: Problem, schedule: Any, target: Target) -
 
 
 def _program(spec: KernelSpec, problem: Problem, schedule: Any, target: Target) -> tuple[Any, str, Any]:
-    import tilelang
+    tilelang = import_tilelang()
     from tilelang.backend.target import determine_target
 
     from tiles.lang.dialect import dialect_for
@@ -239,6 +260,7 @@ def _compile_cpu(source: str, target: Target, problem: Problem) -> bytes:
 
 
 def _compile_cuda(source: str, plan: Plan, target: Target, problem: Problem) -> Artifact:
+    import_tilelang()
     from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
 
     compiler = _cxx()

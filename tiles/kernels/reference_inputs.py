@@ -14,12 +14,17 @@ def wide(streams: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
 
 def fresh(seed: int) -> torch.Generator:
     """A generator for one draw of inputs."""
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def draw(random: torch.Generator, dtype: str, *shape: int) -> torch.Tensor:
     """Standard normal values on the CPU."""
-    return torch.randn(shape, generator=random).to(DTYPES[dtype])
+    return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu").to(DTYPES[dtype])
+
+
+def uniform(random: torch.Generator, *shape: int) -> torch.Tensor:
+    """Float32 values, uniform in [0, 1), on the CPU."""
+    return torch.rand(shape, generator=random, dtype=torch.float32, device="cpu")
 
 
 def in_float64(values: dict[str, object]) -> dict[str, object]:

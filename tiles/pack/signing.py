@@ -9,7 +9,6 @@ the platform's user configuration folder:
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 from tiles.cache.cache import write_atomically
 from tiles.cache.record import shown
 from tiles.errors import BadInput
+from tiles.folders import keys_folder
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -43,18 +43,6 @@ class Signature:
         check_key(self.key)
         if len(self.value) != 64:
             raise BadInput(f"an Ed25519 signature has 64 bytes, got {len(self.value)}: export the pack again")
-
-
-def keys_folder() -> Path:
-    """`$MHC_TUNE_KEYS` where it is set, else the platform's user configuration folder; it need not exist."""
-    chosen = os.environ.get("MHC_TUNE_KEYS")
-    if chosen:
-        return Path(chosen).expanduser()
-    try:
-        from platformdirs import user_config_path
-    except ImportError:  # loading a pack needs torch alone
-        return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "mhc-tune"
-    return user_config_path("mhc-tune", appauthor=False)
 
 
 def check_key(text: str) -> str:
@@ -105,7 +93,10 @@ def why_untrusted(signature: Signature | None, message: bytes) -> str | None:
 
 def trusted_keys() -> dict[str, str]:
     """The keys of others that the user trusts, each with its note. Raises `BadInput` for a damaged or writable list."""
-    path = keys_folder() / TRUSTED_KEYS_FILE
+    folder = keys_folder()
+    if folder is None:
+        return {}
+    path = folder / TRUSTED_KEYS_FILE
     try:
         if why := _why_writable_by_others(path):
             raise BadInput(f"the list of trusted keys must be yours alone to change, got {path}: {why}")
@@ -142,7 +133,10 @@ def _private_key(*, create: bool) -> Ed25519PrivateKey | None:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     except ImportError as error:
         raise BadInput("signatures need the package cryptography, which is not installed: pip install it") from error
-    path = keys_folder() / SIGNING_KEY_FILE
+    folder = keys_folder() if not create else _writable_folder()
+    if folder is None:
+        return None
+    path = folder / SIGNING_KEY_FILE
     try:
         if not path.exists():
             if not create:
@@ -172,14 +166,22 @@ def _public_text(private: Ed25519PrivateKey) -> str:
 
 
 def _lines() -> list[str]:
-    path = keys_folder() / TRUSTED_KEYS_FILE
+    path = _writable_folder() / TRUSTED_KEYS_FILE
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def _writable_folder() -> Path:
+    """The keys folder; raises `BadInput` for a user who has none."""
+    folder = keys_folder()
+    if folder is None:
+        raise BadInput("keys need a home folder, and this user has none: set MHC_TUNE_KEYS, or leave packs --unsigned")
+    return folder
 
 
 def _write(name: str, lines: list[str], *, replace: bool = True) -> None:
     """Write a file of the keys folder for its owner alone. Without `replace` an older file stays: two processes that
     create a key at once both use the first one's."""
-    folder = keys_folder()
+    folder = _writable_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         content = "".join(f"{line}\n" for line in lines).encode()

@@ -12,6 +12,7 @@ import mmap
 import threading
 import weakref
 from collections import defaultdict
+from contextlib import suppress
 
 import torch
 
@@ -38,12 +39,12 @@ class MemoryPool:
             count *= size
         needed = count * dtype.itemsize
         if needed < MIN_POOLED_BYTES:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         block = self._acquire(-(-needed // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES)
         # The tensor's storage keeps `lease` alive; the block is released when `lease` is collected.
         lease = (ctypes.c_char * needed).from_buffer(block)
         weakref.finalize(lease, self._release, block).atexit = False
-        return torch.frombuffer(lease, dtype=dtype).view(shape)
+        return torch.frombuffer(lease, dtype=dtype).view(shape).detach()  # no view: autograd allows writes to it
 
     def stats(self) -> dict[str, int]:
         """Bytes idle, bytes in use, and the peak of those in use."""
@@ -61,7 +62,8 @@ class MemoryPool:
         # Private: a forked process gets a copy, as of any other memory.
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            block.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel that was built without transparent huge pages refuses the advice
+                block.madvise(mmap.MADV_HUGEPAGE)
         return block
 
     def _release(self, block: mmap.mmap) -> None:

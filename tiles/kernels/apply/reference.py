@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tiles.kernels.reference_inputs import draw, fresh, wide
+from tiles.kernels.reference_inputs import draw, fresh, uniform, wide
 from tiles.kernels.spec import Problem
 
 
@@ -49,7 +49,7 @@ def aggregate_inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]
     random, n, width, dtype = fresh(seed), problem.streams, problem.width, problem.dtype
     values = {
         "x": draw(random, dtype, tokens, n, width),
-        "pre": torch.rand(tokens, n, generator=random),
+        "pre": uniform(random, tokens, n),
     }
     if problem.direction == "backward":
         values["du"] = draw(random, dtype, tokens, width)
@@ -63,7 +63,7 @@ def merge_inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
         "x": draw(random, dtype, tokens, n, width),
         "f": draw(random, dtype, tokens, width),
         "res": draw(random, "float32", tokens, n, n).softmax(-1),
-        "post": 2 * torch.rand(tokens, n, generator=random),
+        "post": 2 * uniform(random, tokens, n),
     }
     if problem.direction == "backward":
         values["g"] = draw(random, dtype, tokens, n, width)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tiles.kernels.reference_inputs import draw, fresh
+from tiles.kernels.reference_inputs import draw, fresh, uniform
 from tiles.kernels.spec import Problem
 
 
@@ -43,7 +43,7 @@ def _groups(problem: Problem, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _per_group(problem: Problem, alpha: torch.Tensor) -> torch.Tensor:
     """alpha [3] -> [N], each group's gate at its outputs."""
     n = problem.streams
-    return alpha.repeat_interleave(torch.tensor([n, n, n * n], device=alpha.device), output_size=problem.outputs)
+    return torch.cat((alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)))
 
 
 def _logits(problem: Problem, values: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -94,7 +94,7 @@ def inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
     random = fresh(seed)
     values: dict[str, Any] = {
         "z": draw(random, "float32", tokens, outputs),
-        "s": problem.fan_in * (0.5 + torch.rand(tokens, generator=random)),
+        "s": problem.fan_in * (0.5 + uniform(random, tokens)),
         "alpha": draw(random, "float32", 3),
         "bias": draw(random, "float32", outputs),
     }
