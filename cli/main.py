@@ -25,11 +25,15 @@ class Commands(TyperGroup):
     """A command group that prints errors of the user's input as one line on stderr."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a sub-command; `BadInput` and wrong usage exit with code 2."""
+        """Run a sub-command; `BadInput`, wrong usage and files that the system refuses exit with code 2."""
         try:
             return super().invoke(ctx)
         except BadInput as error:
             message = str(error)
+        except OSError as error:
+            if error.filename is None:  # not about a file that the user named
+                raise
+            message = f"{error.filename} must be usable, got {error.strerror}: mend that, or choose another"
         except typer.TyperException as error:
             if error.exit_code != USAGE:
                 raise

@@ -24,7 +24,7 @@ def default_folder() -> Path:
     if chosen := os.environ.get("MHC_TUNE_CACHE"):
         return _chosen("MHC_TUNE_CACHE", chosen)
     folder = _platforms("cache")
-    if folder is not None and (folder.exists() or _can_be_made(folder)):
+    if folder is not None and (_exists(folder) or _can_be_made(folder)):
         return folder
     return _temporary(Path(tempfile.gettempdir()) / f"mhc-tune-{os.getuid()}")
 
@@ -69,8 +69,13 @@ def _home() -> str | None:
     return home if Path(home).is_absolute() and home != "/" else None
 
 
+def _exists(folder: Path) -> bool:
+    """Whether it can be seen; `Path.exists` raises where a folder above it is closed to this user."""
+    return os.path.exists(folder)  # noqa: PTH110
+
+
 def _can_be_made(folder: Path) -> bool:
-    nearest = next(parent for parent in folder.parents if parent.exists())
+    nearest = next(parent for parent in folder.parents if _exists(parent))
     return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 

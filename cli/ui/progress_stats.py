@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -148,6 +149,8 @@ def duration(seconds: float) -> str:
     """A time in s, min or h, to about two digits."""
     if seconds < 60:
         return f"{seconds:.0f} s"
+    if seconds == math.inf:
+        return "no limit"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 

@@ -289,9 +289,10 @@ def reference(problem: Problem, device: torch.device, why: str) -> Resolved:
 
 
 def _run_reference(problem: Problem, *inputs: Any) -> tuple[torch.Tensor, ...]:
-    """The reference with two guarantees of compiled kernels: full precision under autocast, contiguous results."""
+    """The reference with the guarantees of compiled kernels: full precision under autocast, results that are contiguous
+    and no views, so that autograd allows writes to them."""
     with torch.autocast(inputs[0].device.type, enabled=False):
-        return tuple(result.contiguous() for result in run_reference(problem, *inputs))
+        return tuple(result.contiguous().detach() for result in run_reference(problem, *inputs))
 
 
 def _why(candidate: KernelCandidate, how: str, passed: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from math import isqrt
@@ -189,8 +190,7 @@ class HyperConnection(nn.Module):
     def _describe_maps(self) -> str:
         if self.mode != "mhc":
             return f"mode={self.mode}"
-        name = self.manifold if isinstance(self.manifold, str) else getattr(self.manifold, "__name__", self.manifold)
-        return f"mode=mhc, manifold={name}"
+        return f"mode=mhc, manifold={_name_of(self.manifold)}"
 
     def _check(self, x: torch.Tensor) -> None:
         wanted = (*x.shape[:-2], self.streams, self.width)
@@ -226,7 +226,7 @@ class HyperConnection(nn.Module):
         held = {name: tuple(state_dict[prefix + name].shape) for name in names if prefix + name in state_dict}
         wanted = {name: tuple(parameter.shape) for name, parameter in self._parameters.items() if parameter is not None}
         maps = self._describe_maps()
-        held_maps = local_metadata.get("maps", maps)
+        held_maps = _OBJECT.sub(r"\1", local_metadata.get("maps", maps))
         differs = any(held[name] != wanted[name] for name in held.keys() & wanted.keys())
         lacks = any((name in held) != (name in wanted) for name in ("phi", "bias"))
         if differs or (held and lacks) or held_maps != maps:
@@ -251,6 +251,18 @@ def _manifold(manifold: str | manifolds.Manifold, streams: int, rounds: int) -> 
     to_res = manifolds.named(manifold) if isinstance(manifold, str) else manifold
     to_res(torch.zeros(streams, streams, dtype=torch.float32, device="cpu"))
     return to_res
+
+
+_OBJECT = re.compile(r"<(?:\w+\.)*(\w+) object at 0x[0-9a-f]+>|(?<=SinkhornToTolerance)\(.*\)")
+"""What checkpoints said of a manifold that is an object, before they gave its type alone: an address, or settings."""
+
+
+def _name_of(manifold: Any) -> str:
+    """A manifold's name, the same in every process: its own, else that of its function, else that of its type."""
+    if isinstance(manifold, str):
+        return manifold
+    function = getattr(manifold, "func", manifold)  # of a functools.partial
+    return str(getattr(function, "__name__", type(manifold).__name__))
 
 
 def _describe_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -24,7 +24,7 @@ from mhc.dispatch.operators import PLAIN_TYPES
 from mhc.dispatch.torch_form import is_transformed
 from mhc.modules.hyper_connection import HyperConnection
 from mhc.modules.recompute_segments import segment_lengths
-from mhc.modules.stack import HyperConnectionStack, check_streams, run_blocks, run_merge, run_pre, with_next
+from mhc.modules.stack import HyperConnectionStack, check_streams, has_hooks, run_blocks, run_merge, run_pre, with_next
 
 NORMS = ("RMSNorm", "LayerNorm")
 """Modules whose class name ends so are assumed to normalise each token by itself, and are recomputed."""
@@ -48,6 +48,9 @@ def recompute(
     (`NORMS`) of its input, those are recomputed too. Tensors of the forward must not be written to in place before the
     backward: this raises `RuntimeError`, as without recomputation. `torch.compile` skips the module (`fullgraph=True`
     raises): compile the sublayers instead.
+
+    A segment with a block that has hooks of its own saves everything, so that these run as usual; hooks on sublayers do
+    not matter.
 
     Raises `BadInput` for lengths that do not fit the blocks or the stages.
     """
@@ -75,7 +78,7 @@ class RecomputedStack(HyperConnectionStack):
         check_streams(blocks[0], x)
         for length in self.segments:
             segment, blocks = blocks[:length], blocks[length:]
-            if torch.is_grad_enabled() and not is_transformed((x,)):
+            if torch.is_grad_enabled() and not is_transformed((x,)) and not any(map(has_hooks, segment)):
                 x = x.contiguous()
                 x = _SegmentForward(segment, x).forward(x, args, kwargs)
             else:

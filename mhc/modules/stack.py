@@ -23,7 +23,7 @@ class HyperConnectionStack(nn.Module):
 
     Args:
         blocks: at least one `HyperConnection`, all of one width and stream count. A block that is not `fused`, or that
-            follows one of mode `residual`, runs its pre separately.
+            follows one of mode `residual`, runs its pre separately; one with hooks of its own runs by itself.
     """
 
     def __init__(self, blocks: Sequence[HyperConnection]) -> None:
@@ -53,11 +53,22 @@ def run_blocks(
 ) -> torch.Tensor:
     """Run the blocks in sequence; returns the streams after the last."""
     pre = None
-    for block, next_block in with_next(blocks):
+    for block, following in with_next(blocks):
+        if has_hooks(block):  # they run around a block's own forward, which is then not fused with its neighbours'
+            returned = block(x, *args, **kwargs)
+            x = returned[0] if isinstance(returned, tuple) else returned
+            continue
+        next_block = following if following is None or not has_hooks(following) else None
         pre = pre or run_pre(block, x)
         f, _ = block.call_sublayer(pre.u, *args, **kwargs)
         x, pre = run_merge(pre, f, next_block)
     return x
+
+
+def has_hooks(block: HyperConnection) -> bool:
+    """Whether somebody has registered hooks on this block's forward or backward."""
+    kinds = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
+    return any(kinds)
 
 
 def with_next(blocks: list[HyperConnection]) -> Iterator[tuple[HyperConnection, HyperConnection | None]]:

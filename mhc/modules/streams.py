@@ -40,13 +40,30 @@ class StreamHead(nn.Module):
         eps: added to the mean square in the norm.
     """
 
+    phi: nn.Parameter
+    alpha: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, width: int, streams: int, *, eps: float = functional.EPS) -> None:
         super().__init__()
         check_problem(streams, width)
         self.width, self.streams, self.eps = width, streams, eps
-        self.phi = nn.Parameter(random_phi(streams, streams * width))
-        self.alpha = nn.Parameter(torch.full((1,), INITIAL_ALPHA, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.full((streams,), mean_pre_logit(streams), dtype=torch.float32))
+        for name, value in self._initial_parameters().items():
+            setattr(self, name, nn.Parameter(value))
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters again; for those that were made on the meta device."""
+        with torch.no_grad():
+            for name, value in self._initial_parameters().items():
+                getattr(self, name).copy_(value)
+
+    def _initial_parameters(self) -> dict[str, torch.Tensor]:
+        n = self.streams
+        return {
+            "phi": random_phi(n, n * self.width),
+            "alpha": torch.full((1,), INITIAL_ALPHA, dtype=torch.float32),
+            "bias": torch.full((n,), mean_pre_logit(n), dtype=torch.float32),
+        }
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n, C] -> h [..., C] in x's dtype."""

@@ -60,7 +60,7 @@ def test_help_names_every_command() -> None:
             "bench",
             ["--target", "--streams", "--width", "--tokens", "--dtype", "--op", "--direction", "--cache", "--json"],
         ),
-        ("doctor", ["cache"]),
+        ("doctor", ["ready"]),
         ("compile", ["--target", "--streams", "--width", "--tokens", "--dtype"]),
     ],
 )
@@ -78,7 +78,11 @@ def test_help_of_a_command_names_its_options(command: str, mentioned: list[str])
         (["tune", "--streams", "4", "--streams", "17"], "got 17"),
         (["tune", "--op", "layer"], "op must be one of aggregate, merge,"),
         (["tune", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got int8"),
-        (["tune", "--tokens", "-1"], "tokens must not be negative, got -1"),
+        (["tune", "--tokens", "-1"], "tokens must be in 0..2^40, got -1"),
+        (["tune", "--tokens", "9" * 25], "tokens must be in 0..2^40, got 9999999999999999999999999"),
+        (["explain", "--op", "merge", "--tokens", str(2**63)], "tokens must be in 0..2^40, got 9223372036854775808"),
+        (["compile", "--op", "merge", "--tokens", str(2**62)], "tokens must be in 0..2^40, got 4611686018427387904"),
+        (["tune", "--width", "8" * 25], "width must be at most 131072, got 8888888888888888888888888"),
         (["tune", "--target", "tpu"], "target must be auto, cpu"),
         (["tune", "--target", "cuda:sm_90a"], "needs a visible NVIDIA GPU, got cuda:sm_90a"),
         (["tune", "--json", "--width", "7"], "got 7: pad to 8"),
@@ -109,6 +113,18 @@ def test_bad_input_is_one_line_and_code_2(
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("error: ")
     assert said in result.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "prune", "explain", "diff"])
+def test_a_path_that_the_system_refuses_is_one_line(command: str, tmp_path: Path) -> None:
+    path = str(tmp_path / ("x" * 300))
+    given = ["--cache"] if command == "prune" else []
+    more = {"explain": ["--op", "merge"], "diff": [path]}.get(command, [])
+    result = CliRunner().invoke(app, [command, *given, path, *more])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert "File name too long" in result.stderr
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a pack" * 50])

@@ -22,6 +22,9 @@ Role = Literal["input", "output", "updated", "partial", "scalar"]
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_STREAMS = 16
+MAX_WIDTH = 2**17
+MAX_TOKENS = 2**40
+"""Bytes of any tensor then stay within 64 bits."""
 WIDTH_MULTIPLE = 8
 MAX_ROUNDS = 100
 PAPER_ROUNDS = 20
@@ -46,7 +49,7 @@ class Problem:
             why_bad_streams(self.streams),
             why_bad_width(self.width),
             why_bad_dtype(self.dtype),
-            None if self.tokens >= 0 else f"tokens must not be negative, got {self.tokens}: pass 0 or more",
+            why_bad_tokens(self.tokens),
             why_bad_rounds(self.rounds),
         ):
             if why:
@@ -76,12 +79,21 @@ def why_bad_streams(streams: int) -> str | None:
 
 def why_bad_width(width: int) -> str | None:
     """The rule for the width C, or None where it holds."""
-    if width >= WIDTH_MULTIPLE and width % WIDTH_MULTIPLE == 0:
+    if width >= WIDTH_MULTIPLE and width % WIDTH_MULTIPLE == 0 and width <= MAX_WIDTH:
         return None
+    if width > MAX_WIDTH:
+        return f"width must be at most {MAX_WIDTH}, got {width}: split it"
     return (
         f"width must be a positive multiple of {WIDTH_MULTIPLE}, got {width}: "
         f"pad to {max(WIDTH_MULTIPLE, -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)}"
     )
+
+
+def why_bad_tokens(tokens: int) -> str | None:
+    """The rule for the number of tokens, or None where it holds."""
+    if 0 <= tokens <= MAX_TOKENS:
+        return None
+    return f"tokens must be in 0..2^40, got {tokens}: choose a number in that range"
 
 
 def why_bad_rounds(rounds: int) -> str | None:

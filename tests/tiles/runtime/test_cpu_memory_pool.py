@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import threading
 
@@ -103,3 +104,35 @@ def test_saving_and_copying_work_like_any_tensors(tmp_path):
     torch.save(made, tmp_path / "made.pt")
     assert torch.equal(torch.load(tmp_path / "made.pt"), made)
     assert torch.equal(made.clone(), made)
+
+
+def test_a_kernel_without_transparent_huge_pages(monkeypatch):
+    """Such a Linux kernel refuses the advice with EINVAL."""
+
+    class Refusing(mmap.mmap):
+        def madvise(self, *advice):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    assert MemoryPool().empty(LARGE, torch.float32).fill_(3).sum() == 9 * MIN_POOLED_BYTES
+
+
+def test_the_default_device_and_dtype_do_not_matter():
+    with torch.device("meta"):
+        for shape in ((4, 4), LARGE):
+            assert MemoryPool().empty(shape, torch.float32).device.type == "cpu"
+
+
+def test_what_may_be_done_with_storage():
+    """As docs/training.md says: shared, saved, replaced; not resized where the pool owns the memory."""
+    small, large = (MemoryPool().empty(shape, torch.float32).fill_(2) for shape in ((4, 4), LARGE))
+    for made in (small, large):
+        made.share_memory_()
+        assert made.is_shared()
+        assert (made == 2).all()
+        made.data = torch.zeros(1)
+    small, large = (MemoryPool().empty(shape, torch.float32) for shape in ((4, 4), LARGE))
+    small.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        large.untyped_storage().resize_(0)
+    large.data = torch.empty(0)  # what frees the memory in its place
