@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -239,10 +240,14 @@ def _without_tilelang(source: str) -> str:
     return source.replace("#include <tl_templates/cpp/common.h>", PRELUDE)
 
 
-def _cxx() -> str | None:
-    """The C++ compiler's command."""
+def _cxx() -> list[str] | None:
+    """The C++ compiler's command; `CXX` may hold arguments, or a program in front as in `ccache g++`."""
     named = os.environ.get("CXX")
-    return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    for candidate in [named] if named else ["g++", "clang++", "c++"]:
+        program, *arguments = shlex.split(candidate) or [""]
+        if found := shutil.which(program):
+            return [found, *arguments]
+    return None
 
 
 def _compile_cpu(source: str, target: Target, problem: Problem) -> bytes:
@@ -254,8 +259,8 @@ def _compile_cpu(source: str, target: Target, problem: Problem) -> bytes:
     with tempfile.TemporaryDirectory(prefix="mhc-tune-") as folder:
         text, obj, library = (Path(folder) / name for name in ("kernel.cpp", "kernel.o", "kernel.so"))
         text.write_text(source, encoding="utf-8")
-        _run([compiler, *CPU_FLAGS, *march, *tune, "-c", str(text), "-o", str(obj)], problem)
-        _run([compiler, "-shared", str(obj), "-o", str(library)], problem)
+        _run([*compiler, *CPU_FLAGS, *march, *tune, "-c", str(text), "-o", str(obj)], problem)
+        _run([*compiler, "-shared", str(obj), "-o", str(library)], problem)
         return library.read_bytes()
 
 
@@ -276,7 +281,7 @@ def _compile_cuda(source: str, plan: Plan, target: Target, problem: Problem) -> 
             ],
             problem,
         )
-        host = [compiler, "-x", "c++", "-std=c++17", "-O2", "-fPIC", "-shared", str(text), "-o", str(library)]
+        host = [*compiler, "-x", "c++", "-std=c++17", "-O2", "-fPIC", "-shared", str(text), "-o", str(library)]
         _run([*host, "-ldl", "-pthread"], problem, folder)
         return Artifact(target, source, library.read_bytes(), _heaviest(said, plan, target))
 
