@@ -47,7 +47,6 @@ app = typer.Typer(
     cls=Commands,
     name="mhc-tune",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",  # joins the lines of a docstring's paragraph
     context_settings={"help_option_names": ["-h", "--help"]},

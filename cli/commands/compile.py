@@ -16,7 +16,7 @@ from autotune.search.pool import enumerate_pool
 from cli.ui import options
 from cli.ui.options import KERNEL_OPS, check_choices, problems
 from cli.ui.output import messages, say, show, show_json, stdout_to_stderr
-from cli.ui.render import SHAPE, number, schedule_text, table
+from cli.ui.render import number, schedule_text, table
 from tiles.compiler.compile import Artifact, why_no_compiler
 from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_spec
@@ -131,15 +131,20 @@ def summary(target: Target, rows: Sequence[Row]) -> str:
 
 
 def _named(row: Mapping[str, Any]) -> str:
-    shape = f"{row['op']} {row['direction']} n={row['streams']} C={row['width']} {row['dtype']}"
-    return f"{shape} for {row['target']}, {schedule_text(row['schedule'])}"
+    return f"{_kernel(row)} for {row['target']}, {schedule_text(row['schedule'])}"
+
+
+def _kernel(row: Mapping[str, Any]) -> str:
+    return f"{row['op']} {row['direction']} n={row['streams']} C={row['width']} {row['dtype']}"
 
 
 def _show(target: Target, rows: Sequence[Row]) -> None:
     columns = (*(GPU_COLUMNS if target.kind == "cuda" else ()), "bytes_per_token", "code_bytes")
-    made = table(f"schedules for {target}", SHAPE, tuple(name.replace("_", " ") for name in columns))
-    made.add_column("schedule", overflow="fold")
+    made = table(f"schedules for {target}", (), ())
+    made.add_column("kernel, schedule", min_width=20)
+    for name in columns:
+        made.add_column(name.replace("_percent", " %").replace("_", " "), justify="right")
     for row in rows:
         cells = [number(row[name]) for name in columns[:-1]] + [str(row["code_bytes"])]
-        made.add_row(*(str(row[name]) for name in SHAPE), *cells, schedule_text(row["schedule"]))
+        made.add_row(f"{_kernel(row)}\n  {schedule_text(row['schedule'])}", *cells)
     show(made)

@@ -11,7 +11,7 @@ import typer
 
 from cli.ui.options import PATH_HELP, JsonOption, cache_or_pack
 from cli.ui.output import say, show, show_json, warn
-from cli.ui.render import SHAPE, device_text, number, record_json, shape_of, table
+from cli.ui.render import device_text, number, record_json, shape_of, table
 from tiles.cache.record import Record
 from tiles.target import Device
 
@@ -101,14 +101,18 @@ def _changed(a: Record, b: Record) -> tuple[str, ...]:
 
 
 def _table(found: Sequence[Difference], title: str) -> Any:
-    made = table(title, ("differs", *SHAPE), ("A ms", "B ms", "B / A"))
-    made.add_column("schedule", overflow="fold")
-    made.add_column("device", overflow="fold")
+    made = table(title, (), ())
+    for name in ("differs", "kernel"):
+        made.add_column(name)
+    for name in ("A ms", "B ms", "B / A"):
+        made.add_column(name, justify="right")
+    for name in ("schedule", "device"):
+        made.add_column(name)
     for item in found:
         times = [side.measurement.get("tuned_ms") if side else None for side in (item.a, item.b)]
         made.add_row(
             ", ".join(item.changed),
-            *map(str, shape_of(item.record.key.problem)),
+            item.record.key.problem.describe(),
             *map(number, times),
             number(times[1] / times[0] if times[0] and times[1] else None),
             _schedule_change(item),

@@ -59,7 +59,7 @@ def replay_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         found = row["found"]
         made.add_row(
-            row["space"].replace("[", "\\["),
+            row["space"],
             row["sampler"],
             str(row["members"]),
             str(row["trials"]),

@@ -10,12 +10,14 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cli.ui.fit import fitted, full_width
 
 messages = Console(stderr=True)
-
-PIPE_COLUMNS = 200
-"""Width of a table that is written to a file or a pipe, where no window limits it."""
 
 
 def say(text: str) -> None:
@@ -29,12 +31,17 @@ def warn(warnings: Iterable[str]) -> None:
         say(f"warning: {warning}")
 
 
-def show(renderable: RenderableType, *, on_stderr: bool = False) -> None:
-    """Print a table, on stdout unless that is kept for JSON."""
+def show(table: Table, *, on_stderr: bool = False) -> None:
+    """Print a whole table, on stdout unless that is kept for JSON: in a file or a pipe as wide as it needs."""
     console = Console(stderr=on_stderr, markup=False, emoji=False)  # names from packs are plain text
+    above, below = (str(text or "") for text in (table.title, table.caption))
+    table.title = table.caption = None  # beside the table, as they may be wider
     if not console.is_terminal:
-        console.width = PIPE_COLUMNS
-    console.print(renderable)
+        console.width = max(full_width(table), *map(cell_len, (*above.splitlines(), *below.splitlines())))
+    with console.capture() as captured:
+        for part in (Text(above, style="table.title"), fitted(table, console.width), Text(below)):
+            console.print(part)
+    typer.echo("\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines()), err=on_stderr)
 
 
 def show_json(values: Mapping[str, Any]) -> None:

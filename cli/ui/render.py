@@ -19,12 +19,12 @@ MEASURED = ("default_ms", "tuned_ms", "ratio", "percent_of_copy", "percent_of_li
 
 
 def table(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
-    """An empty table: columns of text, then columns of numbers, aligned right."""
-    made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE)
+    """An empty table: columns of text, then columns of numbers, aligned right, whose headings may wrap."""
+    made = Table(title=title, header_style="bold", box=box.SIMPLE)
     for name in text:
         made.add_column(name, no_wrap=True)
     for name in numbers:
-        made.add_column(name, justify="right", no_wrap=True)
+        made.add_column(name, justify="right")
     return made
 
 
@@ -41,30 +41,42 @@ def records_table(records: Sequence[Record], title: str) -> Table:
     for record in sorted(records, key=lambda record: shape_of(record.key.problem)):
         lines = [record.key.problem.describe(), f"  {schedule_text(record.schedule)}"]
         lines += [f"  {device_text(record.key.device)}"] if several else []
-        made.add_row("\n".join(lines), *(number(record.measurement.get(name)) for name in MEASURED))
+        default, tuned, ratio, *shares = (record.measurement.get(name) for name in MEASURED)
+        gain = "-" if ratio is None else f"{ratio:.2f}x"
+        made.add_row("\n".join(lines), number(default), number(tuned), gain, *map(number, shares))
     return made
 
 
-def bench_table(rows: Sequence[Mapping[str, Any]], title: str, impls: Sequence[str]) -> Table:
-    """One row per op, direction and shape; one column of median times (ms) per implementation.
+def bench_tables(rows: Sequence[Mapping[str, Any]], where: str, limits: str, impls: Sequence[str]) -> list[Table]:
+    """A table a shape, with one row per op, pass and dtype, and one column of median times (ms) per implementation.
 
-    The last columns are the tuned kernels' share of the roofline limit and their speed-up over other implementations.
+    The last columns are the gain of the tuned kernels over the faster one of eager and compiled torch, and their share
+    of the roofline limit. `where` and `limits` describe the device and its limits.
     """
-    others = [impl for impl in ("separate", "eager", "compile") if impl in impls]
-    made = table(title, SHAPE, [f"{impl} ms" for impl in impls] + ["% of limit"] + [f"vs {impl}" for impl in others])
-    cells: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    shapes = dict.fromkeys((row["streams"], row["width"], row["tokens"]) for row in rows)
+    return [_bench_table(rows, shape, where, limits, impls) for shape in shapes]
+
+
+def _bench_table(
+    rows: Sequence[Mapping[str, Any]], shape: tuple[int, int, int], where: str, limits: str, impls: Sequence[str]
+) -> Table:
+    streams, width, tokens = shape
+    title = f"n = {streams}, width {width}, {tokens} tokens on {where}: median times"
+    made = table(title, ("op", "pass", "dtype"), (*(f"{impl}\nms" for impl in impls), "gain", "% of\nlimit"))
+    made.caption = (
+        "gain: how many times as fast tuned is as the faster one of eager and compile\n"
+        f"% of limit: share of the speed that memory and arithmetic allow ({limits})"
+    )
+    cells: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        cells.setdefault(tuple(row[name] for name in SHAPE), {})[row["impl"]] = row
-    for shape, by_impl in cells.items():
+        if (row["streams"], row["width"], row["tokens"]) == shape:
+            cells.setdefault((row["op"], row["direction"], row["dtype"]), {})[row["impl"]] = row
+    for about, by_impl in cells.items():
         times = {impl: row["median_ms"] for impl, row in by_impl.items()}
-        tuned = times.get("tuned")
-        gains = [times[impl] / tuned if tuned and impl in times else None for impl in others]
-        made.add_row(
-            *map(str, shape),
-            *(number(times.get(impl)) for impl in impls),
-            number(by_impl["tuned"]["percent_of_limit"] if tuned else None),
-            *(f"{gain:.1f}x" if gain else "-" for gain in gains),
-        )
+        tuned, torch_ms = times.get("tuned"), [times[impl] for impl in ("eager", "compile") if impl in times]
+        gain = f"{min(torch_ms) / tuned:.1f}x" if tuned and torch_ms else "-"
+        share = number(by_impl["tuned"]["percent_of_limit"] if tuned else None)
+        made.add_row(*about, *(number(times.get(impl)) for impl in impls), gain, share)
     return made
 
 

@@ -227,7 +227,7 @@ class Resolver:
     def _warn_compiling(self, problem: Problem, candidate: KernelCandidate) -> None:
         """Log why, before compiling for seconds."""
         if candidate.runs == "default":
-            self._warn_untuned(problem, "compiling default schedules, some seconds each, once")
+            self._warn_default(problem, "compiling default schedules, some seconds each, once")
         elif candidate.runs == "shipped":
             text = f"no tuned kernel for {problem.describe()}: compiling shipped schedules, some seconds each, once"
             self.warn_once("compile shipped", text)
@@ -248,11 +248,15 @@ class Resolver:
         if candidate.sibling:
             self.warn_once("sibling", f"{problem.describe()} runs a kernel {candidate.why}. {self.remedy(problem)}")
         if candidate.runs == "default" and self.source is not None:
-            self._warn_untuned(problem, "it runs the default schedule")
+            self._warn_default(problem, "it runs the default schedule")
 
-    def _warn_untuned(self, problem: Problem, what: str) -> None:
-        remedy = "" if self.source is None else f". {self.remedy(problem)}"
-        self.warn_once("default", f"no tuned kernel for {problem.describe()}: {what}{remedy}")
+    def _warn_default(self, problem: Problem, what: str) -> None:
+        """Log that a default schedule runs: for want of a tuned kernel, or because it was asked for."""
+        if self.source is None:
+            self.warn_once("default", f"{what}: {problem.describe()}")
+        else:
+            text = f"no tuned kernel for {problem.describe()}: {what}. {self.remedy(problem)}"
+            self.warn_once("default", text)
 
     def remedy(self, problem: Problem) -> str:
         """The command that tunes a kernel for a problem."""

@@ -38,6 +38,10 @@ def test_help_names_every_command() -> None:
     assert all(command in result.stdout for command in COMMANDS)
 
 
+def test_completion_of_the_shell_can_be_installed() -> None:
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"]).stdout
+
+
 @pytest.mark.parametrize(
     ("command", "mentioned"),
     [

@@ -42,6 +42,15 @@ def compiled(monkeypatch):
     return seen
 
 
+def test_a_default_that_is_asked_for_lacks_no_tuned_kernel(caplog, compiled):
+    assert answer(mhc.Kernels.defaults()) == COMPILED
+    (said,) = [record.message for record in caplog.records]
+    assert said == f"compiling default schedules, some seconds each, once: {PROBLEM.describe()}"
+    caplog.clear()
+    assert answer(mhc.Kernels.from_default_folder()) == COMPILED
+    assert caplog.records[0].message.startswith(f"no tuned kernel for {PROBLEM.describe()}: it runs the default")
+
+
 @pytest.mark.parametrize("changes", STALE.values(), ids=STALE)
 def test_a_schedule_of_another_version_is_compiled_here_once(tmp_path, caplog, compiled, changes):
     other = SCHEDULE | {"block_width": 8}
