@@ -67,8 +67,8 @@ class ShootoutStarted:
 class ProblemFinished:
     """The search has ended with a record in the cache (None when interrupted before anything was verified).
 
-    `stopped` is the reason: "trials", "pool swept", "time", "roofline", "interrupted", or
-    "finished before" where nothing was left to do. `reasons` counts the failures by kind.
+    `stopped` is the reason: "trials", "pool swept", "time", "roofline", "no difference", "interrupted",
+    or "finished before" where nothing was left to do. `reasons` counts the failures by kind.
     """
 
     problem: Problem

@@ -13,7 +13,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from autotune.decision.conclude import Conclusion
-from autotune.decision.significance import lower_bound_ms, near_lower_bound
+from autotune.decision.significance import is_flat, lower_bound_ms, near_lower_bound
 from autotune.events import Event, ProblemFinished, ProblemStarted, TrialDone, TrialFailed
 from autotune.measuring.resource_check import why_rejected
 from autotune.measuring.timing import Ratio, paired_ratio
@@ -40,6 +40,9 @@ __all__ = ["TuneFailed", "TuneResult", "tune"]
 
 ROOFLINE = "roofline"
 """Why a search stopped: the best trial is within the noise of the roofline."""
+
+FLAT = "no difference"
+"""Why a search stopped: no schedule differs from the default by more than the noise."""
 
 NOISE_BOUNDS = (0.01, 0.05)
 """Bounds of the relative noise that is estimated from the default timed against itself."""
@@ -139,7 +142,7 @@ class _Search:
         concluded = self.shared.study.user_attrs.get(CONCLUSION, {"trials": 0, "stopped": ""})
         if record.measurement.get("trials", 0) < concluded["trials"]:
             return False  # another worker has gone on since
-        return concluded["trials"] >= self.trials or concluded["stopped"] in ("pool swept", ROOFLINE)
+        return concluded["trials"] >= self.trials or concluded["stopped"] in ("pool swept", ROOFLINE, FLAT)
 
     def _begin(self) -> None:
         case, roofline, study = self.case, self.case.workers.roofline(), self.shared.study
@@ -162,6 +165,8 @@ class _Search:
                 return "time"
             if state.measured and self._at_roofline(state.measured):
                 return ROOFLINE
+            if is_flat(self._ratios(state.measured)):
+                return FLAT
             rest = min(state.remaining, state.budget_left)
             if state.running_elsewhere:
                 rest = (rest + 1) // 2  # share the last ones, so that all workers end at about the same time
@@ -237,6 +242,12 @@ class _Search:
         bound = lower_bound_ms(self.case.traffic, self.case.workers.roofline())
         best = TrialResult.of(measured[0])
         return near_lower_bound(best.default_ms, Ratio(best.ratio, best.low, best.high), bound, noise)
+
+    @staticmethod
+    def _ratios(measured: Sequence[FrozenTrial]) -> list[Ratio]:
+        """The speed-ups of the measured schedules, once for each code."""
+        found = {result.source: result for result in map(TrialResult.of, measured)}
+        return [Ratio(result.ratio, result.low, result.high) for result in found.values()]
 
     def _update(self, state: SearchState) -> None:
         """Update the best trial, and report what other workers have evaluated since the last poll."""

@@ -18,9 +18,12 @@ from autotune.search.tuning_case import TuningCase, source_digest, tuning_error
 from autotune.study.provenance import measurement, provenance
 from autotune.study.shared_trials import SharedTrials
 from tiles.cache.cache import KernelCache, Record
+from tiles.cache.compiled_here import Subfolder
 from tiles.compiler.compile import Artifact
 
 FINALISTS = 3
+
+DEFAULTS: Subfolder = "defaults"
 
 Fields = Mapping[str, float | bool]
 
@@ -54,7 +57,15 @@ class Conclusion:
             separate = self._compare_with_separate(entrants[int(winner)], seed)
         except TaskFailed as failure:
             raise tuning_error(case.problem, f"the finalists fail: {failure}") from failure
+        self._keep_default()
         return self._put(int(winner), tuned_ms, default_ms, ratio, {**separate, **conditions})
+
+    def _keep_default(self) -> None:
+        """Keep the default schedule's code where it is looked for, so that nobody compiles it again."""
+        case = self.case
+        built, values = case.artifact(case.pool.default), case.pool.values(case.pool.default)
+        made = provenance(seed=case.seed, study=self.shared.study.study_name)
+        KernelCache(self.cache.folder / DEFAULTS, lazy=True).put(case.key, values, built.binary, built.source, {}, made)
 
     def save_best_of_this_run(self) -> Record | None:
         """After Ctrl-C: write the best trial that was verified in this call and beats the default."""
@@ -69,13 +80,15 @@ class Conclusion:
         return None
 
     def _finalists(self, measured: Sequence[FrozenTrial]) -> list[int]:
-        """The fastest members, at most `FINALISTS`, of distinct code; only those faster than the default."""
+        """The fastest members, at most `FINALISTS`, of distinct code; only those that may beat the default."""
         members: dict[str, int] = {}
         for trial in measured:
             member = self.case.member(trial)
             if member == self.case.pool.default:
                 break
-            members.setdefault(TrialResult.of(trial).source, member)
+            found = TrialResult.of(trial)
+            if is_significant(found.high):
+                members.setdefault(found.source, member)
         return list(members.values())[:FINALISTS]
 
     def _compare_with_separate(self, artifact: Artifact, seed: int) -> Fields:

@@ -17,6 +17,10 @@ LEAST_GAIN = 0.01
 lie in memory."""
 
 
+FLAT_SCHEDULES, FLAT_SPREAD = 5, 0.02
+"""A kernel's schedule does not matter where so many, tried far apart, are within this share of the default's time and
+within the noise."""
+
 SELECTION_STRIDE = 3
 """One in so many rounds selects the fastest; the others judge it."""
 
@@ -51,6 +55,15 @@ def decide(default: str, times: Mapping[str, Sequence[float]]) -> tuple[str, flo
 def is_significant(low: float) -> bool:
     """Whether a speed-up with the lower confidence bound `low` is beyond `LEAST_GAIN`."""
     return low > 1 + LEAST_GAIN
+
+
+def is_flat(ratios: Sequence[Ratio]) -> bool:
+    """Whether schedules of different code (the default among them) show no difference: their speed-ups are about 1."""
+
+    def like_the_default(ratio: Ratio) -> bool:
+        return abs(ratio.median - 1) <= FLAT_SPREAD and ratio.low <= 1 + LEAST_GAIN and ratio.high >= 1 - LEAST_GAIN
+
+    return len(ratios) >= FLAT_SCHEDULES and all(map(like_the_default, ratios))
 
 
 def lower_bound_ms(traffic: Traffic, roofline: Roofline) -> float:

@@ -21,12 +21,13 @@ def interleaved(
     least: int = 5,
     warmup: int = 1,
     seed: int = 0,
+    enough: Callable[[Mapping[str, Sequence[float]]], bool] | None = None,
 ) -> dict[str, list[float]]:
     """Time calls against each other: {name: milliseconds of each round}, all lists equally long.
 
     Each round runs every call once, on cold caches, in an order shuffled by `seed`, so that the machine's drift affects
-    all alike. Stops after `rounds`, or after `seconds` once there are `least` rounds. `warmup` rounds run first and do
-    not count. Without a `stopwatch` the calls run on the CPU.
+    all alike. Stops after `rounds`; once there are `least` rounds also after `seconds`, or where the times are
+    `enough`. `warmup` rounds run first and do not count. Without a `stopwatch` the calls run on the CPU.
     """
     stopwatch = stopwatch or CpuStopwatch()
     prepared = {name: stopwatch.prepared(call) for name, call in calls.items()}
@@ -37,7 +38,7 @@ def interleaved(
             prepared[name]()
     deadline = time.perf_counter() + seconds
     for done in range(rounds):
-        if done >= least and time.perf_counter() > deadline:
+        if done >= least and (time.perf_counter() > deadline or (enough is not None and enough(times))):
             break
         shuffle.shuffle(order)
         for name in order:
@@ -70,3 +71,13 @@ def paired_ratio(slow_ms: Sequence[float], fast_ms: Sequence[float]) -> Ratio:
     if outside < 0:
         return Ratio(median, 0.0, math.inf)
     return Ratio(median, ratios[outside], ratios[-1 - outside])
+
+
+def narrow(times: Mapping[str, Sequence[float]], width: float) -> bool:
+    """Whether the interval of the ratio of the first to every other is at most `width` of its median wide.
+
+    It depends on how much the times scatter, and not on which are faster: rounds that end by it favour none.
+    """
+    first, *others = times.values()
+    ratios = [paired_ratio(first, other) for other in others]
+    return all(ratio.high - ratio.low <= width * ratio.median for ratio in ratios)

@@ -12,11 +12,14 @@ import torch
 
 from autotune.measuring.roofline import Roofline
 from autotune.measuring.stopwatch import stopwatch_for
-from autotune.measuring.timing import interleaved
+from autotune.measuring.timing import interleaved, narrow, paired_ratio
 from autotune.measuring.verify import init_updated, inputs_for, verify
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Direction, Problem
 from tiles.runtime.loaded_kernel import LoadedKernel, empty_result, is_result
+
+Times = Mapping[str, Sequence[float]]
+"""Milliseconds of each round by name."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class TimingBudget:
 TRIAL = TimingBudget(rounds=15, seconds=0.8, least=6)
 SHOOTOUT = TimingBudget(rounds=60, seconds=4.0, least=12)
 SHOOTOUT_KERNELS = 4  # of more kernels the seconds grow in proportion, so that each has as many rounds
+NARROW = 0.01
+"""Width of the intervals, as a share of the ratio, at which the rounds of a shootout end."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ def compare(problem: Problem, paths: Mapping[str, Path], unverified: Sequence[st
     for name in unverified:
         verify(kernels[name], inputs, problem.tokens, seed)
     seconds = SHOOTOUT.seconds * max(1, len(kernels) / SHOOTOUT_KERNELS)
-    return _time(kernels, problem, inputs, seed, replace(SHOOTOUT, seconds=seconds))
+    effort = replace(SHOOTOUT, seconds=seconds)
+    return _time(kernels, problem, inputs, seed, effort, lambda times: narrow(times, NARROW))
 
 
 def compare_separate(
@@ -84,7 +90,7 @@ def compare_separate(
 ) -> Timings:
     """Time a fused kernel against `parts`, the kernels that together do its work; all are verified already.
 
-    Times come under `FUSED` and `SEPARATE`.
+    Times come under `FUSED` and `SEPARATE`. The rounds end where the fused kernel is the faster one beyond the noise.
     """
     torch.set_num_threads(threads)
     kernel = _load(fused, problem)
@@ -103,7 +109,12 @@ def compare_separate(
         FUSED: lambda: kernel(*inputs),
         SEPARATE: lambda: separate.call(run, *inputs),
     }
-    return _interleaved(calls, inputs, seed, SHOOTOUT)
+    return _interleaved(calls, inputs, seed, SHOOTOUT, fused_is_faster)
+
+
+def fused_is_faster(times: Times) -> bool:
+    """Whether the separate kernels have lost against the fused one beyond the noise."""
+    return paired_ratio(times[FUSED], times[SEPARATE]).high < 1
 
 
 @cache
@@ -118,6 +129,7 @@ def _time(
     inputs: dict[str, Any],
     seed: int,
     effort: TimingBudget,
+    enough: Callable[[Times], bool] | None = None,
 ) -> Timings:
     """Time kernels on the same memory, so that its placement favours none."""
     kernel = next(iter(kernels.values()))
@@ -129,13 +141,17 @@ def _time(
         return lambda: kernel.launch(inputs, results, tokens, slices)
 
     calls = {name: call(kernel) for name, kernel in kernels.items()}
-    return _interleaved(calls, tuple(inputs.values()), seed, effort)
+    return _interleaved(calls, tuple(inputs.values()), seed, effort, enough)
 
 
 def _interleaved(
-    calls: Mapping[str, Callable[[], object]], inputs: tuple[Any, ...], seed: int, effort: TimingBudget
+    calls: Mapping[str, Callable[[], object]],
+    inputs: tuple[Any, ...],
+    seed: int,
+    effort: TimingBudget,
+    enough: Callable[[Times], bool] | None,
 ) -> Timings:
     """Time calls on the device that their inputs are on."""
     stopwatch = stopwatch_for(next(value.device for value in inputs if isinstance(value, torch.Tensor)))
-    times = interleaved(calls, stopwatch=stopwatch, seed=seed, **asdict(effort))
+    times = interleaved(calls, stopwatch=stopwatch, seed=seed, enough=enough, **asdict(effort))
     return Timings(times, stopwatch.conditions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -93,6 +94,8 @@ class _Run:
         self.failed: dict[str, str] = {}
         self.served: list[BucketSchedulesChosen] = []
         self.started = 0
+        self.share = 0.0
+        self.beside: list[float] = []
         self.interrupted = False
         self.roofline: Roofline | None = None
 
@@ -113,13 +116,18 @@ class _Run:
         except KeyboardInterrupt:
             self.interrupted = True
 
+    def _share(self, deadline: float) -> float:
+        """The seconds of the next search: its share of the time left, less what a problem takes beside its search."""
+        left = (deadline - time.monotonic()) / (len(self.todo) - self.started)
+        return max(0.0, left - statistics.median(self.beside or [0.0]))
+
     def _tune_buckets(self, group: list[Problem], deadline: float | None, settings: dict[str, Any]) -> None:
         """Tune problems that differ in tokens only, then choose a few schedules for all of them."""
         results: dict[Problem, TuneResult] = {}
         for problem in group:
             if deadline is not None:
-                left = len(self.todo) - self.started
-                settings = settings | {"seconds": max(0.0, deadline - time.monotonic()) / left}
+                self.share = self._share(deadline)
+                settings = settings | {"seconds": self.share}
             self.started += 1
             try:
                 results[problem] = tune_kernel(problem, self.device, self.cache, **settings)
@@ -174,6 +182,8 @@ class _Run:
             self.roofline = event.roofline
         if isinstance(event, ProblemFinished):
             self.finished.append(event)
+            if event.stopped == "time":
+                self.beside.append(event.seconds - self.share)
         if isinstance(event, BucketSchedulesChosen):
             self.served.append(event)
             newer = {record.key: record for record in event.records}

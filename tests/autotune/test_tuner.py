@@ -86,6 +86,24 @@ def test_the_default_ships_where_nothing_beats_it_beyond_the_noise(cache):
     assert record.measurement["tuned_ms"] == record.measurement["default_ms"]
 
 
+def test_a_kernel_whose_schedule_does_not_matter_is_not_searched_on(cache):
+    result, _ = run(cache, toy.ToyWorkers(lambda schedule: 5.0), trials=100)
+    assert result.stopped == "no difference"
+    assert result.trials < 10
+    assert run(cache, toy.ToyWorkers(), trials=100)[0].stopped == "finished before"
+    some = toy.ToyWorkers(lambda schedule: 5.0 if schedule.block < 32 else 6.0)
+    assert run(KernelCache(cache.folder / "other"), some, trials=100)[0].stopped == "pool swept"
+
+
+def test_the_default_schedules_code_is_kept_apart_for_whoever_needs_it(cache):
+    run(cache, toy.ToyWorkers(), trials=12)
+    assert [record.schedule for record in cache.records()] != [asdict(toy.DEFAULT_SCHEDULE)]
+    defaults = KernelCache(cache.folder / "defaults")
+    (kept,) = defaults.records()
+    assert kept.schedule == asdict(toy.DEFAULT_SCHEDULE)
+    assert defaults.binary_path(kept).read_text() == toy.code(toy.DEFAULT_SCHEDULE)
+
+
 def test_equal_code_is_timed_once(cache):
     workers = toy.ToyWorkers()
     _, events = run(cache, workers, trials=100)
@@ -244,12 +262,12 @@ def test_stops_where_the_roofline_leaves_less_than_the_noise(cache, limit, of_co
     assert of_kind(events, TrialDone)[0].percent_of_limit == pytest.approx(100, rel=0.02)
     assert result.record.measurement["percent_of_limit"] == pytest.approx(100, rel=0.02)
     assert run(cache, toy.ToyWorkers(), trials=30)[0].stopped == "finished before"
-    slower = toy.ToyWorkers(lambda schedule: 1.2, **limit)
+    slower = toy.ToyWorkers(lambda schedule: 1.2 + 0.1 * schedule.block, **limit)
     assert run(KernelCache(cache.folder / "other"), slower, trials=8)[0].stopped == "trials"
 
 
 def test_a_roofline_that_is_beaten_stops_nothing(cache):
-    workers = toy.ToyWorkers(lambda schedule: 0.9, gb_per_s=2.0)
+    workers = toy.ToyWorkers(lambda schedule: 0.9 if schedule == toy.DEFAULT_SCHEDULE else 1.2, gb_per_s=2.0)
     result, events = run(cache, workers, trials=8)
     assert result.stopped == "trials"
     assert of_kind(events, TrialDone)[0].percent_of_limit == pytest.approx(111, rel=0.02)

@@ -12,6 +12,7 @@ from autotune.decision.significance import (
     SELECTION_STRIDE,
     decide,
     finalist_results,
+    is_flat,
     judging_rounds,
     lower_bound_ms,
     near_lower_bound,
@@ -59,6 +60,15 @@ def test_of_equal_kernels_the_default_wins_however_many_there_are(finalists, mon
     equals = {str(number): 4.0 for number in range(finalists + 1)}
     wrong = sum(decide("0", on_a_virtual_machine(equals, seed, rounds=30))[0] != "0" for seed in range(400))
     assert wrong <= 18, "P(more than 18 of 400 at 2.5 %) is below 0.5 %"
+
+
+def test_schedules_that_all_take_the_defaults_time_make_no_difference():
+    same = [Ratio(1.0, 0.99, 1.01), Ratio(1.015, 0.97, 1.05), Ratio(0.99, 0.95, 1.0), Ratio(1.0, 0.9, 1.2)]
+    assert not is_flat(same), "too few"
+    assert is_flat([*same, Ratio(0.985, 0.95, 1.01)])
+    assert not is_flat([*same, Ratio(1.03, 0.99, 1.05)]), "3 % may be something to find"
+    assert not is_flat([*same, Ratio(1.018, 1.015, 1.02)]), "faster beyond the noise"
+    assert not is_flat([*same, Ratio(0.982, 0.98, 0.985)]), "slower beyond the noise"
 
 
 def test_a_gain_of_three_percent_is_found_and_said_as_it_is():

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from autotune.measuring import stopwatch
-from autotune.measuring.timing import Ratio, interleaved, paired_ratio
+from autotune.measuring.timing import Ratio, interleaved, narrow, paired_ratio
 
 
 @pytest.fixture
@@ -34,6 +34,26 @@ def test_time_limit_leaves_the_least_number_of_rounds(calls):
     _, functions = calls
     assert len(interleaved(functions, rounds=50, seconds=-1, least=6)["a"]) == 6
     assert len(interleaved(functions, rounds=4, seconds=-1, least=6)["a"]) == 4
+
+
+def test_rounds_end_where_the_times_are_enough(calls):
+    _, functions = calls
+    said = []
+
+    def enough(times):
+        said.append({len(rounds) for rounds in times.values()})
+        return said[-1] == {9}
+
+    assert len(interleaved(functions, rounds=50, least=6, enough=enough)["a"]) == 9
+    assert said == [{6}, {7}, {8}, {9}]
+
+
+def test_intervals_are_narrow_where_times_scatter_little_whichever_is_faster():
+    steady, doubled = [1.0] * 12, [2.0] * 12
+    assert narrow({"a": steady, "b": doubled, "c": steady}, 0.01)
+    assert narrow({"a": steady}, 0.01)
+    assert not narrow({"a": steady, "b": doubled, "c": [1.0, 1.1] * 6}, 0.01)
+    assert not narrow({"a": steady[:5], "b": doubled[:5]}, 0.01), "five rounds bound nothing"
 
 
 class Stopwatch:

@@ -34,10 +34,19 @@ MEASUREMENT = {
 
 
 class Script:
-    """Stands in for `autotune.tuner.tune`: emits all events, stores a record; `at` raises at the n-th problem."""
+    """Stands in for `autotune.tuner.tune`: emits all events, stores a record; `at` raises at the n-th problem.
 
-    def __init__(self, at: int | None = None, raises: BaseException | None = None) -> None:
-        self.at, self.raises = at, raises
+    Each says that it took so many `seconds` and why it `stopped`.
+    """
+
+    def __init__(
+        self,
+        at: int | None = None,
+        raises: BaseException | None = None,
+        seconds: float = 0.2,
+        stopped: str = "trials",
+    ) -> None:
+        self.at, self.raises, self.seconds, self.stopped = at, raises, seconds, stopped
         self.calls: list[tuple[Problem, dict[str, Any]]] = []
 
     def __call__(self, problem: Problem, device: Device, cache: KernelCache, **options: Any) -> None:
@@ -52,7 +61,7 @@ class Script:
         report(TrialFailed(problem, 1, {}, "does not compile"))
         report(ShootoutStarted(problem, ({}, {})))
         record = cache.put(Key.of(problem, device), {"block": 1}, b"code", "text", MEASUREMENT, {})
-        report(ProblemFinished(problem, record, "trials", 1, 0.2))
+        report(ProblemFinished(problem, record, self.stopped, 1, self.seconds))
 
 
 @pytest.fixture
@@ -119,6 +128,13 @@ def test_seconds_are_shared_by_the_kernels(tuning: Callable[..., Any]) -> None:
     shares = [options["seconds"] for _, options in script.calls]
     assert shares[0] == pytest.approx(60 / len(shares), rel=0.1)
     assert shares[-1] == pytest.approx(60, rel=0.1)
+
+
+def test_what_a_kernel_takes_beside_its_search_is_left_for_those_after_it(tuning: Callable[..., Any]) -> None:
+    script = Script(seconds=5.0, stopped="time")
+    assert tuning(script, "--seconds", "60").exit_code == 0
+    shares = [options["seconds"] for _, options in script.calls]
+    assert shares[1] == pytest.approx(60 / (len(shares) - 1) - (5 - shares[0]), rel=0.1)
 
 
 def test_without_seconds_only_trials_limit(tuning: Callable[..., Any]) -> None:
