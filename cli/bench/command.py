@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,15 +15,16 @@ import typer
 
 from autotune.measuring.roofline import Roofline
 from autotune.measuring.stopwatch import QueuedStopwatch, queued_stopwatch_for
-from autotune.measuring.timing import interleaved
+from autotune.measuring.timing import interleaved, narrow
 from cli.bench import fastest_torch, hardware_limits, load_time, our_kernels, peers
 from cli.bench.cases import DIRECTIONS, OPS, BenchCase, make_case
 from cli.bench.fastest_torch import FastestTorch
 from cli.bench.implementation import Implementation
+from cli.bench.precompile import Precompilers
 from cli.ui import options
 from cli.ui.options import check_choices, existing_cache, measured_device
 from cli.ui.output import say, show, show_json, stdout_to_stderr
-from cli.ui.render import bench_table, device_text, load_table
+from cli.ui.render import bench_tables, device_text, load_table
 from tiles.errors import BadInput, first_line
 from tiles.kernels.spec import Problem
 from tiles.target import Device
@@ -31,6 +33,9 @@ IMPLS = (*our_kernels.KERNELS, *fastest_torch.IMPLS, *peers.NAMES, *hardware_lim
 
 ROUNDS, SECONDS = 30, 12.0
 """Rounds of each measurement; they end after this many seconds once there are five."""
+
+NARROW = 0.04
+"""They also end where every ratio to the first implementation has an interval no wider than this share of it."""
 
 BACKWARD_ALONE = ("backward",)
 DIRECTION_GROUPS = (("forward", "both"), BACKWARD_ALONE)
@@ -42,12 +47,16 @@ SEED = 0
 Shape = tuple[int, int, int, str]
 """Streams, width, tokens, dtype."""
 
-BENCH_OPS, DEFAULT_DIRECTIONS = [*OPS, load_time.OP], list(DIRECTIONS)
+BENCH_OPS, DEFAULT_DIRECTIONS, DEFAULT_IMPLS = [*OPS, load_time.OP], list(DIRECTIONS), list(IMPLS)
 OpOption = Annotated[
     list[str], typer.Option("--op", help=f"Op: {', '.join(BENCH_OPS)}. May repeat.", show_default="all")
 ]
 DirectionOption = Annotated[
     list[str], typer.Option("--direction", help=f"Direction: {', '.join(DIRECTIONS)}. May repeat.", show_default="all")
+]
+ImplOption = Annotated[
+    list[str],
+    typer.Option("--impl", help=f"Implementation: {', '.join(IMPLS)}. May repeat.", show_default="all that run here"),
 ]
 ScheduleOption = Annotated[
     list[str],
@@ -66,6 +75,7 @@ def bench(
     dtype: options.DtypeOption = options.DEFAULT_DTYPE,
     op: OpOption = BENCH_OPS,
     direction: DirectionOption = DEFAULT_DIRECTIONS,
+    impl: ImplOption = DEFAULT_IMPLS,
     cache: options.CacheOption = None,
     schedule: ScheduleOption = [],  # noqa: B006 - typer only reads it
     json: options.JsonOption = False,
@@ -84,24 +94,28 @@ def bench(
     device = measured_device(target)
     check_choices("op", op, BENCH_OPS)
     check_choices("direction", direction, DIRECTIONS)
+    check_choices("impl", impl, DEFAULT_IMPLS)
     shapes = _shapes(streams, width, tokens, dtype)
     folder = existing_cache(cache).folder
     overrides = [our_kernels.parse_override(text) for text in schedule]
     with stdout_to_stderr(json):
-        report = run(device, folder, shapes, op, direction, IMPLS, overrides)
-    labels = [*IMPLS, *(override.label for override in overrides)]
-    impls = [impl for impl in labels if any(row["impl"] == impl for row in report["results"])]
-    limits = f"copy {report['copy_gb_per_s']:.1f} GB/s, {report['gflops_peak']:.0f} GFLOP/s"
-    where = f"{report['threads']} threads, " if device.kind == "cpu" else ""
-    title = f"{device_text(device)}, {where}{limits}"
-    if report["results"]:
-        show(bench_table(report["results"], title, impls), on_stderr=json)
-    if report["load"]:
-        show(load_table(report["load"]), on_stderr=json)
-    for line in report["skipped"]:
-        say(f"skipped: {line}")
+        report = run(device, folder, shapes, op, direction, [name for name in IMPLS if name in impl], overrides)
+    _show(device, report, [*IMPLS, *(override.label for override in overrides)], on_stderr=json)
     if json:
         show_json(report)
+
+
+def _show(device: Device, report: Mapping[str, Any], labels: Sequence[str], *, on_stderr: bool) -> None:
+    """Print the tables of a report, and in one line what was left out."""
+    impls = [impl for impl in labels if any(row["impl"] == impl for row in report["results"])]
+    limits = f"copy {report['copy_gb_per_s']:.1f} GB/s, {report['gflops_peak']:.0f} GFLOP/s"
+    where = device_text(device) + (f", {report['threads']} threads" if device.kind == "cpu" else "")
+    for table in bench_tables(report["results"], where, limits, impls):
+        show(table, on_stderr=on_stderr)
+    if report["load"]:
+        show(load_table(report["load"]), on_stderr=on_stderr)
+    if report["skipped"]:
+        say(f"left out: {'; '.join(report['skipped'])}")
 
 
 def run(
@@ -122,10 +136,13 @@ def run(
     elif load_time.OP in ops:
         skipped.append(f"{load_time.OP}: is measured on a CPU only")
     roofline = Roofline.measure(device.kind)
-    for shape in shapes:
-        fastest = FastestTorch(shape[0], shape[1], shape[3])
-        for op in (op for op in OPS if op in ops):
-            results += measure_op(device, folder, shape, op, directions, impls, overrides, fastest, roofline, skipped)
+    with ExitStack() as stack:
+        precompilers = stack.enter_context(Precompilers()) if device.kind == "cpu" else None
+        for shape in shapes:
+            fastest = FastestTorch(shape[0], shape[1], shape[3], precompilers)
+            for op in (op for op in OPS if op in ops):
+                about = (directions, impls, overrides, fastest, roofline, skipped)
+                results += measure_op(device, folder, shape, op, *about)
     return {
         "device": device.as_dict(),
         "threads": torch.get_num_threads(),
@@ -235,7 +252,8 @@ def _measure(
     rows = []
     for direction in directions:
         stopwatch = queued_stopwatch_for(case.inputs[0].device)
-        times = interleaved(calls[direction], stopwatch=stopwatch, rounds=ROUNDS, seconds=SECONDS)
+        limits: dict[str, Any] = {"rounds": ROUNDS, "seconds": SECONDS, "enough": lambda times: narrow(times, NARROW)}
+        times = interleaved(calls[direction], stopwatch=stopwatch, **limits)
         for impl, milliseconds in times.items():
             host = stopwatch.host_seconds[calls[direction][impl]] if isinstance(stopwatch, QueuedStopwatch) else None
             rows.append(

@@ -10,10 +10,12 @@ import torch
 from autotune.measuring.timing import interleaved
 from cli.bench.cases import BenchCase
 from cli.bench.implementation import Implementation, is_correct
+from cli.bench.precompile import Precompilers
 from cli.bench.time_limit import TimeLimitExceeded, time_limit
-from cli.bench.torch_composites import SINGLE_OPS, combinations, composite, pre
-from cli.bench.torch_ops import FUSIBLE, OpFunction, variants
+from cli.bench.torch_composites import SINGLE_OPS, forms
+from cli.bench.torch_ops import FUSIBLE, OpFunction
 from tiles.errors import first_line
+from tiles.kernels.spec import Problem
 
 IMPLS = ("eager", "compile")
 
@@ -25,10 +27,14 @@ TIME_LIMIT = 600.0
 
 
 class FastestTorch:
-    """Finds the fastest correct variant of each case at one shape, and remembers it."""
+    """Finds the fastest correct variant of each case at one shape, and remembers it.
 
-    def __init__(self, streams: int, width: int, dtype: str) -> None:
+    With `precompilers` the compiled ones are compiled side by side.
+    """
+
+    def __init__(self, streams: int, width: int, dtype: str, precompilers: Precompilers | None = None) -> None:
         self._shape = (streams, width, dtype)
+        self._precompilers = precompilers
         self._best: dict[tuple[str, str, str], str] = {}  # by implementation, op and direction
 
     def implementations(
@@ -41,6 +47,9 @@ class FastestTorch:
         candidates = self._candidates(impl, case.op, directions)
         if "both" not in directions and (known := self._best.get((impl, case.op, "both"))):
             candidates = {known: candidates[known]}
+        if impl == "compile" and self._precompilers and len(candidates) > 1:
+            problem = Problem(case.op, "forward", case.streams, case.width, case.dtype, case.tokens)
+            self._precompilers.compile(problem, list(candidates), directions, TIME_LIMIT)
         made = (Implementation(impl, _compiled(impl, one), name, directions) for name, one in candidates.items())
         running = {candidate.variant: candidate for candidate in made if _runs(candidate, case, skipped)}
         if not running:
@@ -55,19 +64,16 @@ class FastestTorch:
 
     def _candidates(self, impl: str, op: str, directions: Sequence[str]) -> dict[str, OpFunction]:
         """The variants to try by name."""
+        known = forms(impl, op, *self._shape)
         if op in SINGLE_OPS:
-            known = variants(op, *self._shape)
             names = known if impl == "eager" else dict.fromkeys((*FUSIBLE[op], self._best.get(("eager", op, "both"))))
             return {name: known[name] for name in names if name in known}
-        found = {
-            name: composite(op, pre(parts), parts["merge"]) for name, parts in combinations(impl, *self._shape).items()
-        }
         if op == "stack":
             # Compiling a stack takes minutes, so it takes the fastest variant of the layer, or else the best known.
             layers = (self._best.get((impl, "layer", direction)) for direction in ("both", *directions))
-            name = next((layer for layer in layers if layer), next(iter(found)))
-            return {name: found[name]}
-        return found
+            name = next((layer for layer in layers if layer), next(iter(known)))
+            return {name: known[name]}
+        return known
 
 
 def _compiled(impl: str, function: OpFunction) -> OpFunction:

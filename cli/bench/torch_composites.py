@@ -54,6 +54,14 @@ def combinations(impl: str, streams: int, width: int, dtype: str) -> dict[str, M
     }
 
 
+def forms(impl: str, op: str, streams: int, width: int, dtype: str) -> dict[str, OpFunction]:
+    """All forms of an op for eager or compile by name: variants of a single op, combinations of a composite."""
+    if op in SINGLE_OPS:
+        return variants(op, streams, width, dtype)
+    found = combinations(impl, streams, width, dtype)
+    return {name: composite(op, pre(parts), parts["merge"]) for name, parts in found.items()}
+
+
 def composite(op: str, pre: OpFunction, merge: OpFunction) -> OpFunction:
     """One of `COMPOSITES`, made of a pre and a merge."""
     one = layer(pre, merge)
