@@ -8,8 +8,9 @@ INSTALL = $(BIN)/python -m pip install -c constraints.txt -e
 PYTEST = $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 CACHE := build/cache
 PACK := build/kernels.mhcpack
-# The single ops and a layer; compiling a stack of layers with torch takes minutes (`mhc-tune bench --op stack`).
-COMPARED := $(foreach op,project coefficients aggregate merge pre layer,--op $(op)) --direction forward --direction both
+# What a layer runs, and the layer: torch compiles these in a minute or two. `mhc-tune bench` alone compares everything.
+COMPARED := $(foreach op,merge pre layer,--op $(op)) --direction both \
+	$(foreach impl,tuned default eager compile,--impl $(impl))
 PROBLEM := --target auto --streams 4 --width 1280 --tokens 2048 --dtype bfloat16 --dtype float32
 
 # On a machine with an NVIDIA GPU: tests, tunes and measures, the most telling first; the same command goes on.
@@ -20,12 +21,25 @@ GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 .PHONY: tune check test test-slow test-all gpu clean
 .DELETE_ON_ERROR:
 
+define NEXT
+kernels: $(PACK)   measurements: build/bench.json, build/tune.json   cache: $(CACHE)
+next:
+  $(BIN)/python -c 'import mhc; mhc.load_kernels("$(PACK)")'
+  $(BIN)/mhc-tune explain $(PACK) --op merge --width 1280 --tokens 2048
+  $(BIN)/mhc-tune report --cache $(CACHE) -o build/report.html
+endef
+export NEXT
+
+# The default schedules that the search compiles are kept in the cache, where the comparison finds them.
+tune: export MHC_TUNE_CACHE := $(CURDIR)/$(CACHE)
 tune: .venv/installed
-	mkdir -p build
-	$(BIN)/mhc-tune tune $(PROBLEM) --seconds 480 --cache $(CACHE)
+	@mkdir -p build
+	$(BIN)/mhc-tune tune $(PROBLEM) --seconds 200 --cache $(CACHE) --json > build/tune.json
 	$(BIN)/mhc-tune export $(PACK) --cache $(CACHE)
 	$(BIN)/mhc-tune bench $(PROBLEM) $(COMPARED) --cache $(CACHE) --json > build/bench.json
-	@echo "kernels: $(PACK)   measurements: build/bench.json   cache: $(CACHE)"
+	@if $(BIN)/python -c 'import matplotlib' 2> /dev/null; then \
+		$(BIN)/python -m cli.maintain.plot_results speedup build build/bench.png && echo "chart: build/bench.png"; fi
+	@echo "$$NEXT"
 
 check: .venv/installed-for-tests
 	$(BIN)/ruff check .
@@ -45,7 +59,7 @@ gpu:
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(INSTALL) '.[peers]'
+	$(INSTALL) '.[peers,plot]'
 	touch $@
 
 .venv/installed-for-tests: .venv/installed

@@ -146,7 +146,7 @@ def speedups(rows: Iterable[dict[str, Any]], dtype: str, baseline: str) -> dict[
         for row in rows
         if (row["dtype"], row["direction"]) == (dtype, "both")
     }
-    return {op: ms[op, baseline] / ms[op, "tuned"] for op, impl in ms if impl == "tuned"}
+    return {op: ms[op, baseline] / ms[op, "tuned"] for op, impl in ms if impl == "tuned" and (op, baseline) in ms}
 
 
 def plot_speedup(rows: Sequence[dict[str, Any]], image: Path) -> None:

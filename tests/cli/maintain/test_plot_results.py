@@ -64,6 +64,7 @@ def test_speedups_are_times_over_those_of_the_tuned_kernels(tmp_path):
         for direction in ("forward", "both")
     ]
     assert plot_results.speedups(rows, "float32", "eager") == {"layer": 5.0}
+    assert plot_results.speedups(rows, "float32", "a peer") == {}, "what was left out has no bar"
     (tmp_path / "bench.json").write_text(json.dumps({"results": rows}))
     said = CliRunner().invoke(plot_results.app, ["speedup", str(tmp_path), str(tmp_path / "out.png")])
     assert said.exit_code == 0, said.output
