@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from tiles.errors import BadInput
 from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.spec import WIDTH_MULTIPLE, why_bad_streams, why_bad_width
+
+LEAST_HC_EPS = 1e-30
+"""Sums of it have reciprocals in float32."""
 
 STREAM_DTYPES = frozenset(DTYPES.values())
 
@@ -27,6 +32,14 @@ def check_problem(streams: int, width: int = WIDTH_MULTIPLE) -> None:
     why = why_bad_streams(streams) or why_bad_width(width)
     if why:
         raise BadInput(why)
+
+
+def check_scalars(hc_eps: float, post_scale: float = 2.0) -> None:
+    """Raise `BadInput` for an hc_eps or a post_scale with which the maps are not finite."""
+    if hc_eps != 0 and not LEAST_HC_EPS <= hc_eps <= 1:
+        raise BadInput(f"hc_eps must be 0, or in {LEAST_HC_EPS}..1, got {hc_eps}: DeepSeek-V4 has 1e-6, the paper 0")
+    if not 0 < post_scale < math.inf:
+        raise BadInput(f"post_scale must be positive and finite, got {post_scale}: the paper has 2")
 
 
 def expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

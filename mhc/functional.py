@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from mhc.checks import check_problem, expect, stream_shape
+from mhc.checks import check_problem, check_scalars, expect, stream_shape
 from mhc.dispatch.operators import call
 from tiles.errors import BadInput
 from tiles.kernels.spec import PAPER_ROUNDS, WIDTH_MULTIPLE
@@ -22,6 +22,9 @@ ROUNDS = PAPER_ROUNDS
 
 EPS = 1e-6
 """The default eps of the norm, added to the mean square of a token's streams."""
+
+POST_SCALE = 2.0
+"""The default factor of post's sigmoid."""
 
 ANY_WIDTH = WIDTH_MULTIPLE
 """The width given to an op that has none."""
@@ -49,13 +52,17 @@ def coefficients(
     width: int,
     rounds: int = ROUNDS,
     eps: float = EPS,
+    hc_eps: float = 0.0,
+    post_scale: float = POST_SCALE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return pre = σ(h_pre), post = 2σ(h_post), res = Sinkhorn(h_res), where h = alpha∘z·rsqrt(s/K + eps) + bias.
+    """Return pre = σ(h_pre) + hc_eps, post = post_scale σ(h_post), res = Sinkhorn(h_res), where h = alpha∘z·rsqrt(s/K +
+    eps) + bias; hc_eps is also that of `sinkhorn`. The paper has hc_eps = 0, DeepSeek-V4 and GLM-5.3 have 1e-6.
 
     z [..., N], s [...], alpha [3] (pre, post, res), bias [N], all float32
     -> pre [..., n], post [..., n], res [..., n, n], float32. Rows of res sum to one.
     """
     check_problem(streams, width)
+    check_scalars(hc_eps, post_scale)
     n, outputs = streams, streams * streams + 2 * streams
     leading = s.shape
     expect("s", s, leading, torch.float32, z.device)
@@ -63,21 +70,23 @@ def coefficients(
     expect("alpha", alpha, (3,), torch.float32, z.device)
     expect("bias", bias, (outputs,), torch.float32, z.device)
     flat = z.reshape(-1, outputs), s.reshape(-1)
-    pre, post, res = call("coefficients", *flat, alpha, bias, eps, n, width, rounds)
+    pre, post, res = call("coefficients", *flat, alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
     return pre.view(*leading, n), post.view(*leading, n), res.view(*leading, n, n)
 
 
-def sinkhorn(logits: torch.Tensor, rounds: int = ROUNDS) -> torch.Tensor:
+def sinkhorn(logits: torch.Tensor, rounds: int = ROUNDS, *, hc_eps: float = 0.0) -> torch.Tensor:
     """Sinkhorn-Knopp: exp(logits), divided `rounds` times by its column sums and then by its row sums.
 
-    logits [..., n, n] float32 -> res [..., n, n] float32; rows sum to one.
+    hc_eps is added to the quotients of the first columns (a softmax), and to all sums that divide after that, as
+    DeepSeek-V4 does. logits [..., n, n] float32 -> res [..., n, n] float32; rows sum to one for hc_eps = 0.
     """
+    check_scalars(hc_eps)
     if logits.dim() < 2:
         raise BadInput(f"logits must be [..., n, n], got {tuple(logits.shape)}: pass square matrices")
     n = logits.shape[-1]
     check_problem(n)
     expect("logits", logits, (*logits.shape[:-2], n, n), torch.float32, logits.device)
-    return call("sinkhorn", logits.reshape(-1, n, n), n, ANY_WIDTH, rounds).view(logits.shape)
+    return call("sinkhorn", logits.reshape(-1, n, n), hc_eps, n, ANY_WIDTH, rounds).view(logits.shape)
 
 
 def aggregate(x: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
@@ -121,14 +130,18 @@ def pre(
     *,
     rounds: int = ROUNDS,
     eps: float = EPS,
+    hc_eps: float = 0.0,
+    post_scale: float = POST_SCALE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Project, coefficients and aggregate, fused into one pass over x: everything before a sublayer.
 
+    eps, hc_eps and post_scale are those of `coefficients`.
     x [..., n, C], phi [N, K], alpha [3], bias [N] -> u [..., C] in x's dtype, post [..., n], res [..., n, n] float32.
     """
     n, width = check_pre(x, phi, alpha, bias)
+    check_scalars(hc_eps, post_scale)
     leading = x.shape[:-2]
-    results = call("pre", x.reshape(-1, n, width), phi, alpha, bias, eps, n, width, rounds)
+    results = call("pre", x.reshape(-1, n, width), phi, alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
     u, post, res = results[:3]
     return u.view(*leading, width), post.view(*leading, n), res.view(*leading, n, n)
 
@@ -154,6 +167,8 @@ def step(
     *,
     rounds: int = ROUNDS,
     eps: float = EPS,
+    hc_eps: float = 0.0,
+    post_scale: float = POST_SCALE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Merge with post and res, then `pre` of the next sublayer, fused into one pass over the streams.
 
@@ -162,8 +177,9 @@ def step(
     and f.
     """
     n, width = check_pre(x, phi, alpha, bias)
+    check_scalars(hc_eps, post_scale)
     leading = check_merge(x, f, res, post)
     flat = x.reshape(-1, n, width), f.reshape(-1, width), post.reshape(-1, n), res.reshape(-1, n, n)
-    results = call("step", *flat, phi, alpha, bias, eps, n, width, rounds)
+    results = call("step", *flat, phi, alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
     x_next, u, post_next, res_next = results[:4]
     return x_next.view(x.shape), u.view(*leading, width), post_next.view(*leading, n), res_next.view(*leading, n, n)

@@ -11,8 +11,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cli.bench.torch_composites import COMPOSITES, SINGLE_OPS, STACK_LAYERS, composite, layer, pre, stack
-from cli.bench.torch_ops import EPS, OpFunction
+from cli.bench.torch_ops import OpFunction
 from mhc.modules.init import constrained_bias
+from tiles.kernels.arguments import PAPER_SCALARS
 from tiles.kernels.reference_inputs import draw, fresh
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Direction, Problem, Traffic
@@ -210,7 +211,7 @@ def _single_op_reference(problem: Problem) -> OpFunction:
     given, outputs = _names(problem, "input"), _names(problem, "output")
 
     def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        results = spec.reference(problem, dict(zip(given, inputs, strict=True)) | {"eps": EPS})
+        results = spec.reference(problem, dict(zip(given, inputs, strict=True)) | PAPER_SCALARS)
         return tuple(results[name] for name in outputs)
 
     return run

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mhc import functional, manifolds
-from mhc.checks import check_problem, stream_shape
+from mhc.checks import check_problem, check_scalars, stream_shape
 from mhc.modules.grad_accumulate import grad_accumulating_views
 from mhc.modules.init import Init, initial_parameters
 from mhc.modules.pre_with_residual import pre_with_residual
@@ -49,6 +49,8 @@ class HyperConnection(nn.Module):
         dropout: probability of dropping an element of the sublayer's output in training.
         rounds: Sinkhorn rounds (manifold `sinkhorn` only).
         eps: added to the mean square of a token's streams in the norm.
+        hc_eps: added to pre, and in the manifold `sinkhorn` to the softmax and every sum; 1e-6 in DeepSeek-V4's maps.
+        post_scale: the factor of post's sigmoid. Both of mode `mhc` only.
 
     Parameters (float32; in `residual` none): phi [N, K], alpha [3] (pre, post, res) and bias [N], N packed
     [pre | post | res row-major]. `state_dict` has these names, and the sublayer's under `sublayer`; loading one of
@@ -80,20 +82,26 @@ class HyperConnection(nn.Module):
         dropout: float = 0.0,
         rounds: int = functional.ROUNDS,
         eps: float = functional.EPS,
+        hc_eps: float = 0.0,
+        post_scale: float = functional.POST_SCALE,
     ) -> None:
         super().__init__()
         check_problem(streams, width)
+        check_scalars(hc_eps, post_scale)
         _check_choice("mode", mode, get_args(Mode))
         _check_choice("init", init, get_args(Init))
         if not 0 <= dropout < 1:
             raise BadInput(f"dropout must be in [0, 1), got {dropout}: give the share to drop")
         if mode != "mhc" and manifold != FUSED_MANIFOLD:
             raise BadInput(f"a manifold is for mode mhc, got {manifold} with mode {mode}: leave it out")
+        if mode != "mhc" and (hc_eps, post_scale) != (0.0, functional.POST_SCALE):
+            text = f"got {hc_eps} and {post_scale} with mode {mode}: leave them out"
+            raise BadInput(f"hc_eps and post_scale are for mode mhc, {text}")
         self.width, self.streams, self.sublayer = width, streams, sublayer
         self.mode, self.manifold, self.init, self.dynamic = mode, manifold, init, dynamic
-        self.dropout, self.rounds, self.eps = dropout, rounds, eps
+        self.dropout, self.rounds, self.eps, self.hc_eps, self.post_scale = dropout, rounds, eps, hc_eps, post_scale
         self.watchers: list[Callable[[HyperConnection, torch.Tensor], None]] = []
-        self.to_res = _manifold(manifold, streams, rounds)
+        self.to_res = _manifold(manifold, streams, rounds, hc_eps)
         for name, value in self._initial_parameters().items():
             setattr(self, name, nn.Parameter(value))
 
@@ -131,7 +139,7 @@ class HyperConnection(nn.Module):
         (`mhc.modules.pre_with_residual`)."""
         self._check(x)
         if self.fused:
-            u, post, res, x = pre_with_residual(x, *self.parameters_for_ops(), rounds=self.rounds, eps=self.eps)
+            u, post, res, x = pre_with_residual(x, *self.parameters_for_ops(), **self.settings_for_ops())
         else:
             x_project, x_aggregate, x = grad_accumulating_views(x, 3)
             pre, post, res = self.maps(x_project)
@@ -153,7 +161,8 @@ class HyperConnection(nn.Module):
             pre, post, res = h.split((n, n, n * n), dim=-1)
             res = res.unflatten(-1, (n, n))
             if self.mode == "mhc":
-                pre, post, res = pre.sigmoid(), 2 * post.sigmoid(), self.to_res(res)
+                pre, post = pre.sigmoid() + self.hc_eps, self.post_scale * post.sigmoid()
+                res = self.to_res(res)
         return pre.expand(*leading, n), post.expand(*leading, n), res.expand(*leading, n, n)
 
     def call_sublayer(self, u: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
@@ -182,9 +191,15 @@ class HyperConnection(nn.Module):
         """phi, alpha, bias in float32, also where they were cast with the model."""
         return self.phi.float(), self.alpha.float(), self.bias.float()
 
+    def settings_for_ops(self) -> dict[str, Any]:
+        """rounds, eps, hc_eps and post_scale, as `mhc.functional.pre` and `step` take them."""
+        return {"rounds": self.rounds, "eps": self.eps, "hc_eps": self.hc_eps, "post_scale": self.post_scale}
+
     def extra_repr(self) -> str:
         """The settings that `print` shows."""
         shown = f"width={self.width}, streams={self.streams}, {self._describe_maps()}, dynamic={self.dynamic}"
+        shown += f", hc_eps={self.hc_eps}" if self.hc_eps else ""
+        shown += f", post_scale={self.post_scale}" if self.post_scale != functional.POST_SCALE else ""
         return shown + (f", dropout={self.dropout}" if self.dropout else "")
 
     def _describe_maps(self) -> str:
@@ -244,10 +259,10 @@ def _check_choice(name: str, value: Any, offered: tuple[str, ...]) -> None:
         raise BadInput(f"{name} must be one of {', '.join(offered)}, got {value}: choose one of them")
 
 
-def _manifold(manifold: str | manifolds.Manifold, streams: int, rounds: int) -> manifolds.Manifold:
+def _manifold(manifold: str | manifolds.Manifold, streams: int, rounds: int, hc_eps: float) -> manifolds.Manifold:
     """The function that makes res; raises `BadInput` where it is unknown or does not support this stream count."""
     if manifold == FUSED_MANIFOLD:
-        return partial(functional.sinkhorn, rounds=rounds)
+        return partial(functional.sinkhorn, rounds=rounds, hc_eps=hc_eps)
     to_res = manifolds.named(manifold) if isinstance(manifold, str) else manifold
     to_res(torch.zeros(streams, streams, dtype=torch.float32, device="cpu"))
     return to_res

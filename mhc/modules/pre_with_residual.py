@@ -19,13 +19,19 @@ from mhc.dispatch.operators import needs_dispatcher
 class _PreWithResidual(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, rounds: int, eps: float
+        ctx: Any,
+        x: torch.Tensor,
+        phi: torch.Tensor,
+        alpha: torch.Tensor,
+        bias: torch.Tensor,
+        rounds: int,
+        scalars: tuple[float, float, float],
     ) -> tuple[torch.Tensor, ...]:
         n, width = x.shape[-2:]
         leading = x.shape[:-2]
-        u, post, res, z, s = active().run("pre", "forward", n, width, rounds, (*_flat(x, phi, alpha, bias), eps))
+        u, post, res, z, s = active().run("pre", "forward", n, width, rounds, (*_flat(x, phi, alpha, bias), *scalars))
         ctx.save_for_backward(x, phi, alpha, bias, z, s)
-        ctx.rounds, ctx.eps, ctx.backward_ran = rounds, eps, False
+        ctx.rounds, ctx.scalars, ctx.backward_ran = rounds, scalars, False
         # No view in autograd's sense, which forbids a sublayer that begins in place to write to one of several views.
         u = u.view(*leading, width).detach()
         return u, post.view(*leading, n), res.view(*leading, n, n), x.view_as(x)
@@ -40,7 +46,7 @@ class _PreWithResidual(torch.autograd.Function):
         if torch_form.kernel_is_not_enough(flat):
             with torch.enable_grad():  # x's view stays in x's graph
                 inputs = _flat(*given)
-            dx, *rest = torch_form.gradients("pre", inputs, (ctx.eps, n, width, ctx.rounds), flat, (0, 1, 2))
+            dx, *rest = torch_form.gradients("pre", inputs, (*ctx.scalars, n, width, ctx.rounds), flat, (0, 1, 2))
             return (dresidual if dx is None else dx.view(dresidual.shape) + dresidual, *rest, None, None)
         # merge's gradient is written to: nothing else uses it, as the residual is for one op. But a second backward
         # through the graph may bring the same tensor, which the first one has made its dx (a pipeline's backward: of
@@ -48,7 +54,7 @@ class _PreWithResidual(torch.autograd.Function):
         if ctx.backward_ran:
             dresidual = dresidual.clone()
         ctx.backward_ran = True
-        taken = (*_flat(*given), z, s, *flat, ctx.eps, dresidual.view(tokens, n, width))
+        taken = (*_flat(*given), z, s, *flat, *ctx.scalars, dresidual.view(tokens, n, width))
         dx, dphi, dalpha, dbias = active().run("pre", "backward", n, width, ctx.rounds, taken)
         return dx.view(dresidual.shape), dphi, dalpha, dbias, None, None
 
@@ -60,14 +66,24 @@ def _flat(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...
 
 
 def pre_with_residual(
-    x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, *, rounds: int, eps: float
+    x: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    rounds: int,
+    eps: float,
+    hc_eps: float,
+    post_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`mhc.functional.pre`, and x as the residual, for one op of `mhc.functional` only: its gradient is written to.
 
     Where torch's dispatcher is needed, the residual is x itself: a compiler plans the sum of gradients by itself.
     """
     if not torch.is_grad_enabled() or needs_dispatcher((x, phi, alpha, bias)):
-        return (*functional.pre(x, phi, alpha, bias, rounds=rounds, eps=eps), x)
+        scalars = {"eps": eps, "hc_eps": hc_eps, "post_scale": post_scale}
+        return (*functional.pre(x, phi, alpha, bias, rounds=rounds, **scalars), x)
     functional.check_pre(x, phi, alpha, bias)
-    u, post, res, residual = _PreWithResidual.apply(x, phi, alpha, bias, rounds, eps)  # type: ignore[no-untyped-call]
+    given = (x, phi, alpha, bias, rounds, (eps, hc_eps, post_scale))
+    u, post, res, residual = _PreWithResidual.apply(*given)  # type: ignore[no-untyped-call]
     return u, post, res, residual

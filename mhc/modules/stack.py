@@ -99,7 +99,7 @@ def run_merge(
     post, res = pre.post_res
     if next_block is None or not next_block.fused:
         return functional.merge(pre.x, f, res, post), None
-    settings: dict[str, Any] = {"rounds": next_block.rounds, "eps": next_block.eps}
-    x, u, post, res = functional.step(pre.x, f, post, res, *next_block.parameters_for_ops(), **settings)
+    parameters, settings = next_block.parameters_for_ops(), next_block.settings_for_ops()
+    x, u, post, res = functional.step(pre.x, f, post, res, *parameters, **settings)
     next_block.notify_watchers(res)
     return x, PreResult(u, (post, res), x)

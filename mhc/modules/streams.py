@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mhc import functional
-from mhc.checks import check_problem, expect, stream_shape
+from mhc.checks import check_problem, check_scalars, expect, stream_shape
 from mhc.modules.init import INITIAL_ALPHA, mean_pre_logit, random_phi
 from tiles.errors import BadInput
 
@@ -32,22 +32,24 @@ def reduce_streams(x: torch.Tensor, how: Literal["mean", "sum"] = "mean") -> tor
 class StreamHead(nn.Module):
     """A learned reduction of the streams, as DeepSeek-V4 has before its output head: x [..., n, C] -> h [..., C].
 
-    h = Σ_i g_i x_i with gates g = σ(alpha · (x̄ · phiᵀ) · rsqrt(mean x̄² + eps) + bias), one per stream and token.
+    h = Σ_i g_i x_i, gates g = σ(alpha · (x̄ · phiᵀ) · rsqrt(mean x̄² + eps) + bias) + hc_eps, one per stream and token.
     Parameters (float32): phi [n, nC], alpha [1], bias [n]. It starts close to the mean: bias = σ⁻¹(1/n), alpha = 0.01.
 
     Args:
         width, streams: C and n of the streams.
         eps: added to the mean square in the norm.
+        hc_eps: added to the gates; 1e-6 in DeepSeek-V4.
     """
 
     phi: nn.Parameter
     alpha: nn.Parameter
     bias: nn.Parameter
 
-    def __init__(self, width: int, streams: int, *, eps: float = functional.EPS) -> None:
+    def __init__(self, width: int, streams: int, *, eps: float = functional.EPS, hc_eps: float = 0.0) -> None:
         super().__init__()
         check_problem(streams, width)
-        self.width, self.streams, self.eps = width, streams, eps
+        check_scalars(hc_eps)
+        self.width, self.streams, self.eps, self.hc_eps = width, streams, eps, hc_eps
         for name, value in self._initial_parameters().items():
             setattr(self, name, nn.Parameter(value))
 
@@ -73,7 +75,7 @@ class StreamHead(nn.Module):
             flat = x.flatten(-2).float()
             r = torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.eps)
             logits = self.alpha.float() * (flat @ self.phi.float().T) * r + self.bias.float()
-            return functional.aggregate(x, logits.sigmoid())
+            return functional.aggregate(x, logits.sigmoid() + self.hc_eps)
 
     def extra_repr(self) -> str:
         """The settings that `print` shows."""

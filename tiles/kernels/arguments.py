@@ -6,6 +6,13 @@ from tiles.kernels.spec import TOKENS, Argument, Problem, Role
 
 EPS = Argument("eps", (), "float32", "scalar")
 """Added to the mean square of a token's streams (of the RMS norm)."""
+HC_EPS = Argument("hc_eps", (), "float32", "scalar")
+"""Added to pre, and in Sinkhorn to the softmax and to every sum; 0 in the paper, 1e-6 in DeepSeek-V4."""
+POST_SCALE = Argument("post_scale", (), "float32", "scalar")
+"""The factor of post's sigmoid; 2 in the paper."""
+MAP_SCALARS = (EPS, HC_EPS, POST_SCALE)
+PAPER_SCALARS = {"eps": 1e-6, "hc_eps": 0.0, "post_scale": 2.0}
+"""Their values in the paper; its eps is not stated, this is DeepSeek-V4's."""
 
 
 def streams(name: str, problem: Problem, role: Role) -> Argument:

@@ -8,6 +8,7 @@ import torch
 from cli.bench import cases
 from cli.bench.cases import CPU, DIRECTIONS, DISTINCT_TOKENS, OPS, least_traffic, make_case, reference, repeat_tokens
 from cli.bench.torch_composites import STACK_LAYERS
+from tiles.kernels.arguments import PAPER_SCALARS
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Direction, Problem, Traffic
 
@@ -39,7 +40,7 @@ def test_what_is_wanted_is_what_the_ops_own_kernel_computes(op: str) -> None:
     case = make_case(op, *SHAPE, "float32", 1)
     problem = Problem(op, "forward", *SHAPE[:2], "float32", SHAPE[2])
     spec = kernel_spec(op, "forward")
-    given = dict(zip(case.names, (tensor.detach().double() for tensor in case.inputs), strict=True)) | {"eps": 1e-6}
+    given = dict(zip(case.names, (tensor.detach().double() for tensor in case.inputs), strict=True)) | PAPER_SCALARS
     outputs = [argument.name for argument in spec.arguments(problem) if argument.role == "output"]
     results = spec.reference(problem, given)
     for name, want in zip(outputs, case.expected[: len(case.grad_outputs)], strict=False):

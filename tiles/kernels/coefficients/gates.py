@@ -1,7 +1,7 @@
 """Gates: from z and s to pre, post and res, and back, as TileLang macros that the fused kernels share.
 
 Every macro works on a block of tokens, start..start + block, clamped to last - 1, with a thread for each. `maps`
-has alpha, bias and eps.
+has alpha, bias, eps, hc_eps and post_scale.
 """
 
 from typing import Any, NamedTuple
@@ -47,11 +47,11 @@ class Forward:
                 for thread in dialect.thread_loop(block):
                     token = T.min(start + thread, last - 1)
                     h = bind(maps.alpha[0] * z[token, i] * held.scale[thread] + maps.bias[i])
-                    held.pre[i, thread] = _sigmoid(dialect, h)
+                    held.pre[i, thread] = _sigmoid(dialect, h) + maps.hc_eps
                 for thread in dialect.thread_loop(block):
                     token = T.min(start + thread, last - 1)
                     h = bind(maps.alpha[1] * z[token, n + i] * held.scale[thread] + maps.bias[n + i])
-                    held.post[i, thread] = 2 * _sigmoid(dialect, h)
+                    held.post[i, thread] = maps.post_scale * _sigmoid(dialect, h)
             for i in unrolled(n):
                 for j in unrolled(n):
                     for thread in dialect.thread_loop(block):
@@ -62,7 +62,7 @@ class Forward:
         @T.macro
         def run(held: Any, z: Any, s: Any, maps: Any, start: Any, last: Any) -> None:
             gates(held, z, s, maps, start, last)
-            rounds.forward(held.logits, held.matrix, held.column, None)
+            rounds.forward(held.logits, held.matrix, held.column, None, maps)
 
         @T.macro
         def store(held: Any, pre: Any, post: Any, res: Any, start: Any, last: Any) -> None:
@@ -126,16 +126,17 @@ class Backward:
                     held.sums[k, thread] = T.float32(0)
 
         @T.macro
-        def logit_gradients(held: Any) -> None:
+        def logit_gradients(held: Any, maps: Any) -> None:
             """dh, kept in dz: back through the gates and the rounds."""
             of = held.forward
             for i in unrolled(n):
                 for thread in dialect.thread_loop(block):
-                    gate = bind(of.pre[i, thread])
+                    gate = bind(of.pre[i, thread] - maps.hc_eps)
                     held.dz[i, thread] = held.dpre[i, thread] * gate * (T.float32(1) - gate)
                 for thread in dialect.thread_loop(block):
                     gate = bind(of.post[i, thread])
-                    held.dz[n + i, thread] = held.dpost[i, thread] * gate * (T.float32(1) - T.float32(0.5) * gate)
+                    closed = T.float32(1) - T.float32(1) / maps.post_scale * gate
+                    held.dz[n + i, thread] = held.dpost[i, thread] * gate * closed
             for i in unrolled(n):
                 for j in unrolled(n):
                     for thread in dialect.thread_loop(block):
@@ -145,9 +146,9 @@ class Backward:
         def run(held: Any, z: Any, s: Any, maps: Any, start: Any, last: Any) -> None:
             of = held.forward
             gates(of, z, s, maps, start, last)
-            rounds.forward(of.logits, of.matrix, of.column, held.kept)
-            rounds.backward(of.logits, of.matrix, of.column, held.kept, held.dres)
-            logit_gradients(held)
+            rounds.forward(of.logits, of.matrix, of.column, held.kept, maps)
+            rounds.backward(of.logits, of.matrix, of.column, held.kept, held.dres, maps)
+            logit_gradients(held, maps)
             for thread in dialect.thread_loop(block):
                 held.ds[thread] = T.float32(0)
             for g, rows, offset in groups:

@@ -25,7 +25,7 @@ def sinkhorn_forward(problem: Problem, schedule: CoefficientsSchedule, dialect: 
             work, matrix = dialect.per_thread(n, n, block), dialect.per_thread(n, n, block)
             column = dialect.per_thread(n, block)
             matrices.load(p.logits, work, start, as_value(p.tokens))
-            rounds.forward(work, matrix, column, None)
+            rounds.forward(work, matrix, column, None, p)
             matrices.store(matrix, p.res, start, as_value(p.tokens))
 
     return sinkhorn_forward
@@ -44,8 +44,8 @@ def sinkhorn_backward(problem: Problem, schedule: CoefficientsSchedule, dialect:
             kept = dialect.scratch(max(1, problem.rounds - 1), 2 * n, block)
             matrices.load(p.logits, work, start, as_value(p.tokens))
             matrices.load(p.dres, grad, start, as_value(p.tokens))
-            rounds.forward(work, matrix, column, kept)
-            rounds.backward(work, matrix, column, kept, grad)
+            rounds.forward(work, matrix, column, kept, p)
+            rounds.backward(work, matrix, column, kept, grad, p)
             matrices.store(grad, p.dlogits, start, as_value(p.tokens))
 
     return sinkhorn_backward
@@ -75,7 +75,8 @@ class _Matrices:
 
 
 def forward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect) -> Any:
-    """h = alpha∘z·r + bias;  pre = σ(h_pre);  post = 2σ(h_post);  res = SK(h_res);  r = rsqrt(s/K + eps)."""
+    """h = alpha∘z·r + bias;  r = rsqrt(s/K + eps);  pre = σ(h_pre) + hc_eps;  post = post_scale σ(h_post);
+    res = SK(h_res)."""
     block, coefficients = schedule.block_tokens, Forward(problem, schedule.block_tokens, dialect)
 
     @program(arguments(problem), dialect)

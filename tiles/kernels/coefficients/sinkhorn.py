@@ -7,6 +7,9 @@ Sinkhorn's first round is evaluated as exp(h_ij - colmax_j - rowmax_i) / (column
 rowmax leave a one in every row and column: no sum can vanish, whatever the logits. After that round every row and
 column sum lies in [1/n², n], so the other rounds are plain divisions. The backward works on the gradient of log M,
 which needs M after each half round only; it gets them back from the last one by multiplying with the sums it kept.
+
+`hc_eps` is added to the softmax over the columns that the first half round is, and to all sums that divide after it. A
+row then cannot vanish, and rowmax is left out. With hc_eps = 0 all this changes no bit.
 """
 
 from typing import Any
@@ -22,7 +25,7 @@ LOWEST = -1e38  # keeps a difference of two finite logits finite
 
 class Sinkhorn:
     """The rounds on blocks of matrices: `logits` [n, n, tokens] is scratch or per thread, `matrix`, `grad` and `column`
-    [n, tokens] are per thread, `kept` [rounds - 1, 2n, tokens] is scratch."""
+    [n, tokens] are per thread, `kept` [rounds - 1, 2n, tokens] is scratch. `maps` has hc_eps."""
 
     def __init__(self, problem: Problem, block: int, dialect: Dialect) -> None:
         n, rounds = problem.streams, problem.rounds
@@ -41,23 +44,26 @@ class Sinkhorn:
                     column[j, thread] = sum(dialect.exp(value) for value in shifted)
 
         @T.macro
-        def row_start(logits: Any, column: Any, matrix: Any) -> None:
+        def row_start(logits: Any, column: Any, matrix: Any, maps: Any) -> None:
             """The matrix after the first round."""
             for i in unrolled(n):
                 for thread in dialect.thread_loop(block):
                     values = [bind(logits[i, j, thread]) for j in streams]
-                    top = bind(_maximum(values))
-                    row = [bind(dialect.exp(values[j] - top) * dialect.reciprocal(column[j, thread])) for j in streams]
-                    inverse = bind(dialect.reciprocal(sum(row)))
+                    top = bind(T.Select(maps.hc_eps > T.float32(0), T.float32(0), _maximum(values)))
+                    row = [
+                        bind(dialect.exp(values[j] - top) * dialect.reciprocal(column[j, thread]) + maps.hc_eps)
+                        for j in streams
+                    ]
+                    inverse = bind(dialect.reciprocal(sum(row) + maps.hc_eps))
                     for j in streams:
                         matrix[i, j, thread] = row[j] * inverse
 
         @T.macro
-        def round_(matrix: Any, kept: Any, step: Any) -> None:
+        def round_(matrix: Any, kept: Any, step: Any, maps: Any) -> None:
             """One round, columns then rows; `kept` [rounds, 2n, tokens] takes the sums where it is given."""
             for j in unrolled(n):
                 for thread in dialect.thread_loop(block):
-                    total = bind(sum(matrix[i, j, thread] for i in streams))
+                    total = bind(sum(matrix[i, j, thread] for i in streams) + maps.hc_eps)
                     inverse = bind(dialect.reciprocal(total))
                     if kept is not None:
                         kept[step, j, thread] = total
@@ -65,7 +71,7 @@ class Sinkhorn:
                         matrix[i, j, thread] = matrix[i, j, thread] * inverse
             for i in unrolled(n):
                 for thread in dialect.thread_loop(block):
-                    total = bind(sum(matrix[i, j, thread] for j in streams))
+                    total = bind(sum(matrix[i, j, thread] for j in streams) + maps.hc_eps)
                     inverse = bind(dialect.reciprocal(total))
                     if kept is not None:
                         kept[step, n + i, thread] = total
@@ -89,15 +95,15 @@ class Sinkhorn:
                         grad[i, j, thread] = grad[i, j, thread] - matrix[i, j, thread] * total
 
         @T.macro
-        def forward(logits: Any, matrix: Any, column: Any, kept: Any) -> None:
+        def forward(logits: Any, matrix: Any, column: Any, kept: Any, maps: Any) -> None:
             """logits (overwritten) -> matrix, after all rounds."""
             column_start(logits, column)
-            row_start(logits, column, matrix)
+            row_start(logits, column, matrix, maps)
             for step in T.serial(rounds - 1):
-                round_(matrix, kept, step)
+                round_(matrix, kept, step, maps)
 
         @T.macro
-        def backward(logits: Any, matrix: Any, column: Any, kept: Any, grad: Any) -> None:
+        def backward(logits: Any, matrix: Any, column: Any, kept: Any, grad: Any, maps: Any) -> None:
             """grad: of the matrix that `forward` left -> of the logits that it was given."""
             for i in unrolled(n):
                 for j in unrolled(n):
@@ -119,7 +125,12 @@ class Sinkhorn:
             for i in unrolled(n):
                 for j in unrolled(n):
                     for thread in dialect.thread_loop(block):
-                        matrix[i, j, thread] = dialect.exp(logits[i, j, thread]) * dialect.reciprocal(column[j, thread])
+                        softmax = bind(dialect.exp(logits[i, j, thread]) * dialect.reciprocal(column[j, thread]))
+                        share = bind(softmax * dialect.reciprocal(softmax + maps.hc_eps))  # of hc_eps beside it
+                        grad[i, j, thread] = T.Select(
+                            maps.hc_eps > T.float32(0), grad[i, j, thread] * share, grad[i, j, thread]
+                        )
+                        matrix[i, j, thread] = softmax
             column_back(matrix, grad)
 
         self.forward, self.backward = forward, backward

@@ -69,7 +69,7 @@ def pre_inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
         "phi": draw(random, "float32", problem.outputs, problem.fan_in) / problem.fan_in**0.5,
         "alpha": 0.5 * draw(random, "float32", 3),
         "bias": draw(random, "float32", problem.outputs),
-        "eps": 1e-6,
+        **coefficients.scalars(seed),
     }
     if problem.direction == "backward":
         values |= project.forward(problem, values)

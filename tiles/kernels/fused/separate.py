@@ -12,11 +12,18 @@ from tiles.kernels.spec import Results, Run
 
 
 def pre_forward(
-    run: Run, x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, eps: float
+    run: Run,
+    x: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    hc_eps: float,
+    post_scale: float,
 ) -> Results:
     """-> u, post, res, z, s."""
     z, s = run("project", "forward", (x, phi))
-    pre, post, res = run("coefficients", "forward", (z, s, alpha, bias, eps))
+    pre, post, res = run("coefficients", "forward", (z, s, alpha, bias, eps, hc_eps, post_scale))
     (u,) = run("aggregate", "forward", (x, pre))
     return u, post, res, z, s
 
@@ -33,12 +40,15 @@ def pre_backward(
     dpost: torch.Tensor,
     dres: torch.Tensor,
     eps: float,
+    hc_eps: float,
+    post_scale: float,
     dx: torch.Tensor,
 ) -> Results:
     """-> dx (added to in place), dphi, dalpha, dbias."""
-    pre = run("coefficients", "forward", (z, s, alpha, bias, eps))[0]
+    scalars = (eps, hc_eps, post_scale)
+    pre = run("coefficients", "forward", (z, s, alpha, bias, *scalars))[0]
     through_u, dpre = run("aggregate", "backward", (x, pre, du))
-    dz, ds, dalpha, dbias = run("coefficients", "backward", (z, s, alpha, bias, dpre, dpost, dres, eps))
+    dz, ds, dalpha, dbias = run("coefficients", "backward", (z, s, alpha, bias, dpre, dpost, dres, *scalars))
     through_z, dphi = run("project", "backward", (x, phi, dz, ds))
     return dx.add_(through_u).add_(through_z), dphi, dalpha, dbias
 
@@ -53,10 +63,12 @@ def step_forward(
     alpha: torch.Tensor,
     bias: torch.Tensor,
     eps: float,
+    hc_eps: float,
+    post_scale: float,
 ) -> Results:
     """-> x_next, u, post_next, res_next, z, s."""
     (x_next,) = run("merge", "forward", (x, f, res, post))
-    return (x_next, *pre_forward(run, x_next, phi, alpha, bias, eps))
+    return (x_next, *pre_forward(run, x_next, phi, alpha, bias, eps, hc_eps, post_scale))
 
 
 def step_backward(
@@ -75,10 +87,12 @@ def step_backward(
     dpost_next: torch.Tensor,
     dres_next: torch.Tensor,
     eps: float,
+    hc_eps: float,
+    post_scale: float,
 ) -> Results:
     """-> dx, df, dpost, dres, dphi, dalpha, dbias."""
     (x_next,) = run("merge", "forward", (x, f, res, post))
-    after = (z, s, du, dpost_next, dres_next, eps)
+    after = (z, s, du, dpost_next, dres_next, eps, hc_eps, post_scale)
     g, dphi, dalpha, dbias = pre_backward(run, x_next, phi, alpha, bias, *after, dx_next.clone())
     dx, df, dres, dpost = run("merge", "backward", (x, f, res, post, g))
     return dx, df, dpost, dres, dphi, dalpha, dbias

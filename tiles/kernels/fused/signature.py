@@ -1,11 +1,12 @@
 """The arguments of the kernels pre and step, in call order.
 
-z and s are results of the forward that the backward takes back: they save it from reading all columns of x twice.
+The scalars are MAP_SCALARS: eps, hc_eps, post_scale. z and s are results of the forward that the backward takes back:
+they save it from reading all columns of x twice.
 """
 
 from __future__ import annotations
 
-from tiles.kernels.arguments import EPS, affine, gates, matrix, phi, projected, row, streams
+from tiles.kernels.arguments import MAP_SCALARS, affine, gates, matrix, phi, projected, row, streams
 from tiles.kernels.spec import Argument, Problem
 
 
@@ -18,27 +19,27 @@ def _parameter_gradients(problem: Problem) -> tuple[Argument, ...]:
 
 
 def pre(problem: Problem) -> tuple[Argument, ...]:
-    """forward: x, phi, alpha, bias, eps -> u, post, res, z, s;
-    backward: x, phi, alpha, bias, z, s, du, dpost, dres, eps, dx (added to) -> dx, dphi, dalpha, dbias."""
+    """forward: x, phi, alpha, bias, scalars -> u, post, res, z, s;
+    backward: x, phi, alpha, bias, z, s, du, dpost, dres, scalars, dx (added to) -> dx, dphi, dalpha, dbias."""
     given = (streams("x", problem, "input"), *_parameters(problem))
     if problem.direction == "forward":
         maps = (gates("post", problem, "output"), matrix("res", problem, "output"))
-        return (*given, EPS, row("u", problem, "output"), *maps, *projected("z", "s", problem, "output"))
+        return (*given, *MAP_SCALARS, row("u", problem, "output"), *maps, *projected("z", "s", problem, "output"))
     return (
         *given,
         *projected("z", "s", problem, "input"),
         row("du", problem, "input"),
         gates("dpost", problem, "input"),
         matrix("dres", problem, "input"),
-        EPS,
+        *MAP_SCALARS,
         streams("dx", problem, "updated"),
         *_parameter_gradients(problem),
     )
 
 
 def step(problem: Problem) -> tuple[Argument, ...]:
-    """forward: x, f, post, res, phi, alpha, bias, eps -> x_next, u, post_next, res_next, z, s;
-    backward: x, f, post, res, phi, alpha, bias, z, s, dx_next, du, dpost_next, dres_next, eps
+    """forward: x, f, post, res, phi, alpha, bias, scalars -> x_next, u, post_next, res_next, z, s;
+    backward: x, f, post, res, phi, alpha, bias, z, s, dx_next, du, dpost_next, dres_next, scalars
     -> dx, df, dpost, dres, dphi, dalpha, dbias."""
     given = (
         streams("x", problem, "input"),
@@ -50,7 +51,7 @@ def step(problem: Problem) -> tuple[Argument, ...]:
     if problem.direction == "forward":
         return (
             *given,
-            EPS,
+            *MAP_SCALARS,
             streams("x_next", problem, "output"),
             row("u", problem, "output"),
             gates("post_next", problem, "output"),
@@ -64,7 +65,7 @@ def step(problem: Problem) -> tuple[Argument, ...]:
         row("du", problem, "input"),
         gates("dpost_next", problem, "input"),
         matrix("dres_next", problem, "input"),
-        EPS,
+        *MAP_SCALARS,
         streams("dx", problem, "output"),
         row("df", problem, "output"),
         gates("dpost", problem, "output"),
