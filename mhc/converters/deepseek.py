@@ -7,9 +7,8 @@
 | P.hc_attn_base, P.hc_ffn_base            | [n² + 2n]           | bias, its res block transposed   |
 | hc_head_fn, hc_head_scale, hc_head_base  | [n, n · C], [1], [n]| phi, alpha, bias of `StreamHead` |
 
-P is `layers.0` and so on, or `mtp.0`, which has a head of its own. Their map differs by constants: they add 1e-6 to pre
-and to the head's gates, and within Sinkhorn 1e-6 to the softmax and to every sum. With 20 rounds, eps = 1e-6 and their
-post multiplier of 2 (all our defaults), coefficients agree to about 1e-4; without their constants, to rounding.
+P is `layers.0` and so on, or `mtp.0`, which has a head of its own. Their map is ours with hc_eps = 1e-6, which
+`HyperConnection` and `StreamHead` take, 20 rounds, eps = 1e-6 and post_scale = 2: coefficients agree to rounding.
 
 Single-pass mHC, in which a sublayer's input uses the pre of the sublayer before it, has connections of the same names
 and shapes. It is another map, which `HyperConnection` does not compute; its configuration tells it apart, its tensors
@@ -37,21 +36,30 @@ def from_deepseek(state: State, *, streams: int) -> dict[str, torch.Tensor]:
     `BadInput` where no connection is found, one lacks a tensor, or a shape is not that of `streams`.
     """
     modules, others = find_modules(state, _THEIRS, "hc_attn_*, hc_ffn_* or hc_head_* tensors of DeepSeek-V4's layout")
-    return others | _convert(modules, others, streams, ".", _PARTS)
+    _check_no_megatron(others)
+    return others | convert(modules, streams, _PARTS, "{module}.{part}")
 
 
 def to_deepseek(state: State, *, streams: int) -> dict[str, torch.Tensor]:
     """The inverse of `from_deepseek`, bit for bit."""
     modules, others = find_modules(state, _OURS, "hc_attn.*, hc_ffn.* or hc_head.* parameters of ours")
-    return others | _convert(modules, others, streams, "_", {ours: theirs for theirs, ours in _PARTS.items()})
+    _check_no_megatron(others)
+    return others | convert(modules, streams, {ours: theirs for theirs, ours in _PARTS.items()}, "{module}_{part}")
 
 
-def _convert(
-    modules: Modules, others: State, streams: int, separator: str, names: dict[str, str]
-) -> dict[str, torch.Tensor]:
-    """Convert in either direction; `names` maps the old to the new names of matrix, gate and bias, in this order."""
+def _check_no_megatron(others: State) -> None:
     if megatron := next((key for key in others if "hyper_connection." in key), None):
         raise BadInput(f"state must hold DeepSeek-V4's layout alone, got {megatron}: take the converter for Megatron's")
+
+
+def convert(
+    modules: Modules, streams: int, names: dict[str, str], key: str, head_key: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Convert connections and heads in either direction.
+
+    `names` maps the old to the new names of matrix, gate and bias, in this order; `key` is the form of a new key with
+    `{module}` and `{part}`, `head_key` that of a head's where it differs.
+    """
     _, gate, _ = names
     converted = {}
     for module, parts in modules.items():
@@ -59,6 +67,6 @@ def _convert(
         count, gates = (streams, 1) if head else (outputs(streams), 3)
         check_parts(module, parts, {part: gates if part == gate else count for part in names}, streams)
         for part, tensor in parts.items():
-            mixes = part != gate and not head
-            converted[f"{module}{separator}{names[part]}"] = transpose_res(tensor, streams) if mixes else tensor
+            new = (head_key or key if head else key).format(module=module, part=names[part])
+            converted[new] = transpose_res(tensor, streams) if part != gate and not head else tensor
     return converted
