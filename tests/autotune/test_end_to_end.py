@@ -1,4 +1,6 @@
-"""A tiny real problem: compiled by TileLang, verified, timed, stored, resumed, interrupted and killed."""
+"""A tiny real problem: compiled by TileLang, verified, timed, stored, resumed, interrupted and killed.
+
+In the fast tier: tests/cli/test_end_to_end.py (the real tuner, Ctrl-C), study/test_kills.py (a toy kernel)."""
 
 import os
 import re
@@ -18,6 +20,8 @@ from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
 from tiles.runtime.loaded_kernel import LoadedKernel, run_reference
 from tiles.target import detect_device
+
+pytestmark = pytest.mark.slow
 
 PROBLEM = Problem("project", "forward", 2, 64, "bfloat16", tokens=64)
 DEVICE = detect_device("cpu")
@@ -79,9 +83,7 @@ def test_a_tuned_kernel_computes_what_its_reference_does_and_a_second_run_does_n
     assert again.record == result.record
 
 
-@pytest.mark.parametrize(
-    ("sent", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_a_run_that_is_ended_keeps_what_it_finished(workers, tmp_path, sent, code):
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     process = subprocess.Popen(

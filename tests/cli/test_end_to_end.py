@@ -100,6 +100,7 @@ def test_import_copies_trusted_binaries(tuned: Tuned, tmp_path: Path) -> None:
     assert again.stderr.count(": kept") == len(tuned.kernels)
 
 
+@pytest.mark.slow  # test_packs.py imports with a stand-in of the compiler, test_pack_selection.py compiles
 def test_import_compiles_what_is_not_trusted(tuned: Tuned, tmp_path: Path) -> None:
     source = KernelCache(tuned.folder)
     unsigned = tmp_path / "unsigned.mhcpack"

@@ -26,6 +26,7 @@ from tiles.runtime.loaded_kernel import is_given, is_result
 
 HERE = Path(__file__).parent
 EMULATOR = HERE / "emulator"
+HEADER = "device.h"
 _NUMBERS = itertools.count()
 _FOUND = 66
 _GUARD = 4096
@@ -81,9 +82,11 @@ class Movement:
 
 
 def build_emulator(folder: Path) -> Path:
-    """The library that stands in for NVIDIA's driver."""
-    path = folder / "libcuda.so.1"
+    """The library that stands in for NVIDIA's driver; the precompiled header of all texts lies beside it."""
+    path, header = folder / "libcuda.so.1", folder / HEADER
     _run(["g++", *_RUNTIME, *map(str, sorted(EMULATOR.glob("*.cpp"))), "-o", str(path), "-ldl"])
+    header.write_text(f'#include "{EMULATOR / HEADER}"\n')
+    _run(["g++", *_DEVICE, "-x", "c++-header", str(header), "-o", f"{header}.gch"])
     return path
 
 
@@ -107,7 +110,7 @@ class Emulation:
         self._arguments = arguments
         self._folder = folder / f"emulation-{next(_NUMBERS)}"
         self._folder.mkdir()
-        self._library = _build(self._folder, with_cuda_launcher(text, plan, arguments))
+        self._library = _build(self._folder, emulator.with_name(HEADER), with_cuda_launcher(text, plan, arguments))
 
     def run(self, inputs: dict[str, Any], tokens: int, way: Way = WAYS[0]) -> dict[str, torch.Tensor]:
         """All results, which start out as NaN like all memory that nobody has written; raises `Found`."""
@@ -208,7 +211,7 @@ def _c_value(expression: str, **names: int) -> int:
     return int(eval(expression.replace("/", "//"), {"INT64_C": int, **names}))
 
 
-def _build(folder: Path, source: str) -> Path:
+def _build(folder: Path, header: Path, source: str) -> Path:
     """The kernels, compiled as CUDA, and the launcher, compiled as C++, in one library."""
     library = folder / "kernel.so"
     device, _, host = source.partition("\n#else\n")
@@ -220,10 +223,9 @@ def _build(folder: Path, source: str) -> Path:
     (folder / "kernel.cu").write_text(f"{device}\n{announced}#endif\n")
     (folder / "host.cpp").write_text(host.rpartition("#endif")[0])
     (folder / IMAGE).write_bytes(b"no cubin")
-    device_command = ["g++", *_DEVICE, "-include", str(EMULATOR / "device.h"), "-x", "c++", "-c", "kernel.cu"]
+    device_command = ["g++", *_DEVICE, "-include", str(header), "-x", "c++", "-c", "kernel.cu"]
     _run([*device_command, "-o", "kernel.o"], folder)
-    _run(["g++", *_HOST, "-c", "host.cpp", "-o", "host.o"], folder)
-    _run(["g++", "-shared", "kernel.o", "host.o", "-o", str(library), "-ldl", "-pthread"], folder)
+    _run(["g++", *_HOST, "-shared", "kernel.o", "host.cpp", "-o", str(library), "-ldl", "-pthread"], folder)
     return library
 
 

@@ -384,6 +384,7 @@ def test_a_fused_kernel_with_another_schedule_is_weighed_against_its_parts_again
 # --- on real kernels
 
 
+@pytest.mark.slow  # real processes, twice; test_workers.py has their answers
 def test_real_kernels_are_compared_and_one_choice_is_written(tmp_path):
     device, cache, results = detect_device("cpu"), KernelCache(tmp_path), {}
     with RealWorkers() as workers:

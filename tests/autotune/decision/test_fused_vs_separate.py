@@ -107,10 +107,11 @@ def test_separate_work_is_the_fused_kernels_work(spec):
 
 
 def test_a_real_fused_kernel_is_compared(tmp_path):
-    schedule = kernel_spec("pre", "backward").default(PROBLEM, DEVICE.target)
+    problem = replace(PROBLEM, direction="forward")
+    schedule = kernel_spec("pre", "forward").default(problem, DEVICE.target)
     with Workers() as workers:
-        (built,) = workers.compile(PROBLEM, [schedule], DEVICE.target)
-        found = separate.compare_with_separate(PROBLEM, built.binary, KernelCache(tmp_path), DEVICE, workers, 0)
+        (built,) = workers.compile(problem, [schedule], DEVICE.target)
+        found = separate.compare_with_separate(problem, built.binary, KernelCache(tmp_path), DEVICE, workers, 0)
     assert found["separate_ms"] > 0
     assert found["separate_ratio"] > 0
     assert isinstance(found["separate_wins"], bool)
@@ -124,6 +125,7 @@ def test_the_module_runs_what_the_record_says(tmp_path, wins, monkeypatch):
     schedule = kernel_spec("pre", "forward").default(problem, DEVICE.target)
     built = compile_kernel(problem, schedule, DEVICE.target)
     cache.put(Key.of(problem, DEVICE), asdict(schedule), built.binary, built.source, {"separate_wins": wins}, {})
+    monkeypatch.setenv("CXX", "no-such-compiler")  # what is not in the cache runs on the reference
     x, phi = torch.randn(64, 2, 16), torch.randn(8, 32)
     with mhc.using(mhc.Kernels.from_path(cache.folder)) as kernels, torch.no_grad():
         mhc.functional.pre(x, phi, torch.ones(3), torch.zeros(8))

@@ -167,7 +167,8 @@ def test_a_process_that_is_not_to_be_trusted_is_replaced(worker):
 
 
 @pytest.mark.parametrize(
-    ("when", "said"), [("in the task", "launch failed"), ("behind it", "an illegal memory access")]
+    ("when", "said"),
+    [pytest.param("in the task", "launch failed", marks=pytest.mark.slow), ("behind it", "an illegal memory access")],
 )
 def test_a_process_whose_gpu_failed_is_replaced(worker, when, said):
     process = worker.call(PATIENCE, tasks.process_and_session)

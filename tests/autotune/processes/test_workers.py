@@ -50,7 +50,7 @@ SLOW = pytest.mark.slow  # a new process each; test_verify.py and test_worker.py
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        pytest.param(WRONG, r"^WrongResult: u at 1 tokens", id="wrong value"),
+        pytest.param(WRONG, r"^WrongResult: u at 1 tokens", id="wrong value", marks=SLOW),
         pytest.param("return 7;", r"^RuntimeError: aggregate\.forward failed: the kernel returned 7", id="status"),
         pytest.param("*(volatile int *)0 = 1;", r"^assess ended its process: SIGSEGV", id="segmentation fault"),
         pytest.param(

@@ -1,4 +1,7 @@
-"""Several workers that share a study on a real PostgreSQL server, and a server that goes away."""
+"""Several workers that share a study on a real PostgreSQL server, and a server that goes away.
+
+Each worker is a process of its own, so all but two of them at once is slow; test_storage.py and test_kills.py do the
+like on SQLite."""
 
 import json
 import os
@@ -94,9 +97,9 @@ def record(folder):
     return KernelCache(folder).get(toy.key_of(toy.PROBLEM, toy.DEVICE))
 
 
-@pytest.mark.parametrize(("seconds", "share"), [(1.0, 0.9), pytest.param(1.0, 0.6, marks=pytest.mark.slow)])
-def test_two_workers_take_little_more_than_half_the_time_and_do_nothing_twice(server, tmp_path, seconds, share):
-    gate = tmp_path / "gate"
+@pytest.mark.slow
+def test_two_workers_take_little_more_than_half_the_time_and_do_nothing_twice(server, tmp_path):
+    gate, seconds = tmp_path / "gate", 1.0
     workers = [start(server, tmp_path / name, seconds=seconds, gate=gate) for name in ("first", "second")]
     wait_for(lambda: len(list(tmp_path.glob("gate.*"))) == 2)  # importing loads the machine, which measuring does not
     gate.touch()
@@ -106,11 +109,8 @@ def test_two_workers_take_little_more_than_half_the_time_and_do_nothing_twice(se
     check_that_each_member_was_evaluated_once(two)
     assert len({trial.user_attrs["owner"]["process"] for trial in two if evaluated(trial)}) == 2
     # One worker takes at least `seconds` for each distinct code: code that members share is timed once.
-    assert searched(two) <= share * CODES * seconds
+    assert searched(two) <= 0.6 * CODES * seconds
     assert record(tmp_path / "first").schedule == record(tmp_path / "second").schedule == toy_best()
-    # The command is kept with a record, and shipped in packs.
-    assert ":***@" in record(tmp_path / "first").provenance["command"]
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and postgres.PASSWORD in path.read_text()]
 
 
 def toy_best():
@@ -124,6 +124,9 @@ def test_workers_that_start_at_once_make_the_tables_once_and_share_the_trials(se
     assert [code for code, _, _ in results] == [0] * count, results
     check_that_each_member_was_evaluated_once(trials_of(server))
     assert all(record(tmp_path / str(worker)).schedule == toy_best() for worker in range(count))
+    # The command is kept with a record, and shipped in packs.
+    assert ":***@" in record(tmp_path / "0").provenance["command"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and postgres.PASSWORD in path.read_text()]
 
 
 def drop_tables(server):
@@ -134,6 +137,7 @@ def drop_tables(server):
         connection.execute("CREATE SCHEMA public")
 
 
+@pytest.mark.slow
 def test_what_a_killed_worker_was_at_is_done_by_the_other(server, tmp_path):
     dies, lives = (start(server, tmp_path / name, seconds=0.2) for name in ("dies", "lives"))
     wait_for(lambda: studies(server) and owners(server) >= {dies.pid, lives.pid})
@@ -156,6 +160,7 @@ def wait_for(condition):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_restarted_is_waited_for(server, tmp_path):
     worker = start(server, tmp_path / "cache", seconds=0.1)
     wait_for(lambda: studies(server) and len(trials_of(server)) > 4)
@@ -168,6 +173,7 @@ def test_a_server_that_is_restarted_is_waited_for(server, tmp_path):
     assert record(tmp_path / "cache").schedule == toy_best()
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_is_one_line_and_the_same_command_goes_on(server, tmp_path):
     worker = start(server, tmp_path / "cache", seconds=0.1, patience=2)
     wait_for(lambda: studies(server) and len(trials_of(server)) > 6)

@@ -36,7 +36,15 @@ def outcome(run, op):
     return [*results, *torch.autograd.grad(results, tensors, upstream)]
 
 
-@pytest.mark.parametrize("op", sorted(OPERATORS))
+@pytest.mark.parametrize(
+    ("kernels", "op"),
+    [
+        pytest.param(kernels, op, marks=pytest.mark.slow if kernels == "compiled" and op in ("pre", "step") else ())
+        for kernels in ("reference", "compiled")
+        for op in sorted(OPERATORS)
+    ],
+    indirect=["kernels"],
+)
 def test_both_ways_give_the_same_bits(kernels, op):
     for direct, custom in zip(outcome(lambda *values: call(op, *values), op), outcome(OPERATORS[op], op), strict=True):
         assert torch.equal(direct, custom)

@@ -114,7 +114,12 @@ def low_precision(dtype):
     check(made, [3, 1], torch.randn(5, 4, WIDTH, dtype=dtype))
 
 
-def test_bfloat16_streams(kernels):
+def test_bfloat16_streams():
+    low_precision(torch.bfloat16)
+
+
+@pytest.mark.slow
+def test_bfloat16_streams_of_compiled_kernels(on_compiled):
     low_precision(torch.bfloat16)
 
 
@@ -448,13 +453,14 @@ class Lean(nn.Module):
         return self.linear(self.norm(u))
 
 
+@pytest.mark.parametrize("lengths", [(3, 6, 12), pytest.param((1, 3, 6, 12, 60), marks=pytest.mark.slow)], ids=len)
 @pytest.mark.usefixtures("one_thread")
-def test_held_bytes_follow_the_formula():
+def test_held_bytes_follow_the_formula(lengths):
     """Between the passes: exactly n widths a segment, one a sublayer's output, and the coefficients. At the peak: n + 2
     widths a block of a segment more, and what one block's backward takes, which hardly depends on the length."""
     sixty = [mhc.HyperConnection(WIDE, STREAMS, Lean(), rounds=1) for _ in range(LAYERS)]
     x, in_flight, peaks = torch.randn(TOKENS, STREAMS, WIDE), set(), {}
-    for length in (1, 3, 6, 12, 60):
+    for length in lengths:
         between, peaks[length] = bytes_held(mhc.recompute(sixty, segment=length), x)
         starts = STREAMS * (LAYERS // length - 1)  # those before the first segment are the caller's
         assert between == 4 + 4 * TOKENS * ((starts + LAYERS) * WIDE + LAYERS * (COEFFICIENTS + 2))

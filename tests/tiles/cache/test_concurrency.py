@@ -25,7 +25,7 @@ def start(folder: Path, seen: Path, log: Path, seed: int, grace: float) -> subpr
 
 
 @pytest.mark.parametrize(
-    ("processes", "seconds", "grace"), [(8, 12, 5), pytest.param(16, 120, 10, marks=pytest.mark.slow)]
+    ("processes", "seconds", "grace"), [(4, 7, 4), pytest.param(16, 120, 10, marks=pytest.mark.slow)]
 )
 def test_processes_that_write_read_prune_and_die_at_random(
     tmp_path: Path, processes: int, seconds: float, grace: float

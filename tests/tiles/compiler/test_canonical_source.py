@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from hashlib import sha256
 
 import pytest
 
 from tiles.compiler.canonical_source import canonical_source
+from tiles.compiler.compile import generate_source
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Problem
+from tiles.target import Target
 
 TEXT = """__global__ void kernel(float* v_9) {
   extern __shared__ __align__(1024) uchar buf_dyn_shmem[];
@@ -49,30 +54,22 @@ def test_names_and_places_that_change_from_run_to_run_leave_the_canonical_source
     assert forms != {canonical_source(text("v", "v_1", a="v", b="v_1").replace("v_3[0] +", "v_3[0] -"))}
 
 
-GENERATE = """
-import hashlib, sys
-from tiles.compiler.compile import generate_source
-from tiles.kernels.spec import Problem
-from tiles.kernels.registry import kernel_spec
-from tiles.compiler.canonical_source import canonical_source
-from tiles.target import Target
-hopper = Target("cuda", "sm_90a")
-for op in ("merge", "coefficients"):
-    spec = kernel_spec(op, "backward")
-    problem = spec.canonical(Problem(op, "backward", 4, 256, "bfloat16"))
-    junk = [object() for _ in range(int(sys.argv[1]))]
-    source = generate_source(spec, problem, spec.default(problem, hopper), hopper)
-    print(hashlib.sha256(canonical_source(source).encode()).hexdigest())
-"""
+def digests() -> list[str]:
+    """Of kernels that keep several buffers in shared memory."""
+    found = []
+    for op in ("merge", "coefficients"):
+        spec, hopper = kernel_spec(op, "backward"), Target("cuda", "sm_90a")
+        problem = spec.canonical(Problem(op, "backward", 2, 64, "bfloat16"))
+        source = canonical_source(generate_source(spec, problem, spec.default(problem, hopper), hopper))
+        found.append(sha256(source.encode()).hexdigest())
+    return found
 
 
 def test_two_processes_generate_the_same():
     pytest.importorskip("tilelang")
-    runs = [
-        subprocess.Popen([sys.executable, "-c", GENERATE, str(junk)], stdout=subprocess.PIPE, text=True)
-        for junk in (0, 12345)
-    ]
-    digests = [run.communicate()[0].split() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0]
-    assert len(digests[0]) == len(set(digests[0])) == 2
-    assert digests[0] == digests[1]
+    script = f"import runpy; junk = [object() for _ in range(12345)]; print(*runpy.run_path({__file__!r})['digests']())"
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    here, there = digests(), other.communicate()[0].split()
+    assert other.returncode == 0
+    assert len(set(here)) == 2
+    assert here == there

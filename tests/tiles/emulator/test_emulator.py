@@ -16,6 +16,8 @@ from tiles.kernels.spec import Argument
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH: the emulator cannot be compiled")
 
 LATE = Way(3, late=True)
+MORE = pytest.mark.slow
+"""More of a kind that the fast tier has: each case is a text to compile."""
 
 
 @pytest.fixture
@@ -219,8 +221,15 @@ def test_sums_over_a_warp_and_over_the_block(run):
     assert torch.equal(run(body.format(64), a), a.sum().expand(2, 32))
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("kBFloat16", torch.bfloat16), ("kFloat16", torch.float16)])
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "turned"),
+    [
+        ("kBFloat16", torch.bfloat16, False),
+        ("kFloat16", torch.float16, True),
+        pytest.param("kBFloat16", torch.bfloat16, True, marks=MORE),
+        pytest.param("kFloat16", torch.float16, False, marks=MORE),
+    ],
+)
 def test_a_warps_product_of_loaded_matrices(run, kind, dtype, turned):
     """b = x·yᵀ, x and y of 16 × 16; the second operand is stored as yᵀ where it is turned when loaded."""
     x, y = numbers(16, 16), numbers(16, 16).flip(0)
@@ -290,8 +299,19 @@ def wgmma(chunks: int = 8, turned: tuple[bool, bool] = (False, False)) -> tuple[
     return body, torch.cat(images).view(torch.float32), x @ y.T
 
 
-@pytest.mark.parametrize("turned", [(False, False), (False, True), (True, False), (True, True)], ids=str)
-@pytest.mark.parametrize("chunks", [1, 2, 4, 8])
+TURNED = ((False, False), (False, True), (True, False), (True, True))
+LAYOUTS = (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "turned"),
+    [
+        pytest.param(chunks, turned, marks=() if number == place else MORE)
+        for place, chunks in enumerate(LAYOUTS)
+        for number, turned in enumerate(TURNED)
+    ],
+    ids=str,
+)
 def test_a_warpgroups_product_from_shared_memory(run, chunks, turned):
     body, a, wanted = wgmma(chunks, turned)
     assert torch.equal(run(body, a, threads=128, shared=16384).view(64, 64), wanted)
@@ -331,7 +351,7 @@ KERNELvoid second(const float *a, float *b, int tokens) {
     ("wait", "found"),
     [
         ("cudaGridDependencySynchronize();", None),
-        ("float early = a[t];\n  cudaGridDependencySynchronize();\n  b[t + 32] = early;", None),
+        pytest.param("float early = a[t];\n  cudaGridDependencySynchronize();\n  b[t + 32] = early;", None, marks=MORE),
         ("", r"race .*: thread \d+ reads b\+\d+ at line \d+ before it waits for a kernel that wrote there at line \d"),
         ("b[t + 64] = 9;\n  cudaGridDependencySynchronize();", r"race .* writes b\+\d+ .* that wrote there"),
         ("if (t == 0) cudaGridDependencySynchronize();\n  else return;", "thread [1-9]+ ends, but has not waited"),
@@ -354,19 +374,19 @@ def test_a_kernel_that_may_start_early_waits_before_it_touches_what_others_did(e
     ("access", "bytes_", "least", "taken"),
     [
         ("floats[t]", 4, 1, 1),
-        ("floats[0]", 4, 1, 1),
+        pytest.param("floats[0]", 4, 1, 1, marks=MORE),
         ("floats[2 * t]", 4, 1, 2),
         ("floats[32 * t]", 4, 1, 32),
-        ("floats[33 * t]", 4, 1, 1),
-        ("((float2 *)floats)[t].x", 4, 1, 2),
-        ("*(double *)(floats + 2 * t)", 8, 2, 2),
-        ("*(double *)(floats + 32 * (t / 8) + 2 * (t % 8))", 8, 2, 4),
+        pytest.param("floats[33 * t]", 4, 1, 1, marks=MORE),
+        pytest.param("((float2 *)floats)[t].x", 4, 1, 2, marks=MORE),
+        pytest.param("*(double *)(floats + 2 * t)", 8, 2, 2, marks=MORE),
+        pytest.param("*(double *)(floats + 32 * (t / 8) + 2 * (t % 8))", 8, 2, 4, marks=MORE),
         ("*(double *)(floats + 40 * (t / 4) + 2 * (t % 4))", 8, 2, 2),
         ("((uint4 *)floats)[t].x", 4, 1, 4),
         ("__shfl_sync(~0u, ((ushort *)floats)[t], 0)", 2, 1, 1),
-        ("a[t]", 4, 4, 4),
+        pytest.param("a[t]", 4, 4, 4, marks=MORE),
         ("a[8 * (t % 8)]", 4, 1, 8),
-        ("*(double *)(a + 4 * (t / 2))", 8, 4, 8),
+        pytest.param("*(double *)(a + 4 * (t / 2))", 8, 4, 8, marks=MORE),
     ],
 )
 def test_banks_and_sectors_are_counted(emulation, access, bytes_, least, taken):

@@ -59,8 +59,9 @@ def merged() -> list[Any]:
 
 
 ALL = [*projections(), *chains(), *merged()]
-FAST = (0, 9, 12, 27)
-"""Small ones; test_emulated.py has the fused backwards."""
+FAST = (0, 27)
+"""What is quick to lower: one stream, and step merged inside of tiles with phi split before. test_emulated.py has the
+other ops and tails."""
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_an_odd_shape_computes_the_reference(
 
 def project_forward(emulator, tmp_path, splits: int) -> Emulated:
     schedule = TiledSchedule(16, 32, 2, splits, 1, 32)
-    problem = Problem("project", "forward", 4, 64, "bfloat16")
+    problem = Problem("project", "forward", 2, 64, "bfloat16")
     return Emulated(tmp_path, emulator, generate(problem, schedule, Target("cuda", "sm_80")))
 
 

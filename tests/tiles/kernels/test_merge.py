@@ -19,8 +19,15 @@ from tiles.target import Target, parse_target
 HOPPER = Target("cuda", "sm_90a")
 
 
-@pytest.mark.parametrize("n", [3, 4, 9])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("direction", "n"),
+    [
+        ("forward", 3),
+        ("backward", 4),
+        ("backward", 9),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("forward", 4), ("forward", 9), ("backward", 3))),
+    ],
+)
 def test_groups_compute_what_all_streams_at_once_do(direction, n, tmp_path, monkeypatch):
     """Stream counts below a group's size, equal to it, and with a rest."""
     monkeypatch.setattr(merge, "in_groups", lambda problem, schedule: True)
@@ -40,7 +47,9 @@ def test_only_cuda_threads_that_cannot_hold_the_weights_take_groups():
         assert not in_groups(problem, spec.default(problem, Target("cpu", "x86-64-v3")))
 
 
-@pytest.mark.parametrize(("n", "width", "vectors"), [(4, 512, 4), (4, 72, 0), (9, 8, 0)])
+@pytest.mark.parametrize(
+    ("n", "width", "vectors"), [(4, 512, 4), (2, 72, 0), pytest.param(9, 8, 0, marks=pytest.mark.slow)]
+)
 def test_a_cuda_thread_moves_its_columns_as_vectors_and_sums_them_in_one_register(n, width, vectors):
     """uint4 is 16 bytes: eight bfloat16. Rows too narrow to be shared out evenly compile as well."""
     problem, spec, hopper = Problem("merge", "backward", n, width, "bfloat16"), kernel_spec("merge", "backward"), HOPPER

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import math
 import re
+from typing import Any
 
 import pytest
 from building import build
@@ -22,6 +23,15 @@ from tiles.target import Target, parse_target
 
 SPECS = list(kernel_specs().values())
 TARGETS = (Target("cpu", "x86-64-v3"), Target("cuda", "sm_80"), Target("cuda", "sm_90a"), Target("cuda", "sm_100a"))
+
+
+LARGE = ("pre.backward", "step.forward", "step.backward")
+"""Kernels that take long to make; the fast tier has pre's forward, which takes the same schedule."""
+
+
+def but_slow(names: tuple[str, ...]) -> list[Any]:
+    """All kernels; those of these names are slow."""
+    return [pytest.param(spec, marks=pytest.mark.slow if spec.name in names else ()) for spec in SPECS]
 
 
 def named(value: object) -> str:
@@ -71,8 +81,15 @@ def program(spec: KernelSpec, problem: Problem, schedule: object, target: Target
 
 
 @pytest.mark.parametrize("made", [program, pytest.param(generate_source, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("target", [TARGETS[0], TARGETS[2]], ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=named)
+@pytest.mark.parametrize(
+    ("spec", "target"),
+    [
+        pytest.param(*spec.values, target, marks=spec.marks)
+        for target, slow in ((TARGETS[0], ("pre.backward", "step.forward")), (TARGETS[2], LARGE))
+        for spec in but_slow(slow)
+    ],
+    ids=named,
+)
 def test_every_tunable_changes_the_program_and_the_generated_source(spec, target, made):
     problem = problem_of(spec, 4 if target.kind == "cpu" else 2)  # lowering for CUDA takes long for many streams
     default, space = spec.default(problem, target), spec.space(problem, target)
@@ -83,7 +100,7 @@ def test_every_tunable_changes_the_program_and_the_generated_source(spec, target
         assert made(spec, problem, other, target) != text, name
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=named)
+@pytest.mark.parametrize("spec", but_slow(LARGE), ids=named)
 def test_the_same_schedule_is_the_same_program(spec):
     problem, target = problem_of(spec, 2), TARGETS[2]
     default = spec.default(problem, target)
@@ -108,7 +125,7 @@ def neighbours(spec, problem, target, default, name):
 
 
 @pytest.mark.parametrize("most", [1, pytest.param(3, marks=pytest.mark.slow)], ids=["one", "all"])
-@pytest.mark.parametrize("spec", SPECS, ids=named)
+@pytest.mark.parametrize("spec", but_slow(LARGE), ids=named)
 def test_schedules_far_from_the_default_compute_the_same(spec, tmp_path, most):
     target, problem = parse_target("cpu"), problem_of(spec, 3, 384)
     space = spec.space(problem, target)
@@ -131,7 +148,7 @@ def _ends(values: tuple[int, ...]) -> tuple[int, int, int]:
     ("n", "width"),
     [(2, 72), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((2, 64), (4, 1280), (5, 72)))],
 )
-@pytest.mark.parametrize("spec", SPECS, ids=named)
+@pytest.mark.parametrize("spec", but_slow(("pre.forward", "pre.backward")), ids=named)
 def test_a_kernel_allocates_the_scratch_that_it_states(spec, n, width):
     target, problem = TARGETS[0], problem_of(spec, n, width)
     schedule = spec.default(problem, target)

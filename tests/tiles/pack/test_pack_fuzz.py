@@ -42,7 +42,7 @@ def packs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mutants", "processes"), [(400, 2), pytest.param(10_000, 4, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+    ("mutants", "processes"), [(160, 1), pytest.param(10_000, 4, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
 def test_mutated_packs_are_refused_or_right(packs, tmp_path, mutants, processes):
     sys.stdout.write(f"seed {SEED}\n")
