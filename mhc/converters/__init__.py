@@ -11,12 +11,15 @@ the way (docs/design.md, "The maths"); with it, the map is the same but for thei
 from mhc.converters.deepseek import from_deepseek, to_deepseek
 from mhc.converters.hugging_face import from_hugging_face, to_hugging_face
 from mhc.converters.megatron import from_megatron, to_megatron
+from mhc.converters.norm_weight import fold_norm_weight, unfold_norm_weight
 
 __all__ = [
+    "fold_norm_weight",
     "from_deepseek",
     "from_hugging_face",
     "from_megatron",
     "to_deepseek",
     "to_hugging_face",
     "to_megatron",
+    "unfold_norm_weight",
 ]
