@@ -132,6 +132,7 @@ def test_a_pack_of_another_format_is_bad_input(tuned: Tuned, tmp_path: Path) -> 
     assert "format must be 1 or 2, got 99" in result.stderr
 
 
+@pytest.mark.slow  # tests/cli/bench has the command
 def test_bench_compares_implementations(tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MHC_TUNE_CACHE", str(tmp_path))  # default schedules are compiled into it
     monkeypatch.setattr(bench, "IMPLS", ("tuned", "separate", "default", "eager", "tile-kernels"))

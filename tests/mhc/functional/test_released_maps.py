@@ -66,8 +66,19 @@ CASES = [
     (4, 6, 0, 1e-6),
 ]
 
+on_both = pytest.mark.parametrize(
+    ("kernels", "n", "spread", "hc_eps", "eps"),
+    [
+        pytest.param(kernels, *case, marks=pytest.mark.slow if kernels == "compiled" and case[0] != 4 else ())
+        for kernels in ("reference", "compiled")
+        for case in CASES
+    ],
+    indirect=["kernels"],
+)
+"""Compiling takes seconds: the fast tier has one stream count compiled."""
 
-@pytest.mark.parametrize(("n", "spread", "hc_eps", "eps"), CASES)
+
+@on_both
 @pytest.mark.parametrize("post_scale", [2.0, 0.5])
 def test_pre_follows_the_released_formula(kernels, n, spread, hc_eps, eps, post_scale):
     settings = {"eps": eps, "hc_eps": hc_eps, "post_scale": post_scale}
@@ -220,7 +231,7 @@ def transposed(packed, n):
     return torch.cat((packed[: 2 * n], res))
 
 
-@pytest.mark.parametrize(("n", "spread", "hc_eps", "eps"), CASES)
+@on_both
 def test_deepseek_v4_of_transformers(kernels, deepseek_v4, n, spread, hc_eps, eps):
     x, phi, alpha, bias = drawn(n, spread)
     module = deepseek_v4.DeepseekV4HyperConnection(Config(n, hc_eps, eps))

@@ -63,6 +63,7 @@ def test_a_stack_is_its_blocks_in_turn(modes, fused):
     assert (("step", "default" if fused else "separate") in ran) == fusable
 
 
+@pytest.mark.slow
 def test_bfloat16_stacks_agree_to_rounding(on_compiled):
     made = blocks(["mhc"] * 3)
     x, upstream = torch.randn(40, 4, WIDTH).bfloat16(), torch.randn(40, 4, WIDTH).bfloat16()

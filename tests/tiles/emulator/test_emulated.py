@@ -141,8 +141,12 @@ split before."""
 FIXED = [*DEFAULTS, *MORE_DEFAULTS, *TILED, *CHAINED, *MERGED]
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def tiers(cases: Iterable[Case]) -> list[Any]:
-    return [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    return [case if case in FAST else slow(case) for case in cases]
 
 
 def sample(number: int) -> list[Case]:
@@ -268,16 +272,17 @@ WAIT = r"cudaGridDependencySynchronize\(\);"
     ("case", "old", "new", "at", "found"),
     [
         (FORWARD, r"__syncthreads\(\);(?=\s+for \(int ki)", "", 0, "race .* without a barrier"),
-        (FORWARD, r"__syncthreads\(\);", "", -1, "race .* without a barrier"),
+        slow(FORWARD, r"__syncthreads\(\);", "", -1, "race .* without a barrier"),
         (FORWARD, r"tl::cp_async_wait<\d>\(\);", "", 0, "race .* no wait"),
-        (FORWARD, r"cp_async_wait<0>", "cp_async_wait<2>", 0, "race .* no wait"),
+        slow(FORWARD, r"cp_async_wait<0>", "cp_async_wait<2>", 0, "race .* no wait"),
         (FORWARD, r"ptx_ldmatrix_x4\(", "ptx_ldmatrix_x4_trans(", 0, "z: "),
-        (BACKWARD, r"(?<=cp_async_wait<0>\(\);)\s+__syncthreads\(\);", "", 0, "race .* no wait"),
+        slow(BACKWARD, r"(?<=cp_async_wait<0>\(\);)\s+__syncthreads\(\);", "", 0, "race .* no wait"),
         (BACKWARD, r"tl::fence_proxy_async\(\);", "", 2, r"race .* without fence\.proxy\.async"),
         (BACKWARD, r"tl::warpgroup_wait<0>\(\);", "", 2, "race .* wgmma|dx: "),
         (BACKWARD, r"<1, 640, 64>", "<1, 640, 32>", 1, "dx: "),
         (BACKWARD, r"\(dphi \+ ", "(dphi + 24576 + ", 0, "invalid access .* past the end of of_dphi"),
-        *((EARLY, WAIT, "", at, "before it waits for a kernel|has not waited") for at in range(2)),
+        (EARLY, WAIT, "", 0, "before it waits for a kernel|has not waited"),
+        slow(EARLY, WAIT, "", 1, "before it waits for a kernel|has not waited"),
         (BACKWARD, r"x\[\(", "x[-8 + (", 0, "invalid access .* before x"),
     ],
 )
