@@ -42,7 +42,6 @@ def mean_permutation(logits: torch.Tensor) -> torch.Tensor:
 _CACHE: dict[tuple[int, torch.device], torch.Tensor] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _permutation_matrices(n: int, device: torch.device) -> torch.Tensor:
     """All P_σ, flattened: [n!, n²] float64."""
     if (n, device) in _CACHE:
@@ -53,3 +52,7 @@ def _permutation_matrices(n: int, device: torch.device) -> torch.Tensor:
     if type(matrices) is torch.Tensor:  # not a tracer's fake tensor
         _CACHE[n, device] = matrices
     return matrices
+
+
+# What torch.compiler.assume_constant_result does; calling it here would import Dynamo, which takes longer than torch.
+_permutation_matrices._dynamo_marked_constant = True  # type: ignore[attr-defined]

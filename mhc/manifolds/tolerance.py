@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 
 from mhc.dispatch.torch_form import is_transformed
 from mhc.manifolds.checks import streams_of
@@ -43,9 +44,14 @@ class SinkhornToTolerance:
         self.tolerance, self.most_rounds = tolerance, most_rounds
         self.rounds, self.error = 0, 0.0
 
-    @torch.compiler.disable(reason="how many rounds there are depends on the logits")  # type: ignore[untyped-decorator]
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """logits [..., n, n] -> res [..., n, n]."""
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg="how many rounds there are depends on the logits")
+        return self._scaled(logits)
+
+    @_disable_dynamo  # torch.compiler.disable would import Dynamo here, which takes longer than torch
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
         n = streams_of(logits)
         if is_transformed((logits,)):
             raise BadInput(

@@ -38,7 +38,8 @@ def python(code, **environment):
 
 
 def test_importing_mhc_brings_nothing_heavy():
-    assert python(f"import mhc\n{FIND_HEAVY}") == ["[]"]
+    """Dynamo takes longer than all else of torch."""
+    assert python(f"import mhc\n{FIND_HEAVY}\nprint('torch._dynamo' in sys.modules)") == ["[]", "False"]
 
 
 def test_a_fresh_process_trains_from_a_pack_without_compiler(on_compiled, tmp_path):
