@@ -8,8 +8,8 @@ INSTALL = $(BIN)/python -m pip install -c constraints.txt -e
 PYTEST = $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 CACHE := build/cache
 PACK := build/kernels.mhcpack
-# What a layer runs, and the layer: torch compiles these in a minute or two. `mhc-tune bench` alone compares everything.
-COMPARED := $(foreach op,merge pre layer,--op $(op)) --direction both \
+# What ends a layer, and a whole one: torch compiles these in a minute or two. `mhc-tune bench` alone compares everything.
+COMPARED := $(foreach op,merge layer,--op $(op)) --direction both \
 	$(foreach impl,tuned default eager compile,--impl $(impl))
 PROBLEM := --target auto --streams 4 --width 1280 --tokens 2048 --dtype bfloat16 --dtype float32
 
@@ -34,7 +34,7 @@ export NEXT
 tune: export MHC_TUNE_CACHE := $(CURDIR)/$(CACHE)
 tune: .venv/installed
 	@mkdir -p build
-	$(BIN)/mhc-tune tune $(PROBLEM) --seconds 180 --cache $(CACHE) --json > build/tune.json
+	$(BIN)/mhc-tune tune $(PROBLEM) --seconds 140 --cache $(CACHE) --json > build/tune.json
 	$(BIN)/mhc-tune export $(PACK) --cache $(CACHE)
 	$(BIN)/mhc-tune bench $(PROBLEM) $(COMPARED) --cache $(CACHE) --json > build/bench.json
 	@if $(BIN)/python -c 'import matplotlib' 2> /dev/null; then \

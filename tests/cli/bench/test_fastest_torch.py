@@ -80,6 +80,7 @@ def test_a_stack_takes_the_form_of_the_layer_or_else_the_first(fastest_first: di
     assert list(names(chooser.implementations("compile", stack, ("forward", "both"), []))) == tried[1:2]
 
 
+@pytest.mark.slow
 def test_torch_compile_is_an_implementation_with_the_same_results() -> None:
     torch.compiler.reset()
     case = make_case("aggregate", 2, 8, 4, "float32", seed=1)

@@ -55,6 +55,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_trials_are_written(tmp_path):
     said = one_line(tune(tmp_path, limit=20_000))
     assert said.startswith(f"error: trials must be written to {tmp_path}/studies/")

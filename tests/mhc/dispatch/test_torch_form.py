@@ -18,10 +18,7 @@ INTS = (N, WIDTH, 20)
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}
 """float32 against float64, through two derivatives of 20 Sinkhorn rounds."""
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # torch's own forward mode
-    pytest.mark.usefixtures("on_compiled"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode
 
 
 def inputs_of(op):
@@ -120,6 +117,7 @@ def test_gradients_of_gradients(op, how, linear):
         torch.testing.assert_close(found.double() / scale, wanted / scale, **CLOSE)
 
 
+@pytest.mark.usefixtures("on_compiled")
 def test_every_transform_of_torch_func():
     x = torch.randn(4, N, N)
 
@@ -159,6 +157,7 @@ NETS = {
 }
 
 
+@pytest.mark.usefixtures("on_compiled")
 @pytest.mark.parametrize("name", NETS)
 def test_modules_second_derivatives(name):
     """Hessian-vector products by create_graph, against differences of the gradient."""
@@ -179,6 +178,7 @@ def test_modules_second_derivatives(name):
     assert (product - without_block).norm() > 0.1 * difference.norm()  # the block's share is what this test is about
 
 
+@pytest.mark.usefixtures("on_compiled")
 @pytest.mark.parametrize("name", [name for name in NETS if name != "tolerance"])
 def test_modules_under_transforms(name):
     """Per-sample gradients of the parameters, and forward mode."""
