@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import typer
 
-from cli.commands.cpu_quota import cpu_quota
+from autotune.measuring.cpu_quota import cpu_quota
 from cli.ui.output import show
 from cli.ui.render import device_text, table
 from tiles.cache.cache import KernelCache, Key, default_folder

@@ -143,12 +143,16 @@ def _differentiate_transformed(op: str, forward: Any) -> None:
 
     def differentiate(keyset: Any, *values: Any) -> Any:
         if torch_form.is_transformed(values):
-            outputs = torch_form.outputs(op, values)
-            return outputs if len(outputs) > 1 else outputs[0]
+            return _alone_or_all(torch_form.outputs(op, values))
         return reverse_mode(keyset, *values)
 
     for key in ("AutogradCPU", "AutogradCUDA"):
         _LIBRARY.impl(forward._name, differentiate, key, with_keyset=True)
+
+
+def _alone_or_all(outputs: tuple[torch.Tensor, ...]) -> Any:
+    """A single result by itself, as the custom ops return it."""
+    return outputs if len(outputs) > 1 else outputs[0]
 
 
 def _autograd_function(op: str) -> type[torch.autograd.Function]:
@@ -164,7 +168,7 @@ def _autograd_function(op: str) -> type[torch.autograd.Function]:
             ctx.save_for_backward(*values[:tensors], *(outputs[index] for index in saved))
             ctx.mark_non_differentiable(*(outputs[index] for index in saved))
             ctx.settings = values[tensors:]
-            return outputs if len(outputs) > 1 else outputs[0]
+            return _alone_or_all(outputs)
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -188,8 +192,7 @@ def call(op: str, *values: Any) -> Any:
     """Run an op, differentiably: as a custom op where `needs_dispatcher`, else directly; under transforms and in
     forward mode in plain torch (`mhc.dispatch.torch_form`)."""
     if torch_form.is_transformed(values):
-        outputs = torch_form.outputs(op, values)
-        return outputs if len(outputs) > 1 else outputs[0]
+        return _alone_or_all(torch_form.outputs(op, values))
     if needs_dispatcher(values):
         return OPERATORS[op](*values)
     return _DIRECT[op].apply(*values)

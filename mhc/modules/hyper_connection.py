@@ -14,7 +14,7 @@ from torch import nn
 from mhc import functional, manifolds
 from mhc.checks import check_problem, check_scalars, stream_shape
 from mhc.modules.grad_accumulate import grad_accumulating_views
-from mhc.modules.init import Init, initial_parameters
+from mhc.modules.init import Init, add_parameters, initial_parameters, reset_parameters
 from mhc.modules.pre_with_residual import pre_with_residual
 from tiles.errors import BadInput
 
@@ -102,14 +102,11 @@ class HyperConnection(nn.Module):
         self.dropout, self.rounds, self.eps, self.hc_eps, self.post_scale = dropout, rounds, eps, hc_eps, post_scale
         self.watchers: list[Callable[[HyperConnection, torch.Tensor], None]] = []
         self.to_res = _manifold(manifold, streams, rounds, hc_eps)
-        for name, value in self._initial_parameters().items():
-            setattr(self, name, nn.Parameter(value))
+        add_parameters(self, self._initial_parameters())
 
     def reset_parameters(self) -> None:
         """Initialise the parameters again; for those that were made on the meta device."""
-        with torch.no_grad():
-            for name, value in self._initial_parameters().items():
-                getattr(self, name).copy_(value)
+        reset_parameters(self, self._initial_parameters())
 
     def _initial_parameters(self) -> dict[str, torch.Tensor]:
         if self.mode == "residual":

@@ -17,9 +17,11 @@ random rows make different for every stream. In `hc`, res starts as the identity
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
+from torch import nn
 
 Init = Literal["paper", "identity"]
 
@@ -48,6 +50,19 @@ def initial_parameters(
         return {"bias": bias}
     alpha = torch.full((3,), INITIAL_ALPHA if init == "paper" else 0.0, dtype=torch.float32)
     return {"phi": random_phi(len(bias), streams * width), "alpha": alpha, "bias": bias}
+
+
+def add_parameters(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Give a module its parameters, with these values."""
+    for name, value in values.items():
+        setattr(module, name, nn.Parameter(value))
+
+
+def reset_parameters(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Write these values to a module's parameters, which may have been made on the meta device."""
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(module, name).copy_(value)
 
 
 def random_phi(outputs: int, fan_in: int) -> torch.Tensor:

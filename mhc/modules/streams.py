@@ -9,7 +9,7 @@ from torch import nn
 
 from mhc import functional
 from mhc.checks import check_problem, check_scalars, expect, stream_shape
-from mhc.modules.init import INITIAL_ALPHA, mean_pre_logit, random_phi
+from mhc.modules.init import INITIAL_ALPHA, add_parameters, mean_pre_logit, random_phi, reset_parameters
 from tiles.errors import BadInput
 
 
@@ -50,14 +50,11 @@ class StreamHead(nn.Module):
         check_problem(streams, width)
         check_scalars(hc_eps)
         self.width, self.streams, self.eps, self.hc_eps = width, streams, eps, hc_eps
-        for name, value in self._initial_parameters().items():
-            setattr(self, name, nn.Parameter(value))
+        add_parameters(self, self._initial_parameters())
 
     def reset_parameters(self) -> None:
         """Initialise the parameters again; for those that were made on the meta device."""
-        with torch.no_grad():
-            for name, value in self._initial_parameters().items():
-                getattr(self, name).copy_(value)
+        reset_parameters(self, self._initial_parameters())
 
     def _initial_parameters(self) -> dict[str, torch.Tensor]:
         n = self.streams

@@ -7,7 +7,6 @@ import torch
 from typer.testing import CliRunner
 
 from cli.commands import doctor as command
-from cli.commands.cpu_quota import cpu_quota
 from cli.main import app
 from tiles.runtime import loaded_kernel
 
@@ -84,32 +83,6 @@ def test_more_threads_than_the_quota_allows_are_told(monkeypatch: pytest.MonkeyP
     assert code == 0
     assert "with a quota of 1.5 CPUs" in said
     assert "export OMP_NUM_THREADS=1" in said
-
-
-QUOTAS = {
-    "none": ({}, None),
-    "no limit": ({"cpu.max": "max 100000"}, None),
-    "half a CPU": ({"cpu.max": "50000 100000"}, 0.5),
-    "above": ({"a/cpu.max": "max 100000", "cpu.max": "300000 100000"}, 3),
-    "own": ({"a/b/cpu.max": "200000 100000", "cpu.max": "300000 100000"}, 2),
-    "version 1": ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
-    "version 1, no limit": ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
-    "damaged": ({"cpu.max": "many"}, None),
-}
-
-
-@pytest.mark.parametrize("case", QUOTAS)
-def test_quotas_of_control_groups(tmp_path: Path, case: str) -> None:
-    files, quota = QUOTAS[case]
-    groups, own = tmp_path / "groups", tmp_path / "own"
-    for name, text in files.items():
-        path = groups / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{text}\n")
-    own.write_text("0::/a/b\n3:cpu,cpuacct:/a\n7:memory:/elsewhere\n")
-    assert cpu_quota(groups, own) == quota
-    own.unlink()
-    assert case in ("above", "own") or cpu_quota(groups, own) == quota
 
 
 def test_it_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
