@@ -29,6 +29,7 @@ print(json.dumps({"skipped": skipped, "directions": directions, **counters["indu
 """
 
 
+@pytest.mark.slow
 def test_what_other_processes_compiled_is_not_compiled_again(tmp_path: Path) -> None:
     """In a process of its own: pytest changes what torch's keys are made of."""
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
