@@ -10,9 +10,9 @@
 P is `layers.0` and so on, or `mtp.0`, which has a head of its own. Their map is ours with hc_eps = 1e-6, which
 `HyperConnection` and `StreamHead` take, 20 rounds, eps = 1e-6 and post_scale = 2: coefficients agree to rounding.
 
-Single-pass mHC, in which a sublayer's input uses the pre of the sublayer before it, has connections of the same names
-and shapes. It is another map, which `HyperConnection` does not compute; its configuration tells it apart, its tensors
-do not.
+Single-pass mHC (DeepSeek-V4.1), in which a sublayer's input uses the pre of the sublayer before it, has connections of
+the same names and shapes, eps = 1e-20, and no head. `HyperConnectionStack(..., single_pass=True)` computes it; its
+configuration tells it apart, its tensors do not.
 """
 
 from __future__ import annotations

@@ -242,8 +242,25 @@ def test_megatron_is_deepseek_by_other_names():
     old = from_megatron(megatron(), streams=STREAMS, transposed=False)
     module = "decoder.layers.0.mlp_hyper_connection"
     assert torch.equal(old[f"{module}.phi"], megatron()[f"{module}.mapping_proj.weight"])
+    assert torch.equal(old[f"{module}.bias"], megatron()[f"{module}.bias"])
     wrapped = {f"module.{key}": value for key, value in megatron().items()}
     assert same(part(from_megatron(wrapped, streams=STREAMS), "module"), found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_pass_checkpoint_has_no_head(dtype):
+    """DeepSeek-V4.1's: connections of the same names and shapes, converted alike."""
+
+    def headless(state):
+        return {key: value.to(dtype) for key, value in state.items() if "hc_head" not in key}
+
+    state = headless(deepseek())
+    found = from_deepseek(state, streams=STREAMS)
+    assert same(found, headless(from_deepseek(deepseek(), streams=STREAMS)))
+    assert same(to_deepseek(found, streams=STREAMS), state)
+    block = mhc.HyperConnection(WIDTH, STREAMS, nn.Identity(), eps=1e-20, hc_eps=1e-6)
+    for module in ("layers.0.hc_attn", "layers.1.hc_ffn", "mtp.0.hc_ffn"):
+        block.load_state_dict(part(found, module))
 
 
 def test_a_converted_block_goes_back():

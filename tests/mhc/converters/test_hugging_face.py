@@ -11,26 +11,26 @@ N, WIDTH = 4, 16
 
 
 class Config:
-    hc_mult, hc_sinkhorn_iters, hc_eps, rms_norm_eps, hidden_size = N, 20, 1e-6, 1e-6, WIDTH
+    hc_mult, hc_sinkhorn_iters, hc_eps, rms_norm_eps, hidden_size, hc_magnitude = N, 20, 1e-6, 1e-6, WIDTH, 2.0
 
 
-@pytest.fixture(scope="module")
-def theirs():
-    """A layer's two connections and the head, as the model's names have them."""
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+@pytest.fixture(scope="module", params=["deepseek_v4", "glm5_next"])
+def theirs(request):
+    """A layer's two connections and the head, as the model's names have them; GLM's head has no parameters."""
     torch.manual_seed(0)
-    layer = nn.ModuleDict(
-        {
-            "attn_hc": modeling.DeepseekV4HyperConnection(Config()),
-            "ffn_hc": modeling.DeepseekV4HyperConnection(Config()),
-            "mlp": nn.Linear(WIDTH, WIDTH),
-        }
-    )
-    made = nn.ModuleDict({"layers": nn.ModuleList([layer]), "hc_head": modeling.DeepseekV4HyperHead(Config())})
+    layer = nn.ModuleDict({name: module_of(request.param, "HyperConnection") for name in ("attn_hc", "ffn_hc")})
+    layer["mlp"] = nn.Linear(WIDTH, WIDTH)
+    made = nn.ModuleDict({"layers": nn.ModuleList([layer]), "hc_head": module_of(request.param, "HyperHead")})
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.5)
     return nn.ModuleDict({"model": made})
+
+
+def module_of(model, kind):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    modeling = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
+    prefix = {"deepseek_v4": "DeepseekV4", "glm5_next": "Glm5NextText", "hy_v4": "HYV4"}[model]
+    return getattr(modeling, prefix + kind)(*[] if (model, kind) == ("glm5_next", "HyperHead") else [Config()])
 
 
 def test_a_checkpoint_runs_like_its_model(theirs):
@@ -44,10 +44,21 @@ def test_a_checkpoint_runs_like_its_model(theirs):
         u, my_post, res, _ = block.pre_with_residual(x)
         for mine, wanted in ((u, collapsed), (my_post, post), (res, comb.mT)):
             assert (mine - wanted).abs().max() < 5e-6 * wanted.abs().max()
-    head = mhc.StreamHead(WIDTH, N, hc_eps=1e-6)
-    head.load_state_dict({key.rpartition(".")[2]: value for key, value in ours.items() if "hc_head" in key})
     wanted = theirs["model"]["hc_head"](x)
+    parameters = {key.rpartition(".")[2]: value for key, value in ours.items() if "hc_head" in key}
+    head = mhc.StreamHead(WIDTH, N, hc_eps=1e-6) if parameters else mhc.reduce_streams
+    if parameters:
+        head.load_state_dict(parameters)
     assert (head(x) - wanted).abs().max() < 5e-6 * wanted.abs().max()
+
+
+def test_hunyuan_is_refused_in_a_line():
+    """At its own stream count, and at the one at which its fn has as many rows as DeepSeek's."""
+    connection = module_of("hy_v4", "HyperConnection")
+    state = {f"model.layers.0.attn_hc.{key}": value for key, value in connection.state_dict().items()}
+    for streams in (N, 2):
+        with pytest.raises(mhc.BadInput, match=r"attn_hc must be \(3,\), .* got Hunyuan-V4's \(2,\): copy fn"):
+            from_hugging_face(state, streams=streams)
 
 
 def test_a_round_trip_gives_the_same_bits_and_passes_others_through(theirs):

@@ -34,6 +34,7 @@ def test_bad_input_is_one_line():
     fold_norm_weight(phi, gamma)
     with pytest.raises(mhc.BadInput, match="gamma must have no zeros to be unfolded, got 1 of 64: keep phi folded"):
         unfold_norm_weight(phi, gamma)
-    for wrong in ((phi, gamma[1:]), (phi[0], gamma), (phi, gamma[None])):
-        with pytest.raises(mhc.BadInput, match=r"phi must be \[N, K\] and gamma \[K\], got"):
-            fold_norm_weight(*wrong)
+    for function in (fold_norm_weight, unfold_norm_weight):
+        for wrong in ((phi, gamma[1:]), (phi[0], gamma), (phi, gamma[None])):
+            with pytest.raises(mhc.BadInput, match=r"phi must be \[N, K\] and gamma \[K\], got"):
+                function(*wrong)

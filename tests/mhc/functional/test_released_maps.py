@@ -1,48 +1,14 @@
-"""The maps of released models: hc_eps and post_scale, against their own modules and against float64."""
+"""The maps of released models: hc_eps and post_scale, against float64."""
 
 import math
 
 import pytest
 import torch
+from released import GRADIENTS, OUTPUTS, TOKENS, WIDTH, drawn, maps, off
 from torch import nn
 
 import mhc
 from mhc import functional
-
-WIDTH, TOKENS = 16, 6
-OUTPUTS, GRADIENTS = 5e-6, 3e-4
-"""Relative to the largest: float32 through 40 half rounds, and back."""
-
-
-def maps(x, phi, alpha, bias, eps, hc_eps, post_scale, rounds=20):
-    """pre, post, res after DeepSeek-V4's released code, in our orientation (docs/design.md), in x's precision."""
-    n = x.shape[-2]
-    flat = x.flatten(-2)
-    h = (flat @ phi.T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
-    pre, post, res = h.split((n, n, n * n), -1)
-    bias_pre, bias_post, bias_res = bias.split((n, n, n * n))
-    res = (alpha[2] * res + bias_res).unflatten(-1, (n, n)).softmax(-2) + hc_eps
-    res = res / (res.sum(-1, keepdim=True) + hc_eps)
-    for _ in range(rounds - 1):
-        res = res / (res.sum(-2, keepdim=True) + hc_eps)
-        res = res / (res.sum(-1, keepdim=True) + hc_eps)
-    pre = (alpha[0] * pre + bias_pre).sigmoid() + hc_eps
-    return pre, post_scale * (alpha[1] * post + bias_post).sigmoid(), res
-
-
-def drawn(n, spread, seed=0, tokens=TOKENS):
-    """x and parameters with logits of this spread; the first token is zero."""
-    random = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, n, WIDTH, generator=random)
-    x[0] = 0
-    count = n * n + 2 * n
-    phi = torch.randn(count, n * WIDTH, generator=random) / math.sqrt(n * WIDTH)
-    bias = spread * torch.randn(count, generator=random)
-    return x, phi, torch.full((3,), spread / 2), bias
-
-
-def off(mine, wanted):
-    return ((mine.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
 
 
 def both(run, wanted, tensors):
@@ -203,70 +169,3 @@ def test_modules_have_them(kernels, name, how):
 def test_bad_scalars_are_one_line(make, said):
     with pytest.raises(mhc.BadInput, match=said):
         make()
-
-
-@pytest.fixture(scope="module")
-def deepseek_v4():
-    """transformers' own module of DeepSeek-V4."""
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    return pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
-
-
-class Config:
-    """What their hyper-connections read of a configuration."""
-
-    def __init__(self, n, hc_eps, eps):
-        self.hc_mult, self.hc_sinkhorn_iters, self.hc_eps, self.rms_norm_eps, self.hidden_size = (
-            n,
-            20,
-            hc_eps,
-            eps,
-            WIDTH,
-        )
-
-
-def transposed(packed, n):
-    """Their res block, comb = resᵀ, of phi or bias, as ours; and back."""
-    res = packed[2 * n :].unflatten(0, (n, n)).transpose(0, 1).flatten(0, 1)
-    return torch.cat((packed[: 2 * n], res))
-
-
-@on_both
-def test_deepseek_v4_of_transformers(kernels, deepseek_v4, n, spread, hc_eps, eps):
-    x, phi, alpha, bias = drawn(n, spread)
-    module = deepseek_v4.DeepseekV4HyperConnection(Config(n, hc_eps, eps))
-    with torch.no_grad():
-        for parameter, value in (
-            (module.fn, transposed(phi, n)),
-            (module.base, transposed(bias, n)),
-            (module.scale, alpha),
-        ):
-            parameter.copy_(value)
-    theirs_x, mine = (
-        x[None].clone().requires_grad_(),
-        [tensor.clone().requires_grad_() for tensor in (x, phi, alpha, bias)],
-    )
-    post, comb, collapsed = module(theirs_x)
-    u, my_post, res = functional.pre(*mine, eps=eps, hc_eps=hc_eps)
-    for found, wanted in ((u, collapsed[0]), (my_post, post[0]), (res, comb[0].mT)):
-        assert off(found, wanted.detach()) < OUTPUTS
-    upstream = [torch.randn_like(result) for result in (u, my_post, res)]
-    found = torch.autograd.grad((u, my_post, res), mine, upstream)
-    given = (theirs_x, module.fn, module.scale, module.base)
-    wanted = torch.autograd.grad((collapsed[0], post[0], comb[0].mT), given, upstream)
-    right = (wanted[0][0], transposed(wanted[1], n), wanted[2], transposed(wanted[3], n))
-    for mine_, theirs_ in zip(found, right, strict=True):
-        assert off(mine_[1:] if mine_.dim() == 3 else mine_, theirs_[1:] if mine_.dim() == 3 else theirs_) < GRADIENTS
-
-
-@pytest.mark.parametrize("hc_eps", [0, 1e-4])
-def test_the_head_of_transformers(kernels, deepseek_v4, hc_eps):
-    theirs, mine = deepseek_v4.DeepseekV4HyperHead(Config(4, hc_eps, 1e-6)), mhc.StreamHead(WIDTH, 4, hc_eps=hc_eps)
-    with torch.no_grad():
-        for name in ("phi", "alpha", "bias"):
-            nn.init.normal_(getattr(mine, name))
-        theirs.hc_fn.copy_(mine.phi)
-        theirs.hc_scale.copy_(mine.alpha)
-        theirs.hc_base.copy_(mine.bias)
-    x = torch.randn(2, TOKENS, 4, WIDTH)
-    assert off(mine(x), theirs(x)) < OUTPUTS
