@@ -28,6 +28,14 @@ static inline uint16_t mhc_store_bfloat16(float value) {
   return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
+// The same value in a float, and how such a float is stored: vectors stay 32 bits wide where nothing is stored.
+static inline float mhc_round_bfloat16(float value) {
+  const uint32_t bits = mhc_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  return mhc_float((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : rounded);
+}
+static inline uint16_t mhc_narrow_bfloat16(float rounded) { return (uint16_t)(mhc_bits(rounded) >> 16); }
+
 // Moves the exponent from bias 15 to 127; subtracting 2^-14 turns the implicit one of a subnormal back into a zero.
 static inline float mhc_load_float16(uint16_t stored) {
   const uint32_t moved = (uint32_t)(stored & 0x7fffu) << 13, exponent = moved & 0x0f800000u;
@@ -46,6 +54,8 @@ static inline uint16_t mhc_store_float16(float value) {
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   return (uint16_t)((magnitude >= (143u << 23) ? special : finite) | ((bits >> 16) & 0x8000u));
 }
+static inline float mhc_round_float16(float value) { return mhc_load_float16(mhc_store_float16(value)); }
+static inline uint16_t mhc_narrow_float16(float rounded) { return mhc_store_float16(rounded); }
 
 // e^value for value <= 0: 2^k p(r) with value = k ln 2 + r and |r| <= ln(2)/2; p is Taylor to r^7, relative error
 // under 2e-7. ln 2 is split so that k times its first part is exact. Values under -87 give e^-87.
@@ -78,6 +88,12 @@ static inline float mhc_exp(float value) {
 #endif
 #define MHC_BLOCK 8  // most rows or columns of a register block
 #define MHC_INLINE static inline __attribute__((always_inline))
+// GCC makes a copy for the sizes that are called. Inlined into a kernel, accumulators meet its other values and spill.
+#if defined(__GNUC__) && !defined(__clang__)
+#define MHC_OWN_REGISTERS static __attribute__((noinline))
+#else
+#define MHC_OWN_REGISTERS MHC_INLINE
+#endif
 
 }  // extern "C"
 
@@ -91,8 +107,8 @@ typedef mhc_vector<8>::type mhc_eight;
 
 extern "C" {
 // sums[i][j] += a[i]·b[j] over `width` columns, a multiple of 8. A sum is 16 partial sums, one a lane.
-MHC_INLINE int32_t mhc_add_dots(float *sums, int32_t sums_row, float *a, int32_t a_row, float *b, int32_t b_row,
-                                int32_t rows, int32_t columns, int32_t width) {
+MHC_OWN_REGISTERS int32_t mhc_add_dots(float *sums, int32_t sums_row, float *a, int32_t a_row, float *b, int32_t b_row,
+                                       int32_t rows, int32_t columns, int32_t width) {
   mhc_lanes total[MHC_BLOCK][MHC_BLOCK];
   int32_t c = 0;
   for (int32_t i = 0; i < rows; ++i)

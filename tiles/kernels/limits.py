@@ -32,7 +32,7 @@ FEW_REGISTERS = ("x86-64", "x86-64-v2", "x86-64-v3")
 
 def dots_block(target: Target) -> tuple[int, int]:
     """Rows × columns of dot products that leave registers for their operands."""
-    return (4, 3) if target.arch in FEW_REGISTERS else (8, 3)
+    return (6, 2) if target.arch in FEW_REGISTERS else (8, 3)
 
 
 def scratch_bytes(target: Target) -> int:
