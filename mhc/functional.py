@@ -183,3 +183,38 @@ def step(
     results = call("step", *flat, phi, alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
     x_next, u, post_next, res_next = results[:4]
     return x_next.view(x.shape), u.view(*leading, width), post_next.view(*leading, n), res_next.view(*leading, n, n)
+
+
+def single_pass(
+    x: torch.Tensor,
+    f: torch.Tensor,
+    pre: torch.Tensor,
+    post: torch.Tensor,
+    res: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    rounds: int = ROUNDS,
+    eps: float = EPS,
+    hc_eps: float = 0.0,
+    post_scale: float = POST_SCALE,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A boundary of single-pass mHC (DeepSeek-V4.1's report, equation 6): merge with post and res, u' = Σ_i pre_i x'_i,
+    and the maps of x', in one pass over the streams.
+
+    pre, post and res come from the same maps, those of x; the next sublayer is fed through this pre, and the one after
+    it through pre'. x [..., n, C], f [..., C], pre and post [..., n], res [..., n, n]; phi [N, K], alpha [3] and bias
+    [N] of the next sublayer -> x' like x, u' [..., C] in x's dtype, pre' and post' [..., n], res' [..., n, n] float32.
+    The backward recomputes x' from x and f.
+    """
+    n, width = check_pre(x, phi, alpha, bias)
+    check_scalars(hc_eps, post_scale)
+    leading = check_merge(x, f, res, post)
+    expect("pre", pre, (*leading, n), torch.float32, x.device)
+    gates = pre.reshape(-1, n), post.reshape(-1, n)
+    flat = x.reshape(-1, n, width), f.reshape(-1, width), *gates, res.reshape(-1, n, n)
+    results = call("single_pass", *flat, phi, alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
+    x_next, u, pre_next, post_next, res_next = results[:5]
+    maps = pre_next.view(*leading, n), post_next.view(*leading, n), res_next.view(*leading, n, n)
+    return x_next.view(x.shape), u.view(*leading, width), *maps

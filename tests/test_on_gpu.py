@@ -75,7 +75,7 @@ def test_the_default_schedule_is_right_and_writes_nowhere_else(
     verify(kernel, inputs_for(kernel, 300, 0), 300, seed=0)
 
 
-@pytest.mark.parametrize("op", ["pre", "step"])
+@pytest.mark.parametrize("op", ["pre", "step", "single_pass"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_kernels_that_overlap_in_chunks_are_right(op: str, direction: Direction, tmp_path: Path):
     problem, schedule, target = to_compile(Problem(op, direction, 4, 1280, "bfloat16", tokens=4096))

@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cli.bench.torch_composites import COMPOSITES, SINGLE_OPS, STACK_LAYERS, composite, layer, pre, stack
+from cli.bench.torch_composites import COMPOSITES, SINGLE_OPS, STACK_LAYERS, composite_of_ops, stack
 from cli.bench.torch_ops import OpFunction
 from mhc.modules.init import constrained_bias
 from tiles.kernels.arguments import PAPER_SCALARS
@@ -195,8 +195,8 @@ def reference(op: str, problem: Problem) -> OpFunction:
     if op in parts:
         return parts[op]
     if op != "stack":
-        return composite(op, pre(parts), parts["merge"])
-    one = layer(pre(parts), parts["merge"])
+        return composite_of_ops(op, parts)
+    one = composite_of_ops("layer", parts)
 
     def checkpointed(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # The float64 values of all layers would take gigabytes.

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from cli.bench.cases import BenchCase
 from cli.bench.implementation import Implementation, is_correct
-from cli.bench.torch_composites import COMPOSITES, STACK_LAYERS
+from cli.bench.torch_composites import COMPOSITES, STACK_LAYERS, maps, single_pass, step
 from cli.bench.torch_ops import OpFunction
 from mhc import HyperConnection, HyperConnectionStack, functional
 from mhc.dispatch.candidates import KernelCandidate
@@ -135,8 +135,8 @@ class _OverrideResolver(Resolver):
 def op_function(case: BenchCase, *, fused: bool = True) -> OpFunction:
     """What training code calls: the functional ops, and the modules themselves for layer and stack.
 
-    If not `fused`, each layer ends before the next one begins, which is the best use of separate kernels: a step made
-    of them would compute x' twice in its backward.
+    If not `fused`, each layer ends before the next one begins, which is the best use of separate kernels: step and
+    single_pass made of them would compute x' twice in their backward.
     """
     n, width = case.streams, case.width
 
@@ -154,16 +154,17 @@ def op_function(case: BenchCase, *, fused: bool = True) -> OpFunction:
         "aggregate": lambda *values: (functional.aggregate(*values),),
         "merge": lambda *values: (functional.merge(*values),),
         "pre": functional.pre,
-        "step": functional.step if fused else _merge_then_pre,
+        "step": functional.step,
+        "single_pass": functional.single_pass,
     }
-    return ops[case.op]
-
-
-def _merge_then_pre(
-    x: torch.Tensor, f: torch.Tensor, post: torch.Tensor, res: torch.Tensor, *parameters: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    x_next = functional.merge(x, f, res, post)
-    return (x_next, *functional.pre(x_next, *parameters))
+    if fused:
+        return ops[case.op]
+    aggregate, merge = ops["aggregate"], ops["merge"]
+    unfused = {
+        "step": step(functional.pre, merge),
+        "single_pass": single_pass(maps(ops["project"], ops["coefficients"]), aggregate, merge),
+    }
+    return (ops | unfused)[case.op]
 
 
 def _functional(module: nn.Module) -> OpFunction:

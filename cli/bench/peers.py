@@ -85,13 +85,11 @@ def _tile_kernels_function(module: ModuleType, op: str, streams: int) -> OpFunct
     def merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (module.mhc_post_ref(f[None], x[None], post[None, ..., None], res.mT[None])[0],)
 
-    def pre(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        batch = x[None]
-        mixes = module.mhc_pre_norm_fn_ref(batch, phi[transposed], None, EPS)
+    def maps(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        mixes = module.mhc_pre_norm_fn_ref(x[None], phi[transposed], None, EPS)
         weights, post, comb = module.mhc_pre_split_mixes_ref(mixes, alpha, bias[transposed], n, 2.0, 0.0)
         comb = module.sinkhorn_normalize_ref(comb, repeat=ROUNDS, eps=0.0)
-        u = module.mhc_pre_apply_mix_ref(batch, weights)
-        return u[0], post[0, ..., 0], comb[0].mT
+        return weights[0, ..., 0], post[0, ..., 0], comb[0].mT
 
     parts: dict[str, OpFunction] = {"aggregate": aggregate, "merge": merge}
-    return parts[op] if op in parts else composite(op, pre, merge)
+    return parts[op] if op in parts else composite(op, maps, aggregate, merge)

@@ -18,10 +18,10 @@ import torch
 
 from cli.bench.cases import BenchCase
 from cli.bench.implementation import Implementation
-from cli.bench.torch_composites import composite, step
+from cli.bench.torch_composites import composite, single_pass, step
 from cli.bench.torch_ops import EPS, ROUNDS, OpFunction
 
-COEFFICIENT_RESULTS = {"pre": 2, "step": 3}
+COEFFICIENT_RESULTS = {"pre": 2, "step": 3, "single_pass": 4}
 """Index of res among the results of the ops that return it."""
 
 
@@ -64,12 +64,14 @@ def _tile_kernels(case: BenchCase, directions: Sequence[str]) -> Implementation 
     modules = tile_kernels()
     if isinstance(modules, str):
         return modules
+    maps, aggregate, merge, pre = (partial(part, modules) for part in (_maps, _aggregate, _merge, _pre))
     made: dict[str, OpFunction] = {
         "project": partial(_project, modules),
-        "aggregate": partial(_aggregate, modules),
-        "merge": partial(_merge, modules),
-        "pre": partial(_pre, modules),
-        "step": step(partial(_pre, modules), partial(_merge, modules)),
+        "aggregate": aggregate,
+        "merge": merge,
+        "pre": pre,
+        "step": step(pre, merge),
+        "single_pass": single_pass(maps, aggregate, merge),
         "layer": partial(_layer, modules),
     }
     return Implementation("tile-kernels", made[case.op], "kernels", directions, adapt=transpose_res)
@@ -149,16 +151,23 @@ PAPER = {"post_mult_value": 2.0, "pre_eps": 0.0, "sinkhorn_eps": 0.0, "sinkhorn_
 def _pre(
     modules: TileKernels, x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Its fused kernel without gradients; with them its single ops, as there is no merge whose gradient to add to."""
-    streams = x[None]
-    if not torch.is_grad_enabled():
-        u, (post, comb) = modules.functional.mhc_pre(streams, phi, alpha, bias, **PAPER)
-        return u[0], post[0, ..., 0], comb[0]
+    """Its fused kernel without gradients; with them its single ops."""
+    if torch.is_grad_enabled():
+        weights, post, comb = _maps(modules, x, phi, alpha, bias)
+        return (*_aggregate(modules, x, weights), post, comb)
+    u, (post, comb) = modules.functional.mhc_pre(x[None], phi, alpha, bias, **PAPER)
+    return u[0], post[0, ..., 0], comb[0]
+
+
+def _maps(
+    modules: TileKernels, x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Its single ops, without a merge whose gradient to add to."""
     ops = modules.ops
-    mixes = ops.mhc_pre_norm_fn(streams, phi, None, EPS, fuse_grad_acc=False)
+    mixes = ops.mhc_pre_norm_fn(x[None], phi, None, EPS, fuse_grad_acc=False)
     weights, post, comb = ops.mhc_pre_split_mixes(mixes, alpha, bias, x.shape[1], 2.0, 0.0)
     comb = ops.sinkhorn_normalize(comb, repeat=ROUNDS, eps=0.0)
-    return ops.mhc_pre_apply_mix(streams, weights)[0], post[0, ..., 0], comb[0]
+    return weights.squeeze((0, -1)), post.squeeze((0, -1)), comb.squeeze(0)
 
 
 def _layer(
@@ -195,14 +204,15 @@ def _liger(case: BenchCase, directions: Sequence[str]) -> Implementation | str:
     def merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (module.liger_mhc_post_res(x, f, post, res),)
 
-    def pre(
+    def maps(
         x: torch.Tensor, phi: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, bias: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        weights, post, res = module.liger_mhc_coeffs(x, phi, bias, a, b, c, tmax=ROUNDS, rms_eps=EPS, sinkhorn_eps=0.0)
-        return module.liger_mhc_pre(x, weights), post, res
+        settings = {"tmax": ROUNDS, "rms_eps": EPS, "sinkhorn_eps": 0.0}
+        found: tuple[torch.Tensor, ...] = module.liger_mhc_coeffs(x, phi, bias, a, b, c, **settings)
+        return found
 
     parts: dict[str, OpFunction] = {"aggregate": aggregate, "merge": merge}
-    found = parts[case.op] if case.op in parts else composite(case.op, pre, merge)
+    found = parts[case.op] if case.op in parts else composite(case.op, maps, aggregate, merge)
     label = "kernels, phi in half precision" if "phi" in case.names else "kernels"
     return Implementation("liger", found, label, directions, adapt=split_parameters)
 

@@ -1,4 +1,4 @@
-"""Composites of the four single ops: pre, step, layer (around an identity sublayer) and a stack of layers.
+"""Composites of the four single ops: pre, step, single_pass, layer (around an identity sublayer), a stack of layers.
 
 Their parameters are phi, alpha and bias of each layer in turn.
 """
@@ -12,7 +12,7 @@ import torch
 from cli.bench.torch_ops import OpFunction, variants
 
 SINGLE_OPS = ("project", "coefficients", "aggregate", "merge")
-COMPOSITES = ("pre", "step", "layer", "stack")
+COMPOSITES = ("pre", "step", "single_pass", "layer", "stack")
 
 STACK_LAYERS = 8
 
@@ -59,22 +59,41 @@ def forms(impl: str, op: str, streams: int, width: int, dtype: str) -> dict[str,
     if op in SINGLE_OPS:
         return variants(op, streams, width, dtype)
     found = combinations(impl, streams, width, dtype)
-    return {name: composite(op, pre(parts), parts["merge"]) for name, parts in found.items()}
+    return {name: composite_of_ops(op, parts) for name, parts in found.items()}
 
 
-def composite(op: str, pre: OpFunction, merge: OpFunction) -> OpFunction:
-    """One of `COMPOSITES`, made of a pre and a merge."""
-    one = layer(pre, merge)
-    return {"pre": pre, "step": step(pre, merge), "layer": one, "stack": stack(one)}[op]
+def composite_of_ops(op: str, parts: Mapping[str, OpFunction]) -> OpFunction:
+    """One of `COMPOSITES`, made of the single ops."""
+    return composite(op, maps(parts["project"], parts["coefficients"]), parts["aggregate"], parts["merge"])
 
 
-def pre(parts: Mapping[str, OpFunction]) -> OpFunction:
-    """Everything before a sublayer: (x, phi, alpha, bias) -> (u, post, res)."""
-    project, coefficients, aggregate = (parts[op] for op in ("project", "coefficients", "aggregate"))
+def composite(op: str, maps: OpFunction, aggregate: OpFunction, merge: OpFunction) -> OpFunction:
+    """One of `COMPOSITES`, made of maps, an aggregate and a merge."""
+    before = pre(maps, aggregate)
+    one = layer(before, merge)
+    return {
+        "pre": before,
+        "step": step(before, merge),
+        "single_pass": single_pass(maps, aggregate, merge),
+        "layer": one,
+        "stack": stack(one),
+    }[op]
+
+
+def maps(project: OpFunction, coefficients: OpFunction) -> OpFunction:
+    """What the streams are multiplied with: (x, phi, alpha, bias) -> (pre, post, res)."""
 
     def run(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        z, s = project(x, phi)
-        weights, post, res = coefficients(z, s, alpha, bias)
+        return coefficients(*project(x, phi), alpha, bias)
+
+    return run
+
+
+def pre(maps: OpFunction, aggregate: OpFunction) -> OpFunction:
+    """Everything before a sublayer: (x, *parameters) -> (u, post, res)."""
+
+    def run(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        weights, post, res = maps(x, *parameters)
         return (*aggregate(x, weights), post, res)
 
     return run
@@ -88,6 +107,25 @@ def step(pre: OpFunction, merge: OpFunction) -> OpFunction:
     ) -> tuple[torch.Tensor, ...]:
         (x_next,) = merge(x, f, res, post)
         return (x_next, *pre(x_next, *parameters))
+
+    return run
+
+
+def single_pass(maps: OpFunction, aggregate: OpFunction, merge: OpFunction) -> OpFunction:
+    """The same with the pre that comes with post and res (DeepSeek-V4.1's report, equation 6):
+    (x, f, pre, post, res, *parameters) -> (x', u', pre', post', res').
+    """
+
+    def run(
+        x: torch.Tensor,
+        f: torch.Tensor,
+        pre: torch.Tensor,
+        post: torch.Tensor,
+        res: torch.Tensor,
+        *parameters: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        (x_next,) = merge(x, f, res, post)
+        return (x_next, *aggregate(x_next, pre), *maps(x_next, *parameters))
 
     return run
 

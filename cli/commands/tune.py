@@ -57,10 +57,10 @@ def tune(
     """Tune all kernels, forward and backward, at the given shapes on this device.
 
     Every schedule is checked against a float64 reference before it is timed. A kernel keeps its default schedule where
-    no other is faster beyond the noise. The fused kernels pre and step are tuned last and compared with the separate
-    kernels, which run instead where they are faster. For several token counts, a few schedules are chosen that are
-    within 2 % of the best at each. Each finished kernel is in the cache at once: after Ctrl-C, run the same command to
-    continue. Exits with 1 when a kernel fails.
+    no other is faster beyond the noise. The fused kernels pre, step and single_pass are tuned last and compared with
+    the separate kernels, which run instead where they are faster. For several token counts, a few schedules are chosen
+    that are within 2 % of the best at each. Each finished kernel is in the cache at once: after Ctrl-C, run the same
+    command to continue. Exits with 1 when a kernel fails.
     """
     device = measured_device(target)
     if why := why_no_compiler(device.target):

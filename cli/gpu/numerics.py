@@ -69,5 +69,6 @@ def result_names(case: BenchCase) -> list[str]:
         "aggregate": ["u"],
         "pre": ["u", "post", "res"],
         "step": ["x", "u", "post", "res"],
+        "single_pass": ["x", "u", "pre", "post", "res"],
     }
     return known.get(case.op, ["x"])

@@ -27,7 +27,7 @@ SECONDS: Mapping[Kind, tuple[float, float]] = {
 }
 """The least seconds that an item is started with, and the most that it gets."""
 
-TIMED_OPS = ("layer", "merge", "project", "aggregate", "pre", "step", "coefficients")
+TIMED_OPS = ("layer", "merge", "project", "aggregate", "pre", "step", "single_pass", "coefficients")
 """The most important op first."""
 
 OUR_IMPLS = ("tuned", "default")
@@ -100,7 +100,7 @@ def _at(shape: tuple[int, int, int]) -> tuple[Item, Item]:
 def _tuned_ops(shape: tuple[int, int, int]) -> tuple[str, ...]:
     """The kernels that are timed; separate ones come before the fused ones that are compared with them."""
     if shape == MAIN_SHAPE:
-        return ("merge", "project", "aggregate", "coefficients", "pre", "step")
+        return ("merge", "project", "aggregate", "coefficients", "pre", "step", "single_pass")
     return ("merge", "pre") if shape[2] <= DECODE_TOKENS else ("merge", "project", "aggregate", "pre")
 
 

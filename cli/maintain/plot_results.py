@@ -17,7 +17,7 @@ from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
 from tiles.target import detect_device
 
-OPS = ("project", "coefficients", "aggregate", "merge", "pre", "step")
+OPS = ("project", "coefficients", "aggregate", "merge", "pre", "step", "single_pass")
 
 STREAMS, DTYPE = 4, "float32"
 TOKENS = (40, 126, 400, 1264, 4000)

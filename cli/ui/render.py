@@ -63,14 +63,17 @@ def _bench_table(
     streams, width, tokens = shape
     title = f"n = {streams}, width {width}, {tokens} tokens on {where}: median times"
     made = table(title, ("op", "pass", "dtype"), (*(f"{impl}\nms" for impl in impls), "gain", "% of\nlimit"))
-    made.caption = (
-        "gain: how many times as fast tuned is as the faster one of eager and compile\n"
-        f"% of limit: share of the speed that memory and arithmetic allow ({limits})"
-    )
+    notes = [
+        "gain: how many times as fast tuned is as the faster one of eager and compile",
+        f"% of limit: share of the speed that memory and arithmetic allow ({limits})",
+    ]
     cells: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         if (row["streams"], row["width"], row["tokens"]) == shape:
             cells.setdefault((row["op"], row["direction"], row["dtype"]), {})[row["impl"]] = row
+    if any(op == "stack" for op, _, _ in cells):
+        notes.append("stack: step joins its layers, not single_pass")
+    made.caption = "\n".join(notes)
     for about, by_impl in cells.items():
         times = {impl: row["median_ms"] for impl, row in by_impl.items()}
         tuned, torch_ms = times.get("tuned"), [times[impl] for impl in ("eager", "compile") if impl in times]

@@ -13,7 +13,7 @@ from mhc import HyperConnection, HyperConnectionStack, expand_streams, reduce_st
 
 BYTES = 256
 
-Residual = Literal["plain", "hc", "mhc"]
+Residual = Literal["plain", "hc", "mhc", "single-pass"]
 
 
 @dataclass(frozen=True)
@@ -61,26 +61,29 @@ def sublayers(width: int, heads: int) -> tuple[nn.Module, nn.Module]:
 class ByteTransformer(nn.Module):
     """Bytes [batch, context] -> logits of the next byte [batch, context, 256].
 
-    `plain` is the usual pre-norm network: one stream and h + sublayer(h).
+    `plain` is the usual pre-norm network: one stream and h + sublayer(h). `single-pass` has mHC's maps, each sublayer
+    fed through the pre of the one before, and the last pre in place of the streams' mean.
     """
 
     def __init__(self, size: Size, residual: Residual) -> None:
         super().__init__()
         width = size.width
         self.streams = 1 if residual == "plain" else size.streams
-        mode: Literal["residual", "hc", "mhc"] = "residual" if residual == "plain" else residual
+        modes: dict[Residual, Literal["residual", "hc", "mhc"]] = {"plain": "residual", "hc": "hc"}
         self.embed = nn.Embedding(BYTES, width)
         self.position = nn.Embedding(size.context, width)
         layers: list[HyperConnection] = []
         for _ in range(size.blocks):
             parts = sublayers(width, size.heads)
+            mode = modes.get(residual, "mhc")
             layers += [HyperConnection(width, self.streams, sublayer, mode=mode) for sublayer in parts]
-        self.layers = HyperConnectionStack(layers)
+        self.layers = HyperConnectionStack(layers, single_pass=residual == "single-pass")
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, BYTES, bias=False)
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
-        """Streams are expanded once after the embedding and reduced once before the head."""
+        """Streams are expanded once after the embedding and reduced once before the head: by the stack itself where it
+        is of single-pass mHC."""
         h = self.embed(text) + self.position.weight[: text.shape[1]]
         x = self.layers(expand_streams(h, self.streams))
-        return self.head(self.norm(reduce_streams(x)))
+        return self.head(self.norm(x if self.layers.single_pass else reduce_streams(x)))

@@ -23,7 +23,7 @@ from mhc.examples.stability import read
 
 Record = dict[str, Any]
 
-COLOURS = {"plain": "tab:grey", "hc": "tab:red", "mhc": "tab:blue"}
+COLOURS = {"plain": "tab:grey", "hc": "tab:red", "mhc": "tab:blue", "single-pass": "tab:green"}
 CURVES = {
     "loss": "training loss, nats a byte",
     "gradient_norm": "gradient norm before clipping",

@@ -49,7 +49,8 @@ class HyperConnection(nn.Module):
         dropout: probability of dropping an element of the sublayer's output in training.
         rounds: Sinkhorn rounds (manifold `sinkhorn` only).
         eps: added to the mean square of a token's streams in the norm.
-        hc_eps: added to pre, and in the manifold `sinkhorn` to the softmax and every sum; 1e-6 in DeepSeek-V4's maps.
+        hc_eps: added to pre; in the manifold `sinkhorn` also to the softmax and every sum (1e-6 in DeepSeek-V4's maps),
+            in `identity` also to post (1e-6 in Hunyuan-V4's).
         post_scale: the factor of post's sigmoid. Both of mode `mhc` only.
 
     Parameters (float32; in `residual` none): phi [N, K], alpha [3] (pre, post, res) and bias [N], N packed
@@ -145,8 +146,14 @@ class HyperConnection(nn.Module):
         return u, post, res, x
 
     def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """pre [..., n], post [..., n] and res [..., n, n], in plain torch but for `mhc.functional.project`."""
+        """pre [..., n], post [..., n] and res [..., n, n]: by kernels where the block is `fused`, else by
+        `mhc.functional.project` and plain torch."""
         n, leading = self.streams, x.shape[:-2]
+        if self.fused:
+            phi, alpha, bias = self.parameters_for_ops()
+            z, s = functional.project(x, phi)
+            settings = self.settings_for_ops()
+            return functional.coefficients(z, s, alpha, bias, streams=n, width=self.width, **settings)
         with torch.autocast(x.device.type, enabled=False):
             h = self.bias.float()
             if self.dynamic:
@@ -159,6 +166,7 @@ class HyperConnection(nn.Module):
             res = res.unflatten(-1, (n, n))
             if self.mode == "mhc":
                 pre, post = pre.sigmoid() + self.hc_eps, self.post_scale * post.sigmoid()
+                post = post + self.hc_eps if self.to_res is manifolds.identity_of else post
                 res = self.to_res(res)
         return pre.expand(*leading, n), post.expand(*leading, n), res.expand(*leading, n, n)
 

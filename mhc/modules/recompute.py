@@ -22,9 +22,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mhc.dispatch.operators import PLAIN_TYPES
 from mhc.dispatch.torch_form import is_transformed
+from mhc.modules.boundary import Boundary
 from mhc.modules.hyper_connection import HyperConnection
 from mhc.modules.recompute_segments import segment_lengths
-from mhc.modules.stack import HyperConnectionStack, check_streams, has_hooks, run_blocks, run_merge, run_pre, with_next
+from mhc.modules.stack import HyperConnectionStack, has_hooks, run_blocks, with_next
 
 NORMS = ("RMSNorm", "LayerNorm")
 """Modules whose class name ends so are assumed to normalise each token by itself, and are recomputed."""
@@ -35,6 +36,8 @@ def recompute(
     *,
     segment: int | Sequence[int] | None = None,
     stages: Sequence[int] | None = None,
+    single_pass: bool = False,
+    collapse: bool = True,
 ) -> RecomputedStack:
     """Return the blocks as a `HyperConnectionStack` that holds less memory between forward and backward.
 
@@ -43,6 +46,8 @@ def recompute(
         segment: the largest number of blocks that are recomputed together, or the length of every segment. The default
             is the length for which a stage holds least memory (`mhc.segment_length`).
         stages: the number of blocks in each pipeline stage; no segment crosses the end of one.
+        single_pass: as of `HyperConnectionStack`.
+        collapse: as of `HyperConnectionStack`.
 
     Gradients are bitwise those of the same passes with everything saved. Where a sublayer contains normalisations
     (`NORMS`) of its input, those are recomputed too. Tensors of the forward must not be written to in place before the
@@ -54,7 +59,7 @@ def recompute(
 
     Raises `BadInput` for lengths that do not fit the blocks or the stages.
     """
-    return RecomputedStack(list(blocks), segment, stages)
+    return RecomputedStack(list(blocks), segment, stages, single_pass=single_pass, collapse=collapse)
 
 
 class RecomputedStack(HyperConnectionStack):
@@ -64,30 +69,44 @@ class RecomputedStack(HyperConnectionStack):
     """
 
     def __init__(
-        self, blocks: Sequence[HyperConnection], segment: int | Sequence[int] | None, stages: Sequence[int] | None
+        self,
+        blocks: Sequence[HyperConnection],
+        segment: int | Sequence[int] | None,
+        stages: Sequence[int] | None,
+        *,
+        single_pass: bool = False,
+        collapse: bool = True,
     ) -> None:
-        super().__init__(blocks)
+        super().__init__(blocks, single_pass=single_pass, collapse=collapse)
         self.segments = segment_lengths(len(blocks), blocks[0].streams, segment, stages)
         for block in blocks:
             _hook_norms(block.sublayer)
 
     @_disable_dynamo
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """x [..., n, C] -> x' like x."""
-        blocks: list[HyperConnection] = list(self.blocks)  # type: ignore[arg-type]
-        check_streams(blocks[0], x)
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As of `HyperConnectionStack`."""
+        return super().forward(x, *args, **kwargs)
+
+    def _run(
+        self,
+        blocks: list[HyperConnection],
+        x: torch.Tensor,
+        boundary: Boundary,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
         for length in self.segments:
             segment, blocks = blocks[:length], blocks[length:]
             if torch.is_grad_enabled() and not is_transformed((x,)) and not any(map(has_hooks, segment)):
                 x = x.contiguous()
-                x = _SegmentForward(segment, x).forward(x, args, kwargs)
+                x = _SegmentForward(segment, x, boundary).forward(x, args, kwargs)
             else:
-                x = run_blocks(segment, x, args, kwargs)
+                x = run_blocks(segment, x, boundary, args, kwargs)
         return x
 
     def extra_repr(self) -> str:
         """The settings that `print` shows."""
-        return f"segments={self.segments}"
+        return ", ".join(filter(None, (f"segments={self.segments}", super().extra_repr())))
 
 
 class _Saved:
@@ -162,8 +181,9 @@ class _SegmentForward:
     the latter what it saves that is as large, and its output.
     """
 
-    def __init__(self, blocks: list[HyperConnection], start: torch.Tensor) -> None:
+    def __init__(self, blocks: list[HyperConnection], start: torch.Tensor, boundary: Boundary) -> None:
         self._blocks, self._start = blocks, _Saved(start)
+        self._boundary, self._replayed = boundary, boundary.replayed()
         self._outputs: list[_Saved] = []
         self._norms: list[list[_NormCall]] = [[] for _ in blocks]
         self._recomputed: list[list[torch.Tensor]] = []
@@ -183,13 +203,13 @@ class _SegmentForward:
                 for number, (block, next_block) in enumerate(with_next(self._blocks)):
                     self._block, self._tracked = number, []
                     self._track(x)
-                    pre = pre or run_pre(block, x)
+                    pre = pre or self._boundary.start(block, x)
                     self._track(pre.u)
                     _CURRENT.forward = self
                     f, _ = block.call_sublayer(pre.u, *args, **kwargs)
                     f = f.contiguous()
                     self._outputs.append(_Saved(f))
-                    x, pre = run_merge(pre, f, next_block)
+                    x, pre = self._boundary.merge(pre, f, next_block)
             finally:
                 _CURRENT.forward = None
                 self._tracked = []  # they hold the graph, and the graph holds this object
@@ -215,15 +235,15 @@ class _SegmentForward:
 
     def _recompute(self) -> None:
         """Recompute the blocks' tensors from the streams before the segment and the sublayers' outputs."""
-        x, pre = self._start.get(), None
+        x, pre, boundary = self._start.get(), None, self._replayed
         with torch.no_grad(), self._autocast, _watchers_muted(self._blocks):
             saved = zip(with_next(self._blocks), self._norms, self._outputs, strict=True)
             for (block, next_block), norms, output in saved:
-                pre = pre or run_pre(block, x)
+                pre = pre or boundary.start(block, x)
                 normalised = [tensor for norm in norms for tensor in _normalised(norm, pre.u)]
                 self._recomputed.append([x, pre.u, *normalised])
                 if next_block is not None:
-                    x, pre = run_merge(pre, output.get(), next_block)
+                    x, pre = boundary.merge(pre, output.get(), next_block)
 
     def norm_begins(self, module: nn.Module, given: tuple[Any, ...]) -> None:
         """From here on saved tensors are the module's, if it was called with the sublayer's input."""

@@ -21,7 +21,7 @@ from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
 from tiles.target import Target
 
-OPS = ("aggregate", "merge", "project", "coefficients", "pre", "step")
+OPS = ("aggregate", "merge", "project", "coefficients", "pre", "step", "single_pass")
 HEAD = ("op", "direction", "n", "least kB", "global kB", "shared kB", "shared rounds / least", "sectors / least")
 
 TOKENS = 4096

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+
+from tiles.kernels.spec import Argument
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,3 +35,8 @@ def uniform(random: torch.Generator, *shape: int) -> torch.Tensor:
 def in_float64(values: dict[str, object]) -> dict[str, object]:
     """The same values with every tensor in float64, for a float64 reference."""
     return {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+
+def in_order(values: dict[str, Any], arguments: Sequence[Argument]) -> dict[str, Any]:
+    """The values that are arguments, in call order."""
+    return {argument.name: values[argument.name] for argument in arguments if argument.name in values}

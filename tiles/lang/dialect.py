@@ -167,6 +167,14 @@ class Cpu:
     def barrier(self) -> Any:
         pass
 
+    def rounded(self, value: Expr, dtype: str) -> Expr:
+        """What `load` gives back of a value that is stored."""
+        return value if dtype == "float32" else T.call_extern("float32", f"mhc_round_{dtype}", value)
+
+    def store_rounded(self, value: Expr, dtype: str) -> Expr:
+        """A value that is `rounded`, as it is stored."""
+        return value if dtype == "float32" else T.call_extern("uint16", f"mhc_narrow_{dtype}", value)
+
     def prefetch(self, tensors: tuple[Buffer, ...], row: Expr, column: Expr, count: int) -> Any:
         """Say that `count` elements of a row of each tensor are needed soon; they may lie past its end."""
         for tensor in dict.fromkeys(tensors):
@@ -178,9 +186,9 @@ class Cpu:
         _clear_lanes(sums)
         return sums
 
-    def add_dots(self, sums: Buffer, first: Expr, a: View, b: View, rows: int, columns: int, width: int) -> Any:
-        """sums[i, first + j] += Σ_c a[i, c] b[j, c]: a register block of dot products over `width` columns."""
-        views = View(sums, (0, first, 0), (0, 1)), a, b
+    def add_dots(self, sums: View, a: View, b: View, rows: int, columns: int, width: int) -> Any:
+        """sums[i, j] += Σ_c a[i, c] b[j, c]: a register block of dot products over `width` columns."""
+        views = sums, a, b
         matrices = [part for view in views for part in (view.pointer(), view.stride(0))]
         _call("mhc_add_dots", *matrices, rows, columns, width)
 

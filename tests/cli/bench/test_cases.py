@@ -36,7 +36,7 @@ def test_the_reference_in_float64_is_what_is_wanted(op: str) -> None:
 
 @pytest.mark.parametrize("op", [op for op in OPS if op not in ("layer", "stack")])
 def test_what_is_wanted_is_what_the_ops_own_kernel_computes(op: str) -> None:
-    """Of pre and step, the fused kernel's reference; the case's is made of the four ops'."""
+    """Of pre, step and single_pass, the fused kernel's reference; the case's is made of the four ops'."""
     case = make_case(op, *SHAPE, "float32", 1)
     problem = Problem(op, "forward", *SHAPE[:2], "float32", SHAPE[2])
     spec = kernel_spec(op, "forward")
@@ -87,7 +87,7 @@ def test_gradients_of_one_name_count_as_one() -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_bytes_and_operations_are_those_of_the_fewest_passes(direction: Direction) -> None:
-    for op in ("merge", "coefficients", "pre", "step"):
+    for op in ("merge", "coefficients", "pre", "step", "single_pass"):
         assert least(op)[direction] == moved(op, direction)
     pre, step, merge = (moved(op, direction) for op in ("pre", "step", "merge"))
     layer, stack = (least(op)[direction] for op in ("layer", "stack"))

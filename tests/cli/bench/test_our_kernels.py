@@ -42,6 +42,8 @@ def test_our_form_of_every_op_computes_what_is_wanted(op: str, fused: bool) -> N
         ("separate", "layer", {"pre", "project", "coefficients", "aggregate", "merge"}),
         ("default", "step", {"step"}),
         ("separate", "step", {"pre", "project", "coefficients", "aggregate", "merge"}),
+        ("default", "single_pass", {"single_pass"}),
+        ("separate", "single_pass", {"project", "coefficients", "aggregate", "merge"}),
     ],
 )
 def test_fused_passes_run_where_the_name_says_so(

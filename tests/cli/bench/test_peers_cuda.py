@@ -106,7 +106,7 @@ def _stand_ins(monkeypatch):
     monkeypatch.setattr(peers_cuda, "liger", lambda: liger)
 
 
-@pytest.mark.parametrize("op", ["project", "aggregate", "merge", "pre", "step", "layer"])
+@pytest.mark.parametrize("op", ["project", "aggregate", "merge", "pre", "step", "single_pass", "layer"])
 @pytest.mark.parametrize("name", peers.NAMES)
 def test_the_peers_calls_compute_our_maths(name, op):
     case = make_case(op, 4, 64, 9, "bfloat16", 1)

@@ -16,7 +16,7 @@ from tiles.target import detect_device
 CPU = detect_device("cpu")
 
 
-@pytest.mark.parametrize("op", ["project", "pre", "step", "layer"])
+@pytest.mark.parametrize("op", ["project", "pre", "step", "single_pass", "layer"])
 def test_numerics_tell_every_result_and_gradient(op: str) -> None:
     case = make_case(op, 2, 16, 9, "bfloat16", 1)
     checked = gpu_numerics.errors_of(

@@ -1,6 +1,7 @@
 """The plan of `mhc-tune gpu`: its order and its timings."""
 
 from cli.gpu.plan import MAIN_SHAPE, STREAMS, TOKENS, WIDTHS, plan, shapes, timing
+from tiles.kernels.registry import kernel_specs
 
 
 def test_what_tells_most_comes_first() -> None:
@@ -15,6 +16,15 @@ def test_what_tells_most_comes_first() -> None:
     assert len(benched) == len(shapes()) == 48
     assert all(names.index(("tune", shape)) < names.index(("bench", shape)) for shape in benched)
     assert len({item.name for item in plan()}) == len(plan())
+
+
+def test_every_kernel_is_checked_tuned_and_timed_at_the_main_shape() -> None:
+    """sinkhorn runs inside of coefficients."""
+    kernels = {op for op, _ in kernel_specs()} - {"sinkhorn"}
+    first = {f"{item.kind} {item.impl}".strip(): item for item in plan()[:5]}
+    assert set(first["tune"].ops) == kernels
+    assert set(first["numerics default"].ops) == set(first["numerics tuned"].ops) == {*kernels, "layer"}
+    assert {timing.op for timing in first["bench"].timings} == {*kernels, "layer"}
 
 
 def test_a_timing_has_every_peer_and_the_directions_that_are_asked_about() -> None:

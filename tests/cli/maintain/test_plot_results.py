@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 from typer.testing import CliRunner
 
+from cli.bench.cases import FUSED_PASSES, OPS
 from cli.maintain import plot_results
 from tiles.cache.cache import KernelCache, Key
 from tiles.kernels.registry import kernel_spec
@@ -35,10 +36,19 @@ def test_gains_are_told_for_the_fused_kernels_alone(tmp_path):
     assert len(lines) == 4
 
 
-def test_bytes_predict_the_gain_of_reading_x_once():
-    """Without coefficients: (n + n + 1)C against (n + 1)C for pre forward."""
-    gain = plot_results.predicted_gain(Problem("pre", "forward", 4, 2560, "float32", tokens=100_000))
-    assert abs(gain - 9 / 5) < 0.01
+@pytest.mark.parametrize(
+    ("op", "direction", "gain"),
+    [("pre", "forward", 9 / 5), ("single_pass", "forward", 18 / 10), ("single_pass", "backward", 64 / 15)],
+)
+def test_bytes_predict_the_gain_of_reading_x_once(op, direction, gain):
+    """Without coefficients: for pre forward (n + n + 1)C against (n + 1)C; for single_pass (4n + 2)C against (2n + 2)C,
+    and (15n + 4)C, with the additions of three gradients, against (3n + 3)C."""
+    problem = Problem(op, direction, 4, 2560, "float32", tokens=100_000)
+    assert plot_results.predicted_gain(problem) == pytest.approx(gain, rel=0.01)
+
+
+def test_every_op_with_a_kernel_is_scaled():
+    assert set(plot_results.OPS) == set(OPS) - set(FUSED_PASSES)
 
 
 def test_scaling_measures_and_draws(tmp_path, monkeypatch):

@@ -66,3 +66,11 @@ def test_bench_tables_set_implementations_side_by_side() -> None:
     cells = [next(iter(column.cells)) for column in first.columns]
     assert cells == ["merge", "both", "float32", "0.5", "0.8", "5", "2", "4.0x", "60"]
     assert [next(iter(column.cells)) for column in second.columns][3:] == ["-", "0.8", "5", "2", "-", "-"]
+
+
+def test_a_stack_says_what_joins_its_layers() -> None:
+    shape = {"direction": "both", "streams": 4, "width": 8, "tokens": 2, "dtype": "float32"}
+    for op, said in (("merge", False), ("stack", True)):
+        row = shape | {"op": op, "impl": "eager", "median_ms": 1.0, "percent_of_limit": 3.0}
+        (table,) = bench_tables([row], "a CPU", "copy 10 GB/s", ["eager"])
+        assert ("step joins its layers" in str(table.caption)) == said

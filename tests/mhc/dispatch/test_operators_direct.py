@@ -39,7 +39,11 @@ def outcome(run, op):
 @pytest.mark.parametrize(
     ("kernels", "op"),
     [
-        pytest.param(kernels, op, marks=pytest.mark.slow if kernels == "compiled" and op in ("pre", "step") else ())
+        pytest.param(
+            kernels,
+            op,
+            marks=pytest.mark.slow if kernels == "compiled" and op in ("pre", "step", "single_pass") else (),
+        )
         for kernels in ("reference", "compiled")
         for op in sorted(OPERATORS)
     ],

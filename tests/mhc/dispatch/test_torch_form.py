@@ -154,6 +154,7 @@ NETS = {
     "tolerance": lambda: blocks(1, manifold="sinkhorn-tolerance")[0],
     "stack": lambda: mhc.HyperConnectionStack(blocks(3)),
     "recompute": lambda: mhc.recompute(blocks(3), segment=2),
+    "single pass": lambda: mhc.HyperConnectionStack(blocks(3), single_pass=True),
 }
 
 

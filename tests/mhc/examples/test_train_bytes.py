@@ -20,7 +20,9 @@ def test_text_is_the_standard_library_and_splits_apart(text):
     assert torch.equal(torch.cat((training, held_out)), text)
 
 
-@pytest.mark.parametrize("residual", ["plain", "hc", "mhc"])
+@pytest.mark.parametrize(
+    "residual", ["plain", "hc", "mhc", pytest.param("single-pass", marks=pytest.mark.slow)]
+)  # compiling takes seconds
 def test_the_loss_falls(on_compiled, residual, text):
     outcome = train(Run(residual, steps=60, batch=4, size=TINY), text)
     assert len(outcome.steps) == 60

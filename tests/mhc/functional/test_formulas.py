@@ -58,8 +58,14 @@ def step(x, f, post, res, phi, alpha, bias):
     return (x_next, *pre(x_next, phi, alpha, bias))
 
 
+def single_pass(x, f, pre, post, res, phi, alpha, bias):
+    x_next = merge(x, f, res, post)
+    return (x_next, aggregate(x_next, pre), *coefficients(*project(x_next, phi), alpha, bias))
+
+
 OPS = ("project", "coefficients", "sinkhorn", "aggregate", "merge")
-FORMULAS = {each.__name__: each for each in (project, coefficients, sinkhorn, aggregate, merge, pre, step)}
+FUSED = (pre, step, single_pass)
+FORMULAS = {each.__name__: each for each in (project, coefficients, sinkhorn, aggregate, merge, *FUSED)}
 
 
 def inputs(op, n, dtype):
@@ -83,6 +89,7 @@ def inputs(op, n, dtype):
         "merge": (x, f, res, post),
         "pre": (x, *parameters),
         "step": (x, f, post, res, *parameters),
+        "single_pass": (x, f, post.roll(1, 1) / 2, post, res, *parameters),
     }[op]
 
 
@@ -138,8 +145,8 @@ def test_compiled_kernels_follow_their_formula(on_compiled, op, n, dtype):
     check_op(op, n, dtype)
 
 
-@pytest.mark.parametrize("n", [1, 4])
-@pytest.mark.parametrize("op", ["pre", "step"])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("op", ["pre", "step", "single_pass"])
 def test_compositions_follow_their_formulas(op, n):
     check_op(op, n, "float32")
 
@@ -184,6 +191,7 @@ def test_inputs_need_not_be_contiguous(kernels, op):
 @pytest.mark.parametrize("op", sorted(FORMULAS))
 def test_no_token_and_one_token(kernels, op, tokens):
     parameters = {"project": (1,), "coefficients": (2, 3), "pre": (1, 2, 3), "step": (4, 5, 6)}.get(op, ())
+    parameters = (5, 6, 7) if op == "single_pass" else parameters
     given = [
         (value if index in parameters else value[:tokens].clone()).requires_grad_()
         for index, value in enumerate(inputs(op, 4, "float32"))

@@ -43,15 +43,26 @@ NETS = {
     "stack": mhc.HyperConnectionStack,
     "recompute": lambda blocks: mhc.recompute(blocks, segment=2),
 }
+IN_PLACE = [
+    (net, how, mode)
+    for net in NETS.values()
+    for how, mode in (("relu", "mhc"), ("mul", "mhc"), ("relu", "hc"), ("mul", "residual"))
+]
 
 
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize(("how", "mode"), [("relu", "mhc"), ("mul", "mhc"), ("relu", "hc"), ("mul", "residual")])
+def single_pass(blocks):
+    return mhc.recompute(blocks, segment=2, single_pass=True)
+
+
+@pytest.mark.parametrize(
+    ("net", "how", "mode"),
+    [*IN_PLACE, *(pytest.param(single_pass, how, "mhc", marks=pytest.mark.slow) for how in ("relu", "mul"))],
+)
 @pytest.mark.usefixtures("_from_torch_or_the_pool")
 def test_a_sublayer_may_begin_in_place(kernels, net, how, mode):
     def outcome(copies):
         torch.manual_seed(0)
-        built = NETS[net]([mhc.HyperConnection(WIDTH, N, InPlace(how, copies), mode=mode) for _ in range(3)])
+        built = net([mhc.HyperConnection(WIDTH, N, InPlace(how, copies), mode=mode) for _ in range(3)])
         x = torch.randn(5, N, WIDTH, requires_grad=True)
         out = built(x)
         out.square().sum().backward()

@@ -36,6 +36,8 @@ LARGE = {
     ("pre", "backward"): ((2, "float32"),),
     ("step", "forward"): ((3, "float32"),),
     ("step", "backward"): ((4, "bfloat16"),),
+    ("single_pass", "forward"): ((4, "bfloat16"),),
+    ("single_pass", "backward"): ((3, "float32"),),
 }
 """What of the kernels that take long to compile is fast."""
 FEW = (1, 3, 16)

@@ -25,7 +25,7 @@ SPECS = list(kernel_specs().values())
 TARGETS = (Target("cpu", "x86-64-v3"), Target("cuda", "sm_80"), Target("cuda", "sm_90a"), Target("cuda", "sm_100a"))
 
 
-LARGE = ("pre.backward", "step.forward", "step.backward")
+LARGE = ("pre.backward", "step.forward", "step.backward", "single_pass.forward", "single_pass.backward")
 """Kernels that take long to make; the fast tier has pre's forward, which takes the same schedule."""
 
 
@@ -85,7 +85,7 @@ def program(spec: KernelSpec, problem: Problem, schedule: object, target: Target
     ("spec", "target"),
     [
         pytest.param(*spec.values, target, marks=spec.marks)
-        for target, slow in ((TARGETS[0], ("pre.backward", "step.forward")), (TARGETS[2], LARGE))
+        for target, slow in ((TARGETS[0], ("pre.backward", "step.forward", "single_pass.forward")), (TARGETS[2], LARGE))
         for spec in but_slow(slow)
     ],
     ids=named,

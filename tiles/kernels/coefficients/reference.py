@@ -22,6 +22,7 @@ def sinkhorn(logits: torch.Tensor, rounds: int, hc_eps: float = 0.0) -> list[tor
     The first half round is a softmax, given without the hc_eps that is then added to it; hc_eps is also added to the
     sums of all later ones.
     """
+    logits = logits - logits.amax(-2, keepdim=True).detach()  # large ones would round in the difference
     steps = [logits, logits - logits.logsumexp(-2, keepdim=True)]
     log = _plus(steps[1], hc_eps)
     for half in range(1, 2 * rounds):

@@ -1,4 +1,5 @@
-"""Kernels of pre and step on CUDA besides passes over rows, as macros, and how those passes share the tokens."""
+"""Kernels of pre, step and single_pass on CUDA besides passes over rows, as macros, and how those passes share the
+tokens."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ class _Sums(NamedTuple):
 
 
 class Forward:
-    """What the forwards of pre and step share: the workspace, and the kernels that follow project."""
+    """What the forwards share: the workspace, and the kernels that follow project."""
 
     def __init__(self, problem: Problem, schedule: ChainSchedule, dialect: Cuda, presplit: PresplitPhi) -> None:
         block, outputs, splits = schedule.coefficient_tokens, problem.outputs, schedule.splits
@@ -93,50 +94,58 @@ class Forward:
             maps.store(held, p.pre, p.post, p.res, start, end)
 
         @T.macro
-        def after_project(p: Any) -> None:
-            """From project's sums: pre, post, res, z and s, a thread for each token; then u from x."""
+        def launch_coefficients(p: Any) -> None:
+            """From project's sums: pre, post, res, z and s, a thread for each token."""
             with dialect.kernel(T.ceildiv(p.tokens, block), threads=coefficient_threads(problem)) as group:
                 dialect.pdl_wait(schedule.use_pdl)
                 coefficients(p, group, as_value(p.tokens))
+
+        @T.macro
+        def after_project(p: Any) -> None:
+            """The coefficients, then u from x."""
+            launch_coefficients(p)
             with dialect.kernel(rows.blocks(p.tokens), threads=schedule.row_threads) as group:
                 dialect.pdl_wait(schedule.use_pdl)
                 for turn in T.serial(rows.turns(group, p.tokens)):
                     token = rows.token(group, turn)
                     apply.aggregate(p.x, p.u, token, apply.gates(p.pre, token))
 
-        self.after_project = after_project
+        self.launch_coefficients, self.after_project = launch_coefficients, after_project
 
     def groups(self, tokens: Expr) -> Expr:
         """Tiles of tokens of project."""
         return T.ceildiv(tokens, self._schedule.block_tokens)
 
     def program(self, arguments: tuple[Argument, ...]) -> Callable[[Callable[[Any], None]], Any]:
-        """The decorator of a program with these arguments and the workspace parts, pre and phi_hi_lo."""
+        """The decorator of a program with these arguments and the workspace parts, phi_hi_lo and, where it is not an
+        argument, pre."""
         problem, schedule, presplit = self._problem, self._schedule, self._presplit
 
         def workspace(tokens: Expr) -> dict[str, Any]:
-            return {
+            made = {
                 "parts": T.Tensor((schedule.splits, tokens * (problem.outputs + 1)), "float32"),
                 "pre": T.Tensor((tokens, problem.streams), "float32"),
                 "phi_hi_lo": T.Tensor(presplit.shape, presplit.dtype),
             }
+            return {name: made[name] for name in made if name not in {argument.name for argument in arguments}}
 
         plan = {"chunk_tokens": schedule.chunk_tokens, "use_pdl": schedule.use_pdl}
         return program(arguments, self._dialect, workspace, checked=1, **plan)
 
 
 class Backward:
-    """What the backwards of pre and step share: the workspace, and the kernels of the coefficients."""
+    """What the backwards share: the workspace, and the kernels of the coefficients."""
 
     def __init__(self, problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> None:
         n, outputs, block, unrolled = problem.streams, problem.outputs, schedule.coefficient_tokens, dialect.unrolled
         count = coefficient_threads(problem)
-        maps = gates.Backward(problem, count, dialect)
+        maps, weighs_again = gates.Backward(problem, count, dialect), problem.op != "single_pass"
         self._problem, self._schedule, self._dialect = problem, schedule, dialect
 
         @T.macro
         def coefficients(p: Any, dpre: Any, dpost: Buffer, dres: Buffer, group: Expr, last: Expr) -> None:
-            """dz and ds of a block of tokens, pre again, and the block's sums for dalpha and dbias."""
+            """dz and ds of a block of tokens, pre again where x' was weighed with it, and the block's sums for dalpha
+            and dbias."""
             start, end = variable(group * block), variable(T.min(group * block + block, last))
             held = maps.scratch()
             maps.clear(held)
@@ -149,14 +158,16 @@ class Backward:
                         held.dres[i, j, thread] = dres[T.min(start + thread, end - 1), i, j]
             maps.run(held, p.z, p.s, p, start, end)
             maps.store_logits(held, p.dz, p.ds, start, end)
-            for i in unrolled(n):
-                for thread in dialect.thread_loop(count):
-                    p.pre[T.min(start + thread, end - 1), i] = held.forward.pre[i, thread]
+            if weighs_again:
+                for i in unrolled(n):
+                    for thread in dialect.thread_loop(count):
+                        p.pre[T.min(start + thread, end - 1), i] = held.forward.pre[i, thread]
             maps.store(held, p.dalpha_blocks, p.dbias_blocks, group)
 
         @T.macro
         def launch_coefficients(p: Any, dpre: Any, dpost: Buffer, dres: Buffer) -> None:
-            """dz, ds and pre, a thread for each token, from dpre [n, T], dpost [T, n] and dres [T, n, n]."""
+            """dz, ds and, but for single_pass, pre, a thread for each token, from dpre [n, T], dpost [T, n] and
+            dres [T, n, n]."""
             with dialect.kernel(T.ceildiv(p.tokens, block), threads=count) as group:
                 dialect.pdl_wait(schedule.use_pdl)
                 coefficients(p, dpre, dpost, dres, group, as_value(p.tokens))
@@ -202,7 +213,7 @@ class Backward:
         n, outputs, schedule = self._problem.streams, self._problem.outputs, self._schedule
 
         def workspace(tokens: Expr) -> dict[str, Any]:
-            return {
+            made = {
                 "dz": T.Tensor((tokens, outputs), "float32"),
                 "ds": T.Tensor((tokens,), "float32"),
                 "pre": T.Tensor((tokens, n), "float32"),
@@ -210,6 +221,7 @@ class Backward:
                 "dalpha_blocks": T.Tensor((tokens, 3), "float32"),
                 "dbias_blocks": T.Tensor((tokens, outputs), "float32"),
             }
+            return {name: made[name] for name in made if name not in {argument.name for argument in arguments}}
 
         tiles = tiled(schedule)
         plan = {"most_splits": tiles.splits, "split_tokens": tiles.block_tokens, "use_pdl": tiles.use_pdl}

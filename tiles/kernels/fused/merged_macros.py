@@ -1,5 +1,5 @@
-"""Macros of step with merge inside of project's tiles: a tile has the same columns of all streams, so that x' is made
-where it is used.
+"""Macros of step and single_pass with merge inside of project's tiles: a tile has the same columns of all streams, so
+that x' is made where it is used.
 
 Streams are flattened, x̄ [T, nC]; a tile's columns are those of stream 0, then of stream 1, and so on.
 """
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import tilelang.language as T
 
 from tiles.kernels.apply.merge import merged, weighted
-from tiles.kernels.fused.merged_schedule import columns_of, groups
+from tiles.kernels.fused.merged_schedule import columns_of, groups, summed
 from tiles.kernels.fused.thread_tile import ThreadTile, Weights
 from tiles.kernels.project.presplit_phi import PresplitPhi
 from tiles.kernels.project.tensor_core_programs import epilogue_store_of, factors_of, or_past
@@ -38,13 +38,14 @@ class MergedDots(NamedTuple):
 
 
 def merged_projection(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -> Any:
-    """The macro that merges a tile of tokens over one split's columns, and projects what comes out. `phi` is in its
-    parts (`presplit_merged`) where the schedule has that done before."""
+    """The macro that merges a tile of tokens over one split's columns, and projects what comes out; where one pass does
+    all, it also weighs it with `pre`, which makes u. `phi` is in its parts (`presplit_merged`) where the schedule has
+    that done before."""
     n, width, outputs, dtype = problem.streams, problem.width, problem.outputs, problem.dtype
     block, across, streams = schedule.block_tokens, schedule.block_width, tuple(range(problem.streams))
     tiles, patch = TensorCores(dialect), ThreadTile(problem, schedule, dialect)
     columns, rows, given = columns_of(problem, schedule), padded_outputs(problem, schedule), (*streams, n)
-    vector = patch.vector
+    vector, aggregates = patch.vector, problem.op == "single_pass"
     steps, weights_of = -(-width // (schedule.splits * columns)), Weights(problem, schedule, dialect)
     epilogue_store = epilogue_store_of(problem, schedule, dialect)
 
@@ -58,8 +59,12 @@ def merged_projection(problem: Problem, schedule: TiledSchedule, dialect: Cuda) 
         products, squares = tiles.accumulator(block, rows), patch.sums()
         smem_weights, held = weights_of.tile(), weights_of.registers()
         taken, mixed = patch.registers(n + 1, dtype), patch.registers(n, dtype)
+        if aggregates:
+            gathered = patch.registers(1, dtype)
         start = bind(group * block)
         weights_of.gather(p.post, p.res, start, smem_weights)
+        if aggregates:
+            weights_of.add(p.pre, start, smem_weights)
         if not schedule.presplit_phi:
             weights = [tiles.smem(outputs, columns, "float32") for _ in streams]
             if rows > 2 * outputs:
@@ -85,11 +90,17 @@ def merged_projection(problem: Problem, schedule: TiledSchedule, dialect: Cuda) 
                         mixed[i * vector + at] = dialect.store(total, dtype)
                         rounded = bind(dialect.load(mixed[i * vector + at], dtype))
                         squares[t, thread] += rounded * rounded
+                    if aggregates:
+                        merged_values = [bind(dialect.load(mixed[i * vector + at], dtype)) for i in streams]
+                        total_u = weighted([held[n + n * n + i] for i in streams], merged_values)
+                        gathered[at] = dialect.store(total_u, dtype)
                 for i in streams:
                     patch.write(mixed, i, upper, t, patch.swizzled(i, thread * vector))
                 if start + t < tokens and thread * vector < width - column:
                     for i in streams:
                         patch.write(mixed, i, p.x_next, start + t, i * width + column + thread * vector)
+                    if aggregates:
+                        patch.write(gathered, 0, p.u, start + t, column + thread * vector)
             if dtype != OPERAND:
                 for t, c in dialect.parallel(block, across):
                     for which in (0, 1):
@@ -124,9 +135,10 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
     """The macro for a tile of columns of all streams, over one split's tokens:
 
     x'_i = Σ_j res_ij x_j + post_i f;  g_i = dx'_i + pre_i du + dz·phi_i + 2 ds x'_i;  dphi_i = dzᵀ·x'_i;
-    dx_j = Σ_i res_ij g_i;  df = Σ_i post_i g_i;  and of dpost_i = ⟨g_i, f⟩ and dres_ij = ⟨g_i, x_j⟩ this tile's share.
+    dx_j = Σ_i res_ij g_i;  df = Σ_i post_i g_i;  and of dpost_i = ⟨g_i, f⟩, dres_ij = ⟨g_i, x_j⟩ and, where one pass
+    does all, dpre_i = ⟨du, x'_i⟩ this tile's share.
 
-    Kernels before this one make dz, ds and pre; they are waited for once phi is in shared memory.
+    Kernels before this one make dz, ds and, in step, pre; they are waited for once phi is in shared memory.
     """
     n, width, outputs, dtype = problem.streams, problem.width, problem.outputs, problem.dtype
     block, across, streams = schedule.block_tokens, schedule.block_width, tuple(range(problem.streams))
@@ -134,7 +146,7 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
     columns, vector = columns_of(problem, schedule), patch.vector
     inner, sides, given = padded_products(problem), padded_outputs(problem, schedule), (*streams, n)
     load_phi, split_dz = factors_of(problem, schedule, dialect)
-    count, four = n * n + n, min(4, vector)
+    matrix, count, four = n * n + n, summed(problem), min(4, vector)
     weights_of, stages, copied = Weights(problem, schedule, dialect), schedule.stages, (*given, *given)
 
     @T.macro
@@ -205,8 +217,10 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
                     for i in streams:
                         total = merged([held[n + i * n + j] for j in streams], values[:n], held[i], values[n])
                         mixed[i * vector + at] = dialect.store(total, dtype)
-                        extra_grad = uppers[i] + held[count + i] * uppers[n]
-                        rounded = dialect.load(mixed[i * vector + at], dtype)
+                        extra_grad = uppers[i] + held[matrix + i] * uppers[n]
+                        rounded = bind(dialect.load(mixed[i * vector + at], dtype))
+                        if count > matrix:
+                            dots[matrix + i] += uppers[n] * rounded
                         products[i * vector + at] += extra_grad + length * rounded
                     lower = [bind(products[i * vector + at]) for i in streams]
                     for j in streams:
@@ -249,8 +263,8 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
 
 
 def tile_sums_joined(problem: Problem, parts: int, dialect: Cuda) -> Any:
-    """The macro that adds up the parts of dpost and dres of all tiles, in their order."""
-    n, count = problem.streams, problem.streams**2 + problem.streams
+    """The macro that adds up the parts of dpost, dres and dpre of all tiles, in their order."""
+    n, count = problem.streams, summed(problem)
 
     @T.macro
     def join_tiles(p: Any, block: Expr, tokens: Expr) -> None:
@@ -263,7 +277,10 @@ def tile_sums_joined(problem: Problem, parts: int, dialect: Cuda) -> Any:
                 k = (block * JOIN_TILES_THREADS + thread) % count
                 if k < n:
                     p.dpost[token, k] = total
-                else:
+                elif k < n + n * n:
                     p.dres[token, (k - n) // n, (k - n) % n] = total
+                else:
+                    if count > n + n * n:
+                        p.dpre[token, k - n - n * n] = total
 
     return join_tiles

@@ -1,4 +1,4 @@
-"""The tiles of step where it merges inside of them: a tile has the same columns of all streams."""
+"""The tiles of step and single_pass where they merge inside of them: a tile has the same columns of all streams."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ from tiles.kernels.spec import DTYPE_BYTES, Problem
 from tiles.lang.storage import ROW_PADDING
 from tiles.target import Target
 
+MERGING = ("step", "single_pass")
+"""The ops that merge."""
+
 STAGES = {"forward": 4, "backward": 3}
 """Most tiles on their way at a time."""
 
 MANY_STREAMS = 4
 """Streams whose values and weights take most registers of a thread."""
+
+MANY_TOKENS = 4096
+"""Tokens that keep a large GPU busy with tiles of 128."""
 
 USUAL_WIDTH = 128
 """Columns of a usual tile, at least 16 of each stream: whole sectors of memory."""
@@ -49,11 +55,22 @@ def vector(problem: Problem, tiles: TiledSchedule) -> int:
     )
 
 
+def weighs_with_pre(problem: Problem) -> bool:
+    """Whether pre is known before the tiles are: in the backward, and where one pass does all."""
+    return problem.direction == "backward" or problem.op == "single_pass"
+
+
 def weights_row(problem: Problem) -> int:
-    """Floats from one token's weights to the next one's: post, res and, in the backward, pre."""
+    """Floats from one token's weights to the next one's: post, res and, where it is known, pre."""
     n = problem.streams
-    count = n * n + n + (n if problem.direction == "backward" else 0)
+    count = n * n + n + (n if weighs_with_pre(problem) else 0)
     return -(-count // 4) * 4
+
+
+def summed(problem: Problem) -> int:
+    """What a backward's tile sums over its columns for each token: dpost, dres and, where one pass does all, dpre."""
+    n = problem.streams
+    return n * n + n + (n if problem.op == "single_pass" else 0)
 
 
 def usual(problem: Problem, target: Target) -> TiledSchedule | None:
@@ -64,10 +81,13 @@ def usual(problem: Problem, target: Target) -> TiledSchedule | None:
 
 def _usual(problem: Problem) -> Iterator[TiledSchedule]:
     """Two thread blocks a multiprocessor, where the forward's values of few streams leave registers for two; else one,
-    with more tiles on their way."""
+    with more tiles on their way. Where one pass does all, of many streams tiles are twice as large: what every tile
+    reads of phi, the weights and dz, and what it sums, is then about a third of what streams move."""
     forward, tokens, n = problem.direction == "forward", max(1, problem.tokens), problem.streams
-    rows = [block for block in ((64, 32, 16) if forward else (32, 16)) if block < 2 * tokens or block == 16]
-    widths = [n * columns for columns in (128, 64, 32, 16) if n * columns <= USUAL_WIDTH]
+    twice = 2 if problem.op == "single_pass" and n >= MANY_STREAMS and tokens >= MANY_TOKENS else 1
+    most, widest = (64 * twice, USUAL_WIDTH) if forward else (32, USUAL_WIDTH * twice)
+    rows = [block for block in (128, 64, 32, 16) if block <= most and (block < 2 * tokens or block == 16)]
+    widths = [n * columns for columns in (128, 64, 32, 16) if n * columns <= widest]
     ways = [(2, 2)] if n < MANY_STREAMS or not forward else []
     presplit_phi = tensor_core_schedule.presplits(problem) if forward else 0
     for width, block, (stages, min_blocks_per_sm) in product(widths, rows, [*ways, (3, 1), (2, 1), (1, 1)]):
@@ -86,7 +106,7 @@ def _splits(problem: Problem, tiles: TiledSchedule) -> int:
 def why_invalid(problem: Problem, tiles: TiledSchedule, target: Target) -> str | None:
     """None, or the rule that the tiles break."""
     n, columns = problem.streams, columns_of(problem, tiles)
-    if problem.op != "step":
+    if problem.op not in MERGING:
         return f"merged must be 0 for {problem.op}, which does not merge, got 1: choose 0"
     if n * (n + 1) > MOST_WEIGHTS:
         return f"merged must be 0 where n · (n + 1) weights are more than {MOST_WEIGHTS}, got 1 for n = {n}: choose 0"
@@ -114,6 +134,6 @@ def scratch(problem: Problem, tiles: TiledSchedule) -> int:
         epilogue = 4 * rows * smem_stride(sums)
     else:
         once += [2 * rows * inner, 2 * rows * sums, 2 * inner * across]
-        once += [4 * max(rows, sums) * (across + ROW_PADDING), 4 * rows * (n * n + n)]
+        once += [4 * max(rows, sums) * (across + ROW_PADDING), 4 * rows * summed(problem)]
         staged, epilogue = staged * 2, 0
     return max(aligned([*once, *(tiles.stages * each for each in staged)]), epilogue)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +12,8 @@ from tiles.kernels.apply import reference as apply
 from tiles.kernels.coefficients import reference as coefficients
 from tiles.kernels.fused import signature
 from tiles.kernels.project import reference as project
-from tiles.kernels.reference_inputs import draw, fresh
-from tiles.kernels.spec import Argument, Problem
+from tiles.kernels.reference_inputs import draw, fresh, in_order
+from tiles.kernels.spec import Problem
 
 Values = Mapping[str, Any]
 
@@ -79,7 +79,7 @@ def pre_inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
             "dres": draw(random, "float32", tokens, n, n),
             "dx": draw(random, dtype, tokens, n, width),
         }
-    return _in_order(values, signature.pre(problem))
+    return in_order(values, signature.pre(problem))
 
 
 def step_inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
@@ -96,9 +96,4 @@ def step_inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
             "dpost_next": draw(random, "float32", tokens, n),
             "dres_next": draw(random, "float32", tokens, n, n),
         }
-    return _in_order(values, signature.step(problem))
-
-
-def _in_order(values: dict[str, Any], arguments: Sequence[Argument]) -> dict[str, Any]:
-    """The values that are arguments, in call order."""
-    return {argument.name: values[argument.name] for argument in arguments if argument.name in values}
+    return in_order(values, signature.step(problem))

@@ -1,4 +1,4 @@
-"""Thread tiles of step's merge: what a CUDA thread has to itself of a tile with the same columns of all streams."""
+"""Thread tiles of a merge inside of project's tiles: what a CUDA thread has to itself of a tile of all streams."""
 
 from collections.abc import Sequence
 from math import gcd
@@ -86,7 +86,7 @@ class ThreadTile:
 
 
 class Weights:
-    """post_i, res_ij and, in the backward, pre_i of a block of tokens: a thread takes its token's as vectors."""
+    """post_i, res_ij and, where it is known, pre_i of a block of tokens: a thread takes its token's as vectors."""
 
     def __init__(self, problem: Problem, schedule: TiledSchedule, dialect: Cuda) -> None:
         n, tokens, every = problem.streams, schedule.block_tokens, dialect.parallel

@@ -46,7 +46,8 @@ def projection(problem: Problem, schedule: Any, dialect: Cpu) -> Any:
     @T.macro
     def add_group(dots: Buffer, staged: Buffer, phi: Buffer, chunk: Expr, k: Expr, size: int) -> None:
         weights = View(phi, (k, chunk * width), (0, 1))
-        dialect.add_dots(dots, k, View(staged, (0, 0), (0, 1)), weights, len(rows), size, width)
+        sums = View(dots, (0, k, 0), (0, 1))
+        dialect.add_dots(sums, View(staged, (0, 0), (0, 1)), weights, len(rows), size, width)
 
     @T.macro
     def project(p: Any, start: Expr, last: Expr) -> None:

@@ -1,0 +1,115 @@
+"""Boundaries between blocks: how the streams after one sublayer and the input of the next one are computed.
+
+A boundary's `start` computes everything before a block's sublayer from streams alone, its `merge` the streams after the
+sublayer and, in the same pass over them, everything before the next one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+from mhc import functional
+from mhc.modules.grad_accumulate import grad_accumulating_views
+from mhc.modules.hyper_connection import HyperConnection
+
+Maps = tuple[torch.Tensor, ...]
+
+
+class PreResult(NamedTuple):
+    """What is before a block's sublayer: its input u, the maps that its output will be merged with (None in mode
+    `residual`), and the residual x. The maps are post and res; where one pass does all, pre, post and res."""
+
+    u: torch.Tensor
+    maps: Maps | None
+    x: torch.Tensor
+
+
+class Boundary(Protocol):
+    """What runs between the sublayers of consecutive blocks."""
+
+    def start(self, block: HyperConnection, x: torch.Tensor) -> PreResult:
+        """Compute everything before the block's sublayer."""
+
+    def merge(
+        self, before: PreResult, f: torch.Tensor, next_block: HyperConnection | None
+    ) -> tuple[torch.Tensor, PreResult | None]:
+        """The streams after a block whose sublayer returned f, and what is before the next block's sublayer where it
+        was fused with that."""
+
+    def replayed(self) -> Boundary:
+        """The same boundary as it is now, for running these blocks once more without gradients."""
+
+
+class StepBoundary:
+    """The paper's: merge, then the pre of the next block, which weighs the streams that it projects
+    (`mhc.functional.step`)."""
+
+    def start(self, block: HyperConnection, x: torch.Tensor) -> PreResult:
+        """See `Boundary`."""
+        if block.mode == "residual":
+            return PreResult(x.mean(-2), None, x)
+        u, post, res, x = block.pre_with_residual(x)
+        return PreResult(u, (post, res), x)
+
+    def merge(
+        self, before: PreResult, f: torch.Tensor, next_block: HyperConnection | None
+    ) -> tuple[torch.Tensor, PreResult | None]:
+        """See `Boundary`."""
+        if before.maps is None:
+            return before.x + f.unsqueeze(-2), None
+        post, res = before.maps
+        if next_block is None or not next_block.fused:
+            return functional.merge(before.x, f, res, post), None
+        parameters, settings = next_block.parameters_for_ops(), next_block.settings_for_ops()
+        x, u, post, res = functional.step(before.x, f, post, res, *parameters, **settings)
+        next_block.notify_watchers(res)
+        return x, PreResult(u, (post, res), x)
+
+    def replayed(self) -> Boundary:
+        """See `Boundary`."""
+        return self
+
+
+class SinglePassBoundary:
+    """DeepSeek-V4.1's: a sublayer is fed through the pre of the block before (`mhc.functional.single_pass`).
+
+    `pre` [..., n] is what the next streams are weighed with; every block that is started leaves its own there.
+    """
+
+    def __init__(self, pre: torch.Tensor) -> None:
+        self.pre = pre
+
+    def start(self, block: HyperConnection, x: torch.Tensor) -> PreResult:
+        """See `Boundary`."""
+        x_project, x_aggregate, x = grad_accumulating_views(x, 3)
+        maps, u = block.maps(x_project), functional.aggregate(x_aggregate, self.pre)
+        block.notify_watchers(maps[2])
+        self.pre = maps[0]
+        return PreResult(u, maps, x)
+
+    def merge(
+        self, before: PreResult, f: torch.Tensor, next_block: HyperConnection | None
+    ) -> tuple[torch.Tensor, PreResult | None]:
+        """See `Boundary`."""
+        assert before.maps is not None
+        pre, post, res = before.maps
+        if next_block is None or not next_block.fused:
+            return functional.merge(before.x, f, res, post), None
+        parameters, settings = next_block.parameters_for_ops(), next_block.settings_for_ops()
+        x, u, *maps = functional.single_pass(before.x, f, pre, post, res, *parameters, **settings)
+        next_block.notify_watchers(maps[2])
+        self.pre = maps[0]
+        return x, PreResult(u, tuple(maps), x)
+
+    def replayed(self) -> Boundary:
+        """See `Boundary`."""
+        return SinglePassBoundary(self.pre.detach())
+
+
+def one_hot_pre(x: torch.Tensor) -> torch.Tensor:
+    """The pre that a network of single-pass mHC begins with, one at stream 0: x [..., n, C] -> [..., n] float32."""
+    pre = torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device)
+    pre[..., 0] = 1
+    return pre

@@ -1,0 +1,118 @@
+"""The tile schedules of single_pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from tiles.kernels.coefficients import schedule as coefficients
+from tiles.kernels.fused import chain_schedule
+from tiles.kernels.fused.chain_schedule import ChainSchedule
+from tiles.kernels.limits import (
+    divisors,
+    dots_block,
+    why_bad_register_block,
+    why_not_divisor,
+    why_not_multiple,
+    why_too_many_dots,
+    why_too_much_scratch,
+)
+from tiles.kernels.spec import DTYPE_BYTES, Problem
+from tiles.lang.storage import DOT_LANES
+from tiles.target import Target
+
+
+@dataclass(frozen=True)
+class SinglePassSchedule:
+    """On a CPU: a block of tokens by a block of columns of all streams is done with before the next one is touched.
+
+    block_tokens: tokens in such a block.
+    register_tokens, register_outputs: register blocks of project; register_tokens divides block_tokens.
+    block_width: columns of each stream in such a block; a divisor of C.
+    """
+
+    block_tokens: int
+    register_tokens: int
+    register_outputs: int
+    block_width: int
+
+
+Schedule = SinglePassSchedule | ChainSchedule
+
+CACHE_LINE = 16
+"""Floats of a cache line."""
+
+
+def default(problem: Problem, target: Target) -> Schedule:
+    """On a CPU forward all columns, or what of a register block of tokens stays cached. Backward, where every block of
+    tokens passes over phi and adds to dphi, more tokens, and as many columns as let phi's copy stay cached."""
+    if target.kind == "cuda":
+        return chain_schedule.default(problem, target)
+    forward = problem.direction == "forward"
+    tokens, outputs = dots_block(target) if forward else (6, 6)
+    few = problem.streams <= 4
+    cached = 8192 // problem.streams if forward else 64 * DTYPE_BYTES[problem.dtype] if few else 64
+    blocks, width = 8 if few and not forward else 4, divisors(problem.width, 8, cached)[-1]
+    return _fitting(problem, target, SinglePassSchedule(tokens * blocks, tokens, outputs, width))
+
+
+def _fitting(problem: Problem, target: Target, schedule: SinglePassSchedule) -> SinglePassSchedule:
+    """The schedule with its columns, then its token block halved until the scratch fits."""
+    while why_too_much_scratch(scratch(problem, schedule, target), target):
+        narrower = divisors(problem.width, 8, max(8, schedule.block_width - 8))[-1]
+        if narrower < schedule.block_width:
+            schedule = replace(schedule, block_width=narrower)
+        elif schedule.block_tokens > schedule.register_tokens:
+            half = max(1, schedule.block_tokens // schedule.register_tokens // 2) * schedule.register_tokens
+            schedule = replace(schedule, block_tokens=half)
+        else:
+            break
+    return schedule
+
+
+def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
+    """Token blocks, register blocks, column blocks; on CUDA those of the chain."""
+    if target.kind == "cuda":
+        return chain_schedule.space(problem, target)
+    usual = default(problem, target)
+    assert isinstance(usual, SinglePassSchedule)
+    return {
+        "block_tokens": tuple(sorted({4, 8, 16, 24, 48, 96, usual.block_tokens})),
+        "register_tokens": tuple(sorted({2, 3, 4, 6, 8, usual.register_tokens})),
+        "register_outputs": (2, 3, 4, 5, 6, 8),
+        "block_width": tuple(sorted({*divisors(problem.width, 32, 1280), usual.block_width})),
+    }
+
+
+def why_invalid(problem: Problem, schedule: Schedule, target: Target) -> str | None:
+    """None, or the rule that the schedule breaks."""
+    if isinstance(schedule, ChainSchedule) != (target.kind == "cuda"):
+        return f"a schedule must be of its target's kind, got {schedule} for {target}: tune this kernel again"
+    if isinstance(schedule, ChainSchedule):
+        return chain_schedule.why_invalid(problem, schedule, target)
+    tokens, outputs = schedule.register_tokens, schedule.register_outputs
+    return (
+        why_bad_register_block(tokens, outputs)
+        or why_not_multiple("block_tokens", schedule.block_tokens, tokens)
+        or why_not_divisor("block_width", schedule.block_width, problem.width)
+        or (why_too_many_dots(tokens * outputs, target) if problem.direction == "forward" else None)
+        or why_too_much_scratch(scratch(problem, schedule, target), target)
+    )
+
+
+def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
+    """Bytes of scratch."""
+    if isinstance(schedule, ChainSchedule):
+        return chain_schedule.scratch(problem, schedule, target)
+    n, tokens, rows = problem.streams, schedule.block_tokens, schedule.register_tokens
+    row = tile_row(problem, schedule)
+    if problem.direction == "forward":
+        held = rows * (problem.outputs * DOT_LANES + 1 + row)
+        return 4 * (coefficients.forward_scratch(problem, tokens, target) + held)
+    held = tokens * (n * n + 2 * n) + (tokens + rows + problem.outputs) * row
+    return 4 * (coefficients.backward_scratch(problem, tokens, target) + held)
+
+
+def tile_row(problem: Problem, schedule: SinglePassSchedule) -> int:
+    """Floats from one row of a tile of all streams to the next: rows of whole pages would share the sets of a cache."""
+    return problem.streams * schedule.block_width + CACHE_LINE

@@ -1,0 +1,54 @@
+"""The arguments of the kernels of single_pass, in call order.
+
+`post` and `res` are the maps of the sublayer that returned f; `pre` is the one that comes with them, and weighs x'.
+The maps of x' itself (`pre_next`, `post_next`, `res_next`) are for the next boundary. The scalars are MAP_SCALARS: eps,
+hc_eps, post_scale. z and s are results of the forward that the backward takes back.
+"""
+
+from __future__ import annotations
+
+from tiles.kernels.arguments import MAP_SCALARS, affine, gates, matrix, phi, projected, row, streams
+from tiles.kernels.spec import Argument, Problem
+
+
+def single_pass(problem: Problem) -> tuple[Argument, ...]:
+    """forward: x, f, pre, post, res, phi, alpha, bias, scalars -> x_next, u, pre_next, post_next, res_next, z, s;
+    backward: x, f, pre, post, res, phi, alpha, bias, z, s, dx_next, du, dpre_next, dpost_next, dres_next, scalars
+    -> dx, df, dpre, dpost, dres, dphi, dalpha, dbias."""
+    given = (
+        streams("x", problem, "input"),
+        row("f", problem, "input"),
+        gates("pre", problem, "input"),
+        gates("post", problem, "input"),
+        matrix("res", problem, "input"),
+        phi("phi", problem, "input"),
+        *affine("alpha", "bias", problem, "input"),
+    )
+    if problem.direction == "forward":
+        return (
+            *given,
+            *MAP_SCALARS,
+            streams("x_next", problem, "output"),
+            row("u", problem, "output"),
+            gates("pre_next", problem, "output"),
+            gates("post_next", problem, "output"),
+            matrix("res_next", problem, "output"),
+            *projected("z", "s", problem, "output"),
+        )
+    return (
+        *given,
+        *projected("z", "s", problem, "input"),
+        streams("dx_next", problem, "input"),
+        row("du", problem, "input"),
+        gates("dpre_next", problem, "input"),
+        gates("dpost_next", problem, "input"),
+        matrix("dres_next", problem, "input"),
+        *MAP_SCALARS,
+        streams("dx", problem, "output"),
+        row("df", problem, "output"),
+        gates("dpre", problem, "output"),
+        gates("dpost", problem, "output"),
+        matrix("dres", problem, "output"),
+        phi("dphi", problem, "partial"),
+        *affine("dalpha", "dbias", problem, "partial"),
+    )
