@@ -36,8 +36,9 @@ def v_stages(
 
     Args:
         build: makes the module of a range of blocks; called for this rank's two stages only. Modules map streams
-            [..., n, C] to streams, but the one with block 0 takes the model's input and expands it, and the one with
-            the last block reduces the streams to the model's output. A module may be sharded (`fully_shard_streams`,
+            [..., n, C] to streams (of single-pass mHC, streams and a pre to both), but the one with block 0 takes the
+            model's input and expands it, and the one with the last block reduces the streams to the model's output. A
+            module may be sharded (`fully_shard_streams`,
             then `fully_shard` for the whole): it then stays unsharded between forward and backward in any case.
         layers: the number of blocks.
         device: this rank's device.
