@@ -91,10 +91,10 @@ def test_every_kernel_is_found_by_op_and_direction():
 
 
 def test_families_are_the_folders_and_both_directions_are_there():
-    assert [family.name for family in families()] == ["apply", "coefficients", "project", "fused"]
+    assert [family.name for family in families()] == ["apply", "coefficients", "project", "fused", "single_pass"]
     assert set(kernel_specs()) == {
         (op, direction)
-        for op in ("project", "coefficients", "sinkhorn", "aggregate", "merge", "pre", "step")
+        for op in ("project", "coefficients", "sinkhorn", "aggregate", "merge", "pre", "step", "single_pass")
         for direction in ("forward", "backward")
     }
 
