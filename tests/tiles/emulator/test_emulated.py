@@ -73,10 +73,8 @@ DEFAULTS = [
     case("project", "backward", 4, 128, "bfloat16", "sm_90a", None, 16),
     case("pre", "forward", 2, 64, "float16", "sm_90a"),
     case("pre", "backward", 2, 64, "bfloat16", "sm_90a", None, 16),
-    case("step", "forward", 2, 64, "bfloat16", "sm_90a"),
     case("step", "backward", 2, 64, "bfloat16", "sm_100a", None, 16, 32),
     case("single_pass", "forward", 2, 64, "bfloat16", "sm_90a"),
-    case("single_pass", "backward", 2, 64, "bfloat16", "sm_90a", None, 16, 32),
 ]
 FORWARD, BACKWARD, PRE_BACKWARD = DEFAULTS[9], DEFAULTS[10], DEFAULTS[12]
 
@@ -84,12 +82,14 @@ MORE_DEFAULTS = [
     case("merge", "backward", 9, 8, "bfloat16", "sm_90a", None, 16),
     case("project", "forward", 2, 72, "float16", "sm_90a"),
     case("project", "backward", 2, 72, "float32", "sm_80", None, 16),
+    case("step", "forward", 2, 64, "bfloat16", "sm_90a"),
     case("step", "forward", 2, 128, "bfloat16", "sm_80"),
     case("step", "forward", 4, 64, "bfloat16", "sm_90a"),
     case("step", "backward", 1, 72, "bfloat16", "sm_90a"),
     case("step", "backward", 2, 128, "bfloat16", "sm_80", None, 32),
     case("step", "backward", 11, 16, "bfloat16", "sm_80"),
     case("single_pass", "forward", 4, 72, "float16", "sm_80"),
+    case("single_pass", "backward", 2, 64, "bfloat16", "sm_90a", None, 16, 32),
     case("single_pass", "forward", 9, 16, "bfloat16", "sm_90a"),
     case("single_pass", "backward", 4, 64, "bfloat16", "sm_90a", None, 16),
     case("single_pass", "backward", 3, 72, "float32", "sm_80", None, 16),
@@ -143,8 +143,8 @@ MERGED = [
 
 SMALL_TILES, EARLY = TILED[5], CHAINED[0]
 FAST = {*DEFAULTS, SMALL_TILES, EARLY}
-"""Each kernel once, and what no default does: small tiles of an odd width, an early start; test_odd_shapes.py has phi
-split before."""
+"""Each kernel once, but step and single_pass, which share their tiles, one pass each; and what no default does: small
+tiles of an odd width, an early start. test_odd_shapes.py has phi split before."""
 
 FIXED = [*DEFAULTS, *MORE_DEFAULTS, *TILED, *CHAINED, *MERGED]
 
