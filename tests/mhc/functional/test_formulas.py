@@ -190,8 +190,8 @@ def test_inputs_need_not_be_contiguous(kernels, op):
 @pytest.mark.parametrize("tokens", [0, 1])
 @pytest.mark.parametrize("op", sorted(FORMULAS))
 def test_no_token_and_one_token(kernels, op, tokens):
-    parameters = {"project": (1,), "coefficients": (2, 3), "pre": (1, 2, 3), "step": (4, 5, 6)}.get(op, ())
-    parameters = (5, 6, 7) if op == "single_pass" else parameters
+    fused = {"pre": (1, 2, 3), "step": (4, 5, 6), "single_pass": (5, 6, 7)}
+    parameters = ({"project": (1,), "coefficients": (2, 3)} | fused).get(op, ())
     given = [
         (value if index in parameters else value[:tokens].clone()).requires_grad_()
         for index, value in enumerate(inputs(op, 4, "float32"))

@@ -1,4 +1,5 @@
-"""The schedules of pre and step on CUDA: kernels one after the other, on chunks of tokens that stay in the L2 cache."""
+"""Chain schedules: pre, step and single_pass on CUDA as kernels one after the other, on chunks of tokens that stay in
+the L2 cache."""
 
 from __future__ import annotations
 

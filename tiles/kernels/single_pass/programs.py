@@ -122,14 +122,7 @@ class _Tile:
                 dialect.prefetch(tuple(streams_of), token, place(i, column + width), width)
             dialect.prefetch(tuple(rows_of), token, column + width, width)
 
-        @T.macro
-        def load_phi(phi: Buffer, into: Buffer, column: Expr) -> None:
-            """The block's columns of phi, side by side: rows of phi itself may all begin in one set of a cache."""
-            for k, i in T.grid(problem.outputs, n):
-                for index in dialect.parallel(width):
-                    into[k, i * width + index] = phi[k, place(i, column) + index]
-
-        self.place, self.x_next, self.prefetch, self.load_phi = place, x_next, prefetch, load_phi
+        self.place, self.x_next, self.prefetch = place, x_next, prefetch
 
     def weights(self, p: Any, token: Expr) -> tuple[list[Expr], list[Expr], list[list[Expr]]]:
         """pre, post and res of a token."""
@@ -214,6 +207,13 @@ class _Backward(_Tile):
             for i, j in T.grid(n, n):
                 for index in dialect.parallel(block):
                     held.dres[i, j, index] = p.dres_next[T.min(start + index, last - 1), i, j]
+
+        @T.macro
+        def load_phi(phi: Buffer, into: Buffer, column: Expr) -> None:
+            """The block's columns of phi, side by side: rows of phi itself may all begin in one set of a cache."""
+            for k, i in T.grid(problem.outputs, n):
+                for index in dialect.parallel(width):
+                    into[k, i * width + index] = phi[k, self.place(i, column) + index]
 
         @T.macro
         def merge_again(p: Any, staged: Buffer, sums: Buffer, token: Expr, column: Expr, row: Expr) -> None:
@@ -327,5 +327,5 @@ class _Backward(_Tile):
             for i, j in T.grid(n, n):
                 p.dres[token, i, j] = sums[row, 2 * n + i * n + j]
 
-        self.load_grads, self.merge_again, self.add_dphi = load_grads, merge_again, add_dphi
+        self.load_grads, self.load_phi, self.merge_again, self.add_dphi = load_grads, load_phi, merge_again, add_dphi
         self.add_dx_next, self.merge_back, self.store_sums = add_dx_next, merge_back, store_sums

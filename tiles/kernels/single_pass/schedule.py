@@ -17,18 +17,19 @@ from tiles.kernels.limits import (
     why_too_many_dots,
     why_too_much_scratch,
 )
-from tiles.kernels.spec import DTYPE_BYTES, Problem
+from tiles.kernels.spec import Problem
 from tiles.lang.storage import DOT_LANES
 from tiles.target import Target
 
 
 @dataclass(frozen=True)
 class SinglePassSchedule:
-    """On a CPU: a block of tokens by a block of columns of all streams is done with before the next one is touched.
+    """On a CPU: tokens by columns of all streams are done with before the next ones are touched.
 
-    block_tokens: tokens in such a block.
+    block_tokens: tokens whose coefficients are computed side by side; backward, also those that share a copy of phi's
+        columns and one addition to dphi.
     register_tokens, register_outputs: register blocks of project; register_tokens divides block_tokens.
-    block_width: columns of each stream in such a block; a divisor of C.
+    block_width: columns of each stream that a row is taken by; a divisor of C.
     """
 
     block_tokens: int
@@ -42,6 +43,13 @@ Schedule = SinglePassSchedule | ChainSchedule
 CACHE_LINE = 16
 """Floats of a cache line."""
 
+FORWARD_COLUMNS = 8192
+"""Columns of all streams that a forward's default stages for a register block of tokens: what an L2 cache holds."""
+
+FEW_STREAMS = 4
+FEW_COLUMNS, MANY_COLUMNS = {"float32": 256, "bfloat16": 128, "float16": 128}, 64
+"""Columns of each stream that a backward's default takes at a time: of few streams, and of more."""
+
 
 def default(problem: Problem, target: Target) -> Schedule:
     """On a CPU forward all columns, or what of a register block of tokens stays cached. Backward, where every block of
@@ -50,9 +58,12 @@ def default(problem: Problem, target: Target) -> Schedule:
         return chain_schedule.default(problem, target)
     forward = problem.direction == "forward"
     tokens, outputs = dots_block(target) if forward else (6, 6)
-    few = problem.streams <= 4
-    cached = 8192 // problem.streams if forward else 64 * DTYPE_BYTES[problem.dtype] if few else 64
-    blocks, width = 8 if few and not forward else 4, divisors(problem.width, 8, cached)[-1]
+    few = problem.streams <= FEW_STREAMS
+    if forward:
+        blocks, columns = 4, FORWARD_COLUMNS // problem.streams
+    else:
+        blocks, columns = (8, FEW_COLUMNS[problem.dtype]) if few else (4, MANY_COLUMNS)
+    width = divisors(problem.width, 8, columns)[-1]
     return _fitting(problem, target, SinglePassSchedule(tokens * blocks, tokens, outputs, width))
 
 
