@@ -6,16 +6,22 @@ output stream i. Streams are float32, bfloat16 or float16; coefficients and para
 `BadInput` (a `ValueError`) for other shapes, mixed dtypes or mixed devices, make their inputs contiguous, and work with
 `torch.compile(fullgraph=True)`. Kernels compute gradients in reverse mode; forward mode, the transforms of `torch.func`
 and gradients of gradients run in plain torch, more slowly. In the formulas x̄ [..., K] is x, flattened per token.
+
+Where res is the identity (Hunyuan-V4, and the cheapest way to wrap a plain model), `merge`, `pre`, `step` and
+`single_pass` take and return None for it, and parameters of pre and post alone: N = 2n, alpha [2]. Streams are not
+mixed, x' = x + post f, and hc_eps is added to post as well.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from mhc.checks import check_problem, check_scalars, expect, stream_shape
 from mhc.dispatch.operators import call
 from tiles.errors import BadInput
-from tiles.kernels.spec import PAPER_ROUNDS, WIDTH_MULTIPLE
+from tiles.kernels.spec import IDENTITY, PAPER_ROUNDS, WIDTH_MULTIPLE
 
 ROUNDS = PAPER_ROUNDS
 """The default number of Sinkhorn rounds."""
@@ -101,25 +107,39 @@ def aggregate(x: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     return u.view(*leading, width)
 
 
-def merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: torch.Tensor) -> torch.Tensor:
+def merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor | None, post: torch.Tensor) -> torch.Tensor:
     """Return x'_i = Σ_j res_ij x_j + post_i f, the streams after a sublayer with output f.
 
-    x [..., n, C], f [..., C] in x's dtype, res [..., n, n] and post [..., n] float32 -> x' like x.
+    x [..., n, C], f [..., C] in x's dtype, res [..., n, n] (None: the identity) and post [..., n] float32 -> x' like x.
     """
     check_merge(x, f, res, post)
     n, width = x.shape[-2:]
-    flat = x.reshape(-1, n, width), f.reshape(-1, width), res.reshape(-1, n, n), post.reshape(-1, n)
-    return call("merge", *flat, n, width, ROUNDS).view(x.shape)
+    flat = x.reshape(-1, n, width), f.reshape(-1, width), *_flat_res(res, n), post.reshape(-1, n)
+    return call(_op("merge", res), *flat, n, width, ROUNDS).view(x.shape)
 
 
-def check_merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor, post: torch.Tensor) -> torch.Size:
+def check_merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor | None, post: torch.Tensor) -> torch.Size:
     """The leading dimensions; raises `BadInput` unless f, res and post fit x."""
     n, width = stream_shape(x)
     leading = x.shape[:-2]
     expect("f", f, (*leading, width), x.dtype, x.device)
-    expect("res", res, (*leading, n, n), torch.float32, x.device)
+    if res is not None:
+        expect("res", res, (*leading, n, n), torch.float32, x.device)
     expect("post", post, (*leading, n), torch.float32, x.device)
     return leading
+
+
+def _op(base_op: str, res: torch.Tensor | None) -> str:
+    return base_op if res is not None else base_op + IDENTITY
+
+
+def _flat_res(res: torch.Tensor | None, streams: int) -> tuple[torch.Tensor, ...]:
+    return () if res is None else (res.reshape(-1, streams, streams),)
+
+
+def _unflat_res(res: Sequence[torch.Tensor], leading: torch.Size) -> torch.Tensor | None:
+    """res [..., n, n] where there is one among the results."""
+    return res[0].view(*leading, *res[0].shape[1:]) if res else None
 
 
 def pre(
@@ -132,35 +152,59 @@ def pre(
     eps: float = EPS,
     hc_eps: float = 0.0,
     post_scale: float = POST_SCALE,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Project, coefficients and aggregate, fused into one pass over x: everything before a sublayer.
 
     eps, hc_eps and post_scale are those of `coefficients`.
-    x [..., n, C], phi [N, K], alpha [3], bias [N] -> u [..., C] in x's dtype, post [..., n], res [..., n, n] float32.
+    x [..., n, C], phi [N, K], alpha [3], bias [N] -> u [..., C] in x's dtype, post [..., n], res [..., n, n] float32;
+    with phi [2n, K], alpha [2] and bias [2n], res is None: the identity.
     """
-    n, width = check_pre(x, phi, alpha, bias)
+    n, width, mixes = check_pre(x, phi, alpha, bias)
     check_scalars(hc_eps, post_scale)
-    leading = x.shape[:-2]
-    results = call("pre", x.reshape(-1, n, width), phi, alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
-    u, post, res = results[:3]
-    return u.view(*leading, width), post.view(*leading, n), res.view(*leading, n, n)
+    op, leading = "pre" if mixes else "pre" + IDENTITY, x.shape[:-2]
+    results = call(op, x.reshape(-1, n, width), phi, alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
+    u, post, *res = results[:-2]
+    return u.view(*leading, width), post.view(*leading, n), _unflat_res(res, leading)
 
 
-def check_pre(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[int, int]:
-    """n and C; raises `BadInput` unless the parameters fit x."""
+def check_pre(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[int, int, bool]:
+    """n, C, and whether there are logits of res; raises `BadInput` unless the parameters fit x."""
     n, width = stream_shape(x)
-    outputs = n * n + 2 * n
+    mixes = len(phi) != 2 * n
+    outputs = 2 * n + (n * n if mixes else 0)
     expect("phi", phi, (outputs, n * width), torch.float32, x.device)
-    expect("alpha", alpha, (3,), torch.float32, x.device)
+    expect("alpha", alpha, (3 if mixes else 2,), torch.float32, x.device)
     expect("bias", bias, (outputs,), torch.float32, x.device)
-    return n, width
+    return n, width, mixes
+
+
+def _check_boundary(
+    x: torch.Tensor,
+    f: torch.Tensor,
+    post: torch.Tensor,
+    res: torch.Tensor | None,
+    parameters: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> tuple[int, int, torch.Size]:
+    """n, C and the leading dimensions; raises `BadInput` unless all fit x."""
+    n, width, mixes = check_pre(x, *parameters)
+    if mixes != (res is not None):
+        rows = tuple(parameters[0].shape)
+        raise BadInput(
+            f"res must be None, the identity, on both sides of a boundary or on none, got {_described(res)} and phi "
+            f"{rows}: pass res, or merge and pre one after the other"
+        )
+    return n, width, check_merge(x, f, res, post)
+
+
+def _described(res: torch.Tensor | None) -> str:
+    return "None" if res is None else str(tuple(res.shape))
 
 
 def step(
     x: torch.Tensor,
     f: torch.Tensor,
     post: torch.Tensor,
-    res: torch.Tensor,
+    res: torch.Tensor | None,
     phi: torch.Tensor,
     alpha: torch.Tensor,
     bias: torch.Tensor,
@@ -169,20 +213,20 @@ def step(
     eps: float = EPS,
     hc_eps: float = 0.0,
     post_scale: float = POST_SCALE,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Merge with post and res, then `pre` of the next sublayer, fused into one pass over the streams.
 
     x [..., n, C], f [..., C], post [..., n], res [..., n, n]; phi [N, K], alpha [3] and bias [N] of the next sublayer
-    -> x' like x, u' [..., C] in x's dtype, post' [..., n], res' [..., n, n] float32. The backward recomputes x' from x
-    and f.
+    -> x' like x, u' [..., C] in x's dtype, post' [..., n], res' [..., n, n] float32; res and res' are None together.
+    The backward recomputes x' from x and f.
     """
-    n, width = check_pre(x, phi, alpha, bias)
+    n, width, leading = _check_boundary(x, f, post, res, (phi, alpha, bias))
     check_scalars(hc_eps, post_scale)
-    leading = check_merge(x, f, res, post)
-    flat = x.reshape(-1, n, width), f.reshape(-1, width), post.reshape(-1, n), res.reshape(-1, n, n)
-    results = call("step", *flat, phi, alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
-    x_next, u, post_next, res_next = results[:4]
-    return x_next.view(x.shape), u.view(*leading, width), post_next.view(*leading, n), res_next.view(*leading, n, n)
+    flat = x.reshape(-1, n, width), f.reshape(-1, width), post.reshape(-1, n), *_flat_res(res, n)
+    results = call(_op("step", res), *flat, phi, alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
+    x_next, u, post_next, *res_next = results[:-2]
+    maps = post_next.view(*leading, n), _unflat_res(res_next, leading)
+    return x_next.view(x.shape), u.view(*leading, width), *maps
 
 
 def single_pass(
@@ -190,7 +234,7 @@ def single_pass(
     f: torch.Tensor,
     pre: torch.Tensor,
     post: torch.Tensor,
-    res: torch.Tensor,
+    res: torch.Tensor | None,
     phi: torch.Tensor,
     alpha: torch.Tensor,
     bias: torch.Tensor,
@@ -199,22 +243,21 @@ def single_pass(
     eps: float = EPS,
     hc_eps: float = 0.0,
     post_scale: float = POST_SCALE,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """A boundary of single-pass mHC (DeepSeek-V4.1's report, equation 6): merge with post and res, u' = Σ_i pre_i x'_i,
     and the maps of x', in one pass over the streams.
 
     pre, post and res come from the same maps, those of x; the next sublayer is fed through this pre, and the one after
     it through pre'. x [..., n, C], f [..., C], pre and post [..., n], res [..., n, n]; phi [N, K], alpha [3] and bias
-    [N] of the next sublayer -> x' like x, u' [..., C] in x's dtype, pre' and post' [..., n], res' [..., n, n] float32.
-    The backward recomputes x' from x and f.
+    [N] of the next sublayer -> x' like x, u' [..., C] in x's dtype, pre' and post' [..., n], res' [..., n, n] float32;
+    res and res' are None together. The backward recomputes x' from x and f.
     """
-    n, width = check_pre(x, phi, alpha, bias)
+    n, width, leading = _check_boundary(x, f, post, res, (phi, alpha, bias))
     check_scalars(hc_eps, post_scale)
-    leading = check_merge(x, f, res, post)
     expect("pre", pre, (*leading, n), torch.float32, x.device)
     gates = pre.reshape(-1, n), post.reshape(-1, n)
-    flat = x.reshape(-1, n, width), f.reshape(-1, width), *gates, res.reshape(-1, n, n)
-    results = call("single_pass", *flat, phi, alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
-    x_next, u, pre_next, post_next, res_next = results[:5]
-    maps = pre_next.view(*leading, n), post_next.view(*leading, n), res_next.view(*leading, n, n)
+    flat = x.reshape(-1, n, width), f.reshape(-1, width), *gates, *_flat_res(res, n)
+    results = call(_op("single_pass", res), *flat, phi, alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
+    x_next, u, pre_next, post_next, *res_next = results[:-2]
+    maps = pre_next.view(*leading, n), post_next.view(*leading, n), _unflat_res(res_next, leading)
     return x_next.view(x.shape), u.view(*leading, width), *maps

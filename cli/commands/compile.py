@@ -14,7 +14,7 @@ from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Job, Workers
 from autotune.search.pool import enumerate_pool
 from cli.ui import options
-from cli.ui.options import KERNEL_OPS, check_choices, problems
+from cli.ui.options import KERNEL_OPS, MIXING_OPS, check_choices, problems
 from cli.ui.output import messages, say, show, show_json, stdout_to_stderr
 from cli.ui.render import number, schedule_text, table
 from tiles.compiler.compile import Artifact, why_no_compiler
@@ -37,7 +37,7 @@ def compile_(
     width: options.WidthOption = options.DEFAULT_WIDTH,
     tokens: options.TokensOption = options.DEFAULT_TOKENS,
     dtype: options.DtypeOption = options.DEFAULT_DTYPE,
-    op: options.OpOption = KERNEL_OPS,
+    op: options.OpOption = MIXING_OPS,
     schedules: Annotated[
         int, typer.Option("--schedules", min=1, help="Schedules per kernel: the default one, then others of its pool.")
     ] = 1,

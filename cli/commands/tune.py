@@ -18,7 +18,7 @@ from autotune.processes.workers import Workers
 from autotune.tuner import TuneFailed, TuneResult
 from autotune.tuner import tune as tune_kernel
 from cli.ui import options
-from cli.ui.options import INTERRUPTED, KERNEL_OPS, cache_at, check_choices, measured_device, problems
+from cli.ui.options import INTERRUPTED, KERNEL_OPS, MIXING_OPS, cache_at, check_choices, measured_device, problems
 from cli.ui.output import say, show, show_json, stdout_to_stderr
 from cli.ui.progress import TuneProgress
 from cli.ui.render import device_text, records_table
@@ -37,7 +37,7 @@ def tune(
     width: options.WidthOption = options.DEFAULT_WIDTH,
     tokens: options.TokensOption = options.DEFAULT_TOKENS,
     dtype: options.DtypeOption = options.DEFAULT_DTYPE,
-    op: options.OpOption = KERNEL_OPS,
+    op: options.OpOption = MIXING_OPS,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Most schedules to try for each kernel.")] = 40,
     seconds: Annotated[
         float | None, typer.Option("--seconds", min=0.0, help="Time budget of the whole run, shared by its kernels.")

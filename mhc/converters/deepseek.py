@@ -58,15 +58,17 @@ def convert(
     """Convert connections and heads in either direction.
 
     `names` maps the old to the new names of matrix, gate and bias, in this order; `key` is the form of a new key with
-    `{module}` and `{part}`, `head_key` that of a head's where it differs.
+    `{module}` and `{part}`, `head_key` that of a head's where it differs. A connection with two gates has no logits of
+    res, which is the identity.
     """
     _, gate, _ = names
     converted = {}
     for module, parts in modules.items():
-        head = module.endswith("hc_head")
-        count, gates = (streams, 1) if head else (outputs(streams), 3)
+        head, identity = module.endswith("hc_head"), gate in parts and parts[gate].shape == (2,)
+        count, gates = (streams, 1) if head else (2 * streams, 2) if identity else (outputs(streams), 3)
         check_parts(module, parts, {part: gates if part == gate else count for part in names}, streams)
         for part, tensor in parts.items():
             new = (head_key or key if head else key).format(module=module, part=names[part])
-            converted[new] = transpose_res(tensor, streams) if part != gate and not head else tensor
+            has_res = part != gate and not head and not identity
+            converted[new] = transpose_res(tensor, streams) if has_res else tensor
     return converted

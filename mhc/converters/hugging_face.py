@@ -1,4 +1,4 @@
-"""The layout that transformers gives DeepSeek-V4 and GLM-5.3: modules `attn_hc` and `ffn_hc` in every layer.
+"""The layout that transformers gives DeepSeek-V4, GLM-5.3 and Hunyuan-V4: `attn_hc` and `ffn_hc` in every layer.
 
 | theirs                             | shape               | ours                                     |
 |------------------------------------|---------------------|------------------------------------------|
@@ -10,9 +10,8 @@
 P is `model.layers.0` and so on. `hc_eps`, `hc_sinkhorn_iters` and `rms_norm_eps` of their configuration are hc_eps,
 rounds and eps of ours. GLM's head is the mean of the streams (`mhc.reduce_streams`).
 
-Hunyuan-V4 has the same names, but no logits of res, which is the identity: fn [2n, n · C], scale [2], base [2n].
-`HyperConnection(..., manifold="identity", hc_eps=hc_eps, post_scale=hc_magnitude)` has its map, and rows of res
-without effect. Its connections are not converted yet; its head is DeepSeek-V4's.
+Hunyuan-V4 has the same names, but no logits of res, which is the identity: fn [2n, n · C], scale [2], base [2n], for
+`HyperConnection(..., manifold="identity", hc_eps=hc_eps, post_scale=hc_magnitude)`. Its head is DeepSeek-V4's.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ import re
 import torch
 
 from mhc.converters.deepseek import convert
-from mhc.converters.packing import Modules, State, find_modules
-from tiles.errors import BadInput
+from mhc.converters.packing import State, find_modules
 
 _THEIRS = re.compile(
     r"(?P<module>(?:.+\.)?(?:(?:attn|ffn)_hc(?=\.(?:fn|scale|base)$)|hc_head(?=\.hc_)))\.(?:hc_)?(?P<part>fn|scale|base)"
@@ -33,14 +31,13 @@ _PARTS = {"fn": "phi", "scale": "alpha", "base": "bias"}
 
 
 def from_hugging_face(state: State, *, streams: int) -> dict[str, torch.Tensor]:
-    """A state dict of transformers' DeepSeek-V4 or GLM-5.3 with its connections and head as our parameters.
+    """A state dict of transformers' DeepSeek-V4, GLM-5.3 or Hunyuan-V4 with its connections and head as our parameters.
 
     `P.attn_hc.fn` becomes `P.attn_hc.phi`, and so on; other tensors are passed through. Dtypes stay. Raises `BadInput`
     where no connection is found, one lacks a tensor, or a shape is not that of `streams`.
     """
     layout = "attn_hc.*, ffn_hc.* or hc_head.* tensors of transformers' DeepSeek-V4"
     modules, others = find_modules(state, _THEIRS, layout)
-    _check_no_hunyuan(modules)
     return others | convert(modules, streams, _PARTS, "{module}.{part}")
 
 
@@ -49,12 +46,3 @@ def to_hugging_face(state: State, *, streams: int) -> dict[str, torch.Tensor]:
     modules, others = find_modules(state, _OURS, "attn_hc.*, ffn_hc.* or hc_head.* parameters of ours")
     names = {ours: theirs for theirs, ours in _PARTS.items()}
     return others | convert(modules, streams, names, "{module}.{part}", "{module}.hc_{part}")
-
-
-def _check_no_hunyuan(modules: Modules) -> None:
-    for module, parts in modules.items():
-        if "scale" in parts and parts["scale"].shape == (2,):
-            raise BadInput(
-                f"scale of {module} must be (3,), as in DeepSeek-V4 and GLM-5.3, got Hunyuan-V4's (2,): copy fn, scale "
-                "and base to the first rows of phi, alpha and bias of a HyperConnection with manifold='identity'"
-            )

@@ -1,14 +1,15 @@
 """Torch custom ops of every kernel, `torch.ops.mhc.<op>` and `torch.ops.mhc.<op>_backward`.
 
 All are made from the kernels' arguments. A backward takes the forward's tensors, the results that it saved, the
-gradients of its other results, and its scalars; it returns the gradients of the forward's tensors. Arguments that a
-kernel adds to start at zero here. The ints after the arguments are streams, width and Sinkhorn rounds. Tensors have one
+gradients of its other results, and its scalars; it returns the gradients of the forward's tensors. A tensor whose
+gradient is that of the forward's result (x of x + post f) may be left out of both. Arguments that a kernel adds to
+start at zero here. The ints after the arguments are streams, width and Sinkhorn rounds. Tensors have one
 leading dimension, tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -97,26 +98,39 @@ def _custom_op(name: str, op: str, direction: Direction) -> Any:
 
 
 class _Differentiation(NamedTuple):
-    """How an op's backward is called: the number of the forward's inputs that are tensors (they come first), and the
-    positions of its results that are saved for the backward and of those whose gradients it takes."""
+    """How an op's backward is called: the number of the forward's inputs that are tensors (they come first), the
+    positions of its results that are saved for the backward and of those whose gradients it takes, and the positions of
+    the tensors that it leaves out."""
 
     tensors: int
     saved: tuple[int, ...]
     differentiated: tuple[int, ...]
+    left_out: tuple[int, ...]
+
+    def given(self, kept: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Of the tensors and results that are saved, those that the backward takes."""
+        return [tensor for index, tensor in enumerate(kept) if index not in self.left_out]
+
+    def gradients(self, results: Sequence[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
+        """The gradients of all tensors from the backward's results, and the gradient of the forward's only one."""
+        found = iter(results)
+        return [grad if index in self.left_out else next(found) for index in range(self.tensors)]
 
 
 def _differentiation(op: str) -> _Differentiation:
     (given, results), (taken, _) = _arguments(op, "forward"), _arguments(op, "backward")
-    names = {argument.name for argument in taken}
+    names, tensors = {argument.name for argument in taken}, [a.name for a in given if a.role == "input"]
     saved = tuple(index for index, argument in enumerate(results) if argument.name in names)
     differentiated = tuple(index for index in range(len(results)) if index not in saved)
-    return _Differentiation(sum(argument.role == "input" for argument in given), saved, differentiated)
+    left_out = tuple(index for index, name in enumerate(tensors) if name not in names)
+    return _Differentiation(len(tensors), saved, differentiated, left_out)
 
 
 def _differentiable_op(op: str) -> Any:
     """An op's forward as a custom op whose gradient is its backward kernel."""
     forward, backward = _custom_op(op, op, "forward"), _custom_op(f"{op}_backward", op, "backward")
-    tensors, saved, differentiated = _differentiation(op)
+    how = _differentiation(op)
+    tensors, saved, differentiated = how.tensors, how.saved, how.differentiated
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:tensors], *(output[index] for index in saved))
@@ -127,8 +141,8 @@ def _differentiable_op(op: str) -> Any:
         if torch_form.kernel_is_not_enough(taken):
             results = torch_form.gradients(op, ctx.saved_tensors[:tensors], ctx.settings, taken, differentiated)
         else:
-            results = backward(*ctx.saved_tensors, *taken, *ctx.settings)
-            results = results if isinstance(results, tuple) else (results,)
+            results = backward(*how.given(ctx.saved_tensors), *taken, *ctx.settings)
+            results = how.gradients(results if isinstance(results, tuple) else (results,), taken[0])
         return (*results, *(None for _ in ctx.settings))
 
     forward.register_autograd(gradients, setup_context=setup_context)
@@ -159,7 +173,8 @@ def _autograd_function(op: str) -> type[torch.autograd.Function]:
     """The same for plain tensors, without torch's dispatcher, which costs more than a small kernel does, and much more
     when its code is no longer in the processor's caches."""
     forward_kernel, backward_kernel = _runner(op, "forward"), _runner(op, "backward")
-    tensors, saved, differentiated = _differentiation(op)
+    how = _differentiation(op)
+    tensors, saved, differentiated = how.tensors, how.saved, how.differentiated
 
     class Direct(torch.autograd.Function):
         @staticmethod
@@ -176,7 +191,8 @@ def _autograd_function(op: str) -> type[torch.autograd.Function]:
             if torch_form.kernel_is_not_enough(taken):
                 results = torch_form.gradients(op, ctx.saved_tensors[:tensors], ctx.settings, taken, differentiated)
             else:
-                results = backward_kernel(*ctx.saved_tensors, *taken, *ctx.settings)
+                results = backward_kernel(*how.given(ctx.saved_tensors), *taken, *ctx.settings)
+                results = how.gradients(results, taken[0])
             return (*results, *(None for _ in ctx.settings))
 
     return Direct

@@ -266,6 +266,7 @@ class Resolver:
             f"mhc-tune tune --streams {problem.streams} --width {problem.width} --tokens {problem.tokens} "
             f"--dtype {problem.dtype}"
         )
+        command += "" if problem.mixes else f" --op {problem.op}"
         if self.path is not None and self.path.is_dir() and self.path != default_folder():
             command += f" --cache {shlex.quote(str(self.path))}"
         export = ", and export it again" if self.path is not None and not self.path.is_dir() else ""

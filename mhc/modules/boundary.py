@@ -14,12 +14,13 @@ from mhc import functional
 from mhc.modules.grad_accumulate import grad_accumulating_views
 from mhc.modules.hyper_connection import HyperConnection
 
-Maps = tuple[torch.Tensor, ...]
+Maps = tuple[torch.Tensor | None, ...]
 
 
 class PreResult(NamedTuple):
     """What is before a block's sublayer: its input u, the maps that its output will be merged with (None in mode
-    `residual`), and the residual x. The maps are post and res; where one pass does all, pre, post and res."""
+    `residual`), and the residual x. The maps are post and res (None: the identity); where one pass does all, pre, post
+    and res."""
 
     u: torch.Tensor
     maps: Maps | None
@@ -60,7 +61,8 @@ class StepBoundary:
         if before.maps is None:
             return before.x + f.unsqueeze(-2), None
         post, res = before.maps
-        if next_block is None or not next_block.fused:
+        assert post is not None
+        if next_block is None or not _joins(res, next_block):
             return functional.merge(before.x, f, res, post), None
         parameters, settings = next_block.parameters_for_ops(), next_block.settings_for_ops()
         x, u, post, res = functional.step(before.x, f, post, res, *parameters, **settings)
@@ -95,7 +97,9 @@ class SinglePassBoundary:
         """See `Boundary`."""
         assert before.maps is not None
         pre, post, res = before.maps
-        if next_block is None or not next_block.fused:
+        assert pre is not None
+        assert post is not None
+        if next_block is None or not _joins(res, next_block):
             return functional.merge(before.x, f, res, post), None
         parameters, settings = next_block.parameters_for_ops(), next_block.settings_for_ops()
         x, u, *maps = functional.single_pass(before.x, f, pre, post, res, *parameters, **settings)
@@ -106,6 +110,11 @@ class SinglePassBoundary:
     def replayed(self) -> Boundary:
         """See `Boundary`."""
         return SinglePassBoundary(self.pre.detach())
+
+
+def _joins(res: torch.Tensor | None, next_block: HyperConnection) -> bool:
+    """Whether one pass merges with this res and computes the maps of the next block: both mix streams, or neither."""
+    return next_block.fused and next_block.mixes == (res is not None)
 
 
 def one_hot_pre(x: torch.Tensor) -> torch.Tensor:

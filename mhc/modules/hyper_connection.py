@@ -23,6 +23,9 @@ Mode = Literal["mhc", "hc", "residual"]
 FUSED_MANIFOLD = "sinkhorn"
 """The manifold that the kernels of pre and step compute."""
 
+IDENTITY_MANIFOLD = "identity"
+"""The one that they have no need to compute: streams are not mixed."""
+
 
 class HyperConnection(nn.Module):
     """x [..., n, C] -> x' [..., n, C]: u = Σ_i pre_i x_i;  x'_i = Σ_j res_ij x_j + post_i sublayer(u).
@@ -42,7 +45,7 @@ class HyperConnection(nn.Module):
             all streams of a token at once, as mHC's does, and not each by itself;
             `residual`, no parameters: u is the mean of the streams, and sublayer(u) is added to each of them.
         manifold: what makes res in mode `mhc`: a name of `mhc.manifolds.NAMES`, or a function like those. Only
-            `sinkhorn` runs in the fused kernels.
+            `sinkhorn` and `identity` run in the fused kernels; `identity` has no logits of res (N = 2n, alpha [2]).
         init: the initial parameters, `paper` or `identity`; see `mhc.modules.init`.
         dynamic: whether pre, post and res depend on the token. If not, they are functions of the bias only (the static
             hyper-connections of arXiv 2409.19606), and there are no phi and alpha.
@@ -113,12 +116,19 @@ class HyperConnection(nn.Module):
         if self.mode == "residual":
             return {}
         settings: dict[str, Any] = {"dynamic": self.dynamic, "init": self.init}
-        return initial_parameters(self.streams, self.width, constrained=self.mode == "mhc", **settings)
+        return initial_parameters(
+            self.streams, self.width, constrained=self.mode == "mhc", mixes=self.mixes, **settings
+        )
 
     @property
     def fused(self) -> bool:
         """Whether `mhc.functional.pre` and `step` compute this block's maps; else `maps` does."""
-        return self.mode == "mhc" and self.manifold == FUSED_MANIFOLD and self.dynamic
+        return self.mode == "mhc" and self.manifold in (FUSED_MANIFOLD, IDENTITY_MANIFOLD) and self.dynamic
+
+    @property
+    def mixes(self) -> bool:
+        """Whether res mixes streams: whether it is made of logits, and not the identity."""
+        return self.mode != "mhc" or self.manifold != IDENTITY_MANIFOLD
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[Any, ...]:
         """x [..., n, C] -> x' like x, or (x', *rest) if the sublayer returns more; it gets args and kwargs."""
@@ -132,9 +142,11 @@ class HyperConnection(nn.Module):
             x_next = functional.merge(x, f, res, post)
         return (x_next, *rest) if rest else x_next
 
-    def pre_with_residual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """u [..., C], post [..., n], res [..., n, n], and x as the residual, for merge or step only
-        (`mhc.modules.pre_with_residual`)."""
+    def pre_with_residual(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """u [..., C], post [..., n], res [..., n, n] or None (the identity), and x as the residual, for merge or step
+        only (`mhc.modules.pre_with_residual`)."""
         self._check(x)
         if self.fused:
             u, post, res, x = pre_with_residual(x, *self.parameters_for_ops(), **self.settings_for_ops())
@@ -145,29 +157,31 @@ class HyperConnection(nn.Module):
         self.notify_watchers(res)
         return u, post, res, x
 
-    def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """pre [..., n], post [..., n] and res [..., n, n]: by kernels where the block is `fused`, else by
+    def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """pre [..., n], post [..., n] and res [..., n, n] or None (the identity): by kernels for `sinkhorn`, else by
         `mhc.functional.project` and plain torch."""
         n, leading = self.streams, x.shape[:-2]
-        if self.fused:
+        if self.fused and self.mixes:
             phi, alpha, bias = self.parameters_for_ops()
             z, s = functional.project(x, phi)
             settings = self.settings_for_ops()
             return functional.coefficients(z, s, alpha, bias, streams=n, width=self.width, **settings)
         with torch.autocast(x.device.type, enabled=False):
             h = self.bias.float()
+            sizes = (n, n, n * n)[: 3 if self.mixes else 2]
             if self.dynamic:
                 phi, alpha, bias = self.parameters_for_ops()
-                z, s = functional.project(x, phi)
-                t = z * torch.rsqrt(s / (n * self.width) + self.eps).unsqueeze(-1)
-                gate = torch.cat((alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)))
+                z, s = functional.project(x, _all_rows(phi, n))
+                t = z[..., : len(phi)] * torch.rsqrt(s / (n * self.width) + self.eps).unsqueeze(-1)
+                gate = torch.cat([each.expand(size) for each, size in zip(alpha, sizes, strict=True)])
                 h = gate * (torch.tanh(t) if self.mode == "hc" else t) + bias
-            pre, post, res = h.split((n, n, n * n), dim=-1)
-            res = res.unflatten(-1, (n, n))
+            pre, post, *logits = h.split(sizes, dim=-1)
             if self.mode == "mhc":
                 pre, post = pre.sigmoid() + self.hc_eps, self.post_scale * post.sigmoid()
-                post = post + self.hc_eps if self.to_res is manifolds.identity_of else post
-                res = self.to_res(res)
+            if not self.mixes:
+                return pre.expand(*leading, n), (post + self.hc_eps).expand(*leading, n), None
+            res = logits[0].unflatten(-1, (n, n))
+            res = self.to_res(res) if self.mode == "mhc" else res
         return pre.expand(*leading, n), post.expand(*leading, n), res.expand(*leading, n, n)
 
     def call_sublayer(self, u: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
@@ -187,9 +201,12 @@ class HyperConnection(nn.Module):
             f = nn.functional.dropout(f, self.dropout)
         return f.to(u.dtype), tuple(rest)
 
-    def notify_watchers(self, res: torch.Tensor) -> None:
-        """Call every watcher with res [..., n, n], detached."""
+    def notify_watchers(self, res: torch.Tensor | None) -> None:
+        """Call every watcher with res [..., n, n], detached; with [1, n, n] where it is the identity."""
+        if self.watchers and res is None:
+            res = torch.eye(self.streams, dtype=torch.float32, device=self.bias.device)[None]
         for watcher in self.watchers:
+            assert res is not None
             watcher(self, res.detach())
 
     def parameters_for_ops(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -242,6 +259,8 @@ class HyperConnection(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load, after a check that the checkpoint is of a block like this. It may hold none (strict=False)."""
+        if not self.mixes:
+            state_dict = _without_res(state_dict, prefix, self.streams)
         names = ("phi", "alpha", "bias")
         held = {name: tuple(state_dict[prefix + name].shape) for name in names if prefix + name in state_dict}
         wanted = {name: tuple(parameter.shape) for name, parameter in self._parameters.items() if parameter is not None}
@@ -257,6 +276,11 @@ class HyperConnection(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _all_rows(phi: torch.Tensor, streams: int) -> torch.Tensor:
+    """phi [n² + 2n, K], which `project` takes: with zeros for the logits that there are not."""
+    return nn.functional.pad(phi, (0, 0, 0, streams * streams + 2 * streams - len(phi)))
 
 
 def _check_choice(name: str, value: Any, offered: tuple[str, ...]) -> None:
@@ -285,11 +309,21 @@ def _name_of(manifold: Any) -> str:
     return str(getattr(function, "__name__", type(manifold).__name__))
 
 
+def _without_res(state_dict: Mapping[str, Any], prefix: str, streams: int) -> Mapping[str, Any]:
+    """The state with parameters of pre and post alone: identities once had logits of res, which nothing read."""
+    held, kept = streams * streams + 2 * streams, {"phi": 2 * streams, "bias": 2 * streams, "alpha": 2}
+    if prefix + "bias" not in state_dict or len(state_dict[prefix + "bias"]) != held:
+        return state_dict
+    found = {prefix + name: count for name, count in kept.items() if prefix + name in state_dict}
+    return {**state_dict, **{key: state_dict[key][:count] for key, count in found.items()}}
+
+
 def _describe_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """A description of the block whose parameters have these shapes."""
     if "bias" not in shapes:
         return "no parameters"
-    streams = isqrt(shapes["bias"][0] + 1) - 1
+    count = shapes["bias"][0]
+    streams = count // 2 if shapes.get("alpha") == (2,) else isqrt(count + 1) - 1
     return f"{streams} streams, " + (f"width {shapes['phi'][1] // streams}" if "phi" in shapes else "static")
 
 

@@ -39,16 +39,20 @@ IDENTITY_DIAGONAL = 0.999
 
 
 def initial_parameters(
-    streams: int, width: int, *, constrained: bool, dynamic: bool, init: Init
+    streams: int, width: int, *, constrained: bool, mixes: bool, dynamic: bool, init: Init
 ) -> dict[str, torch.Tensor]:
-    """phi [N, K], alpha [3] and bias [N] of a block, float32; of a static one (not `dynamic`) the bias only."""
+    """phi [N, K], alpha [3] and bias [N] of a block, float32; of a static one (not `dynamic`) the bias only.
+
+    N = n² + 2n; where streams are not mixed, 2n, and alpha [2].
+    """
     diagonal = PAPER_DIAGONAL if init == "paper" else IDENTITY_DIAGONAL
     bias = constrained_bias(streams, diagonal) if constrained else unconstrained_bias(streams)
+    bias = bias if mixes else bias[: 2 * streams]
     if not dynamic:
         weights = random_static_pre(streams)
         bias[:streams] = weights.logit().clamp(-SATURATED_LOGIT, SATURATED_LOGIT) if constrained else weights
         return {"bias": bias}
-    alpha = torch.full((3,), INITIAL_ALPHA if init == "paper" else 0.0, dtype=torch.float32)
+    alpha = torch.full((3 if mixes else 2,), INITIAL_ALPHA if init == "paper" else 0.0, dtype=torch.float32)
     return {"phi": random_phi(len(bias), streams * width), "alpha": alpha, "bias": bias}
 
 

@@ -14,6 +14,7 @@ from mhc import functional
 from mhc.dispatch import torch_form
 from mhc.dispatch.kernels import active
 from mhc.dispatch.operators import needs_dispatcher
+from tiles.kernels.spec import IDENTITY
 
 
 class _PreWithResidual(torch.autograd.Function):
@@ -26,37 +27,41 @@ class _PreWithResidual(torch.autograd.Function):
         bias: torch.Tensor,
         rounds: int,
         scalars: tuple[float, float, float],
+        op: str,
     ) -> tuple[torch.Tensor, ...]:
+        """u, post, res where it is not the identity, and the residual."""
         n, width = x.shape[-2:]
         leading = x.shape[:-2]
-        u, post, res, z, s = active().run("pre", "forward", n, width, rounds, (*_flat(x, phi, alpha, bias), *scalars))
+        u, *maps, z, s = active().run(op, "forward", n, width, rounds, (*_flat(x, phi, alpha, bias), *scalars))
         ctx.save_for_backward(x, phi, alpha, bias, z, s)
-        ctx.rounds, ctx.scalars, ctx.backward_ran = rounds, scalars, False
+        ctx.rounds, ctx.scalars, ctx.op, ctx.backward_ran = rounds, scalars, op, False
         # No view in autograd's sense, which forbids a sublayer that begins in place to write to one of several views.
         u = u.view(*leading, width).detach()
-        return u, post.view(*leading, n), res.view(*leading, n, n), x.view_as(x)
+        return u, *(of.view(*leading, *of.shape[1:]) for of in maps), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *given, z, s = ctx.saved_tensors
         n, width = given[0].shape[-2:]
-        du, dpost, dres, dresidual = (grad.contiguous() for grad in grads)
-        tokens = given[0].shape[:-2].numel()
-        flat = (du.view(tokens, width), dpost.view(tokens, n), dres.view(tokens, n, n))
+        *of_results, dresidual = (grad.contiguous() for grad in grads)
+        leading = given[0].shape[:-2]
+        tokens = leading.numel()
+        flat = tuple(grad.view(tokens, *grad.shape[len(leading) :]) for grad in of_results)
         if torch_form.kernel_is_not_enough(flat):
             with torch.enable_grad():  # x's view stays in x's graph
                 inputs = _flat(*given)
-            dx, *rest = torch_form.gradients("pre", inputs, (*ctx.scalars, n, width, ctx.rounds), flat, (0, 1, 2))
-            return (dresidual if dx is None else dx.view(dresidual.shape) + dresidual, *rest, None, None)
-        # merge's gradient is written to: nothing else uses it, as the residual is for one op. But a second backward
-        # through the graph may bring the same tensor, which the first one has made its dx (a pipeline's backward: of
-        # the input, then of the weights).
-        if ctx.backward_ran:
+            settings, which = (*ctx.scalars, n, width, ctx.rounds), range(len(flat))
+            dx, *rest = torch_form.gradients(ctx.op, inputs, settings, flat, which)
+            return (dresidual if dx is None else dx.view(dresidual.shape) + dresidual, *rest, None, None, None)
+        # merge's gradient is written to: nothing else uses it, as the residual is for one op. But where res is the
+        # identity, it is the gradient of x' itself; and a second backward through the graph may bring the same tensor,
+        # which the first one has made its dx (a pipeline's backward: of the input, then of the weights).
+        if ctx.backward_ran or ctx.op.endswith(IDENTITY):
             dresidual = dresidual.clone()
         ctx.backward_ran = True
         taken = (*_flat(*given), z, s, *flat, *ctx.scalars, dresidual.view(tokens, n, width))
-        dx, dphi, dalpha, dbias = active().run("pre", "backward", n, width, ctx.rounds, taken)
-        return dx.view(dresidual.shape), dphi, dalpha, dbias, None, None
+        dx, dphi, dalpha, dbias = active().run(ctx.op, "backward", n, width, ctx.rounds, taken)
+        return dx.view(dresidual.shape), dphi, dalpha, dbias, None, None, None
 
 
 def _flat(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -75,7 +80,7 @@ def pre_with_residual(
     eps: float,
     hc_eps: float,
     post_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """`mhc.functional.pre`, and x as the residual, for one op of `mhc.functional` only: its gradient is written to.
 
     Where torch's dispatcher is needed, the residual is x itself: a compiler plans the sum of gradients by itself.
@@ -83,7 +88,7 @@ def pre_with_residual(
     if not torch.is_grad_enabled() or needs_dispatcher((x, phi, alpha, bias)):
         scalars = {"eps": eps, "hc_eps": hc_eps, "post_scale": post_scale}
         return (*functional.pre(x, phi, alpha, bias, rounds=rounds, **scalars), x)
-    functional.check_pre(x, phi, alpha, bias)
-    given = (x, phi, alpha, bias, rounds, (eps, hc_eps, post_scale))
-    u, post, res, residual = _PreWithResidual.apply(*given)  # type: ignore[no-untyped-call]
-    return u, post, res, residual
+    *_shape, mixes = functional.check_pre(x, phi, alpha, bias)
+    given = (x, phi, alpha, bias, rounds, (eps, hc_eps, post_scale), "pre" if mixes else "pre" + IDENTITY)
+    u, post, *res, residual = _PreWithResidual.apply(*given)  # type: ignore[no-untyped-call]
+    return u, post, res[0] if res else None, residual

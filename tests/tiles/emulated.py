@@ -38,7 +38,7 @@ def generate(problem: Problem, schedule: Any, target: Target, **plan: int) -> Te
 def _overlapping(problem: Problem, schedule: Any) -> tuple[str, ...]:
     """A tile of a fused backward that reaches past its stream carries columns of the next one along, where another
     thread block writes (`tensor_core_programs.gradients`)."""
-    chained = problem.op in ("pre", "step", "single_pass") and problem.direction == "backward"
+    chained = problem.base_op in ("pre", "step", "single_pass") and problem.direction == "backward"
     return ("dx", "x_next_workspace") if chained and problem.width % schedule.block_width else ()
 
 

@@ -35,6 +35,11 @@ def matrix(name: str, problem: Problem, role: Role) -> Argument:
     return Argument(name, (TOKENS, problem.streams, problem.streams), "float32", role)
 
 
+def mixing(name: str, problem: Problem, role: Role) -> tuple[Argument, ...]:
+    """res or its gradient, where it is not the identity."""
+    return (matrix(name, problem, role),) if problem.mixes else ()
+
+
 def projected(z: str, s: str, problem: Problem, role: Role) -> tuple[Argument, ...]:
     """z [T, N] and s [T], float32, or their gradients."""
     return Argument(z, (TOKENS, problem.outputs), "float32", role), Argument(s, (TOKENS,), "float32", role)
@@ -46,5 +51,5 @@ def phi(name: str, problem: Problem, role: Role) -> Argument:
 
 
 def affine(alpha: str, bias: str, problem: Problem, role: Role) -> tuple[Argument, ...]:
-    """alpha [3] and bias [N], float32, or their gradients."""
-    return Argument(alpha, (3,), "float32", role), Argument(bias, (problem.outputs,), "float32", role)
+    """alpha [3] (or [2], of pre and post alone) and bias [N], float32, or their gradients."""
+    return Argument(alpha, (problem.maps,), "float32", role), Argument(bias, (problem.outputs,), "float32", role)

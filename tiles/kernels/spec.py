@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, get_type_hints
 
@@ -28,6 +28,8 @@ MAX_TOKENS = 2**40
 WIDTH_MULTIPLE = 8
 MAX_ROUNDS = 100
 PAPER_ROUNDS = 20
+IDENTITY = "_identity"
+"""The ending of ops whose res is the identity: streams are not mixed, and maps are pre and post alone."""
 TOKENS = "tokens"
 """Leading dimension of an argument that has one row per token."""
 
@@ -61,9 +63,34 @@ class Problem:
         return self.streams * self.width
 
     @property
+    def mixes(self) -> bool:
+        """Whether res is a matrix of each token, and not the identity."""
+        return not self.op.endswith(IDENTITY)
+
+    @property
+    def base_op(self) -> str:
+        """The op without the ending `IDENTITY`."""
+        return self.op.removesuffix(IDENTITY)
+
+    @property
+    def maps(self) -> int:
+        """How many maps a token has: pre, post and res, or pre and post."""
+        return 3 if self.mixes else 2
+
+    @property
+    def weights(self) -> int:
+        """What a merge weighs one token's values with: post and res."""
+        return self.streams + (self.streams * self.streams if self.mixes else 0)
+
+    @property
     def outputs(self) -> int:
-        """N = n² + 2n, the number of coefficient logits of one token."""
-        return self.streams * self.streams + 2 * self.streams
+        """N, the number of coefficient logits of one token: n² + 2n, or 2n where res is the identity."""
+        return self.streams + self.weights
+
+    def of(self, base_op: str, direction: Direction | None = None) -> Problem:
+        """The problem of another op with the same kind of res."""
+        op = base_op if self.mixes else base_op + IDENTITY
+        return replace(self, op=op, direction=direction or self.direction)
 
     def describe(self) -> str:
         """One line for people, e.g. `merge forward n=4 C=1280 bfloat16 T=2048`."""

@@ -2,14 +2,17 @@
 
 import pytest
 
-from cli.ui.options import problems
+from cli.ui.options import KERNEL_OPS, problems
 from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_specs
 
 
-def test_every_kernel_in_both_directions() -> None:
+def test_every_kernel_in_both_directions_and_those_of_the_identity_where_they_are_named() -> None:
     found = problems([4], [64], [32], ["float32"])
-    assert {(problem.op, problem.direction) for problem in found} == set(kernel_specs())
+    mixing = {kernel for kernel in kernel_specs() if not kernel[0].endswith("_identity")}
+    assert {(problem.op, problem.direction) for problem in found} == mixing
+    named = problems([4], [64], [32], ["float32"], KERNEL_OPS)
+    assert {(problem.op, problem.direction) for problem in named} == set(kernel_specs())
     assert all(problem.tokens == 32 for problem in found)
 
 

@@ -52,13 +52,26 @@ def test_a_checkpoint_runs_like_its_model(theirs):
     assert (head(x) - wanted).abs().max() < 5e-6 * wanted.abs().max()
 
 
-def test_hunyuan_is_refused_in_a_line():
-    """At its own stream count, and at the one at which its fn has as many rows as DeepSeek's."""
+def test_hunyuan_runs_like_its_model_and_round_trips():
+    torch.manual_seed(1)
     connection = module_of("hy_v4", "HyperConnection")
-    state = {f"model.layers.0.attn_hc.{key}": value for key, value in connection.state_dict().items()}
-    for streams in (N, 2):
-        with pytest.raises(mhc.BadInput, match=r"attn_hc must be \(3,\), .* got Hunyuan-V4's \(2,\): copy fn"):
-            from_hugging_face(state, streams=streams)
+    for parameter in connection.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    prefix = "model.layers.0.attn_hc."
+    state = {prefix + key: value for key, value in connection.state_dict().items()}
+    ours = from_hugging_face(state, streams=N)
+    block = mhc.HyperConnection(WIDTH, N, nn.Identity(), manifold="identity", hc_eps=1e-6)
+    block.load_state_dict({key.removeprefix(prefix): value for key, value in ours.items()})
+    x = torch.randn(2, 5, N, WIDTH)
+    u, my_post, res, _ = block.pre_with_residual(x)
+    assert res is None
+    for mine, wanted in zip((my_post, u), connection(x), strict=True):
+        assert (mine - wanted).abs().max() < 5e-6 * wanted.abs().max()
+    back = to_hugging_face(ours, streams=N)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+    with pytest.raises(mhc.BadInput, match=r"fn of model\.layers\.0\.attn_hc must be \(4, 2 · width\) at 2 streams"):
+        from_hugging_face(state, streams=2)
 
 
 def test_a_round_trip_gives_the_same_bits_and_passes_others_through(theirs):

@@ -36,6 +36,14 @@ def maps(x, phi, alpha, bias, eps, hc_eps, post_scale=2.0, rounds=20, places=AS_
     return pre, post, res + added("rounds")
 
 
+def gates(x, phi, alpha, bias, eps, hc_eps, post_scale, places):
+    """pre and post after Hunyuan-V4's released code, whose res is the identity; hc_eps is added in these places."""
+    n, flat = x.shape[-2], x.flatten(-2)
+    h = (flat @ phi.T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
+    pre, post = ((alpha[k] * h + bias).split(n, -1)[k].sigmoid() for k in (0, 1))
+    return pre + (hc_eps if "pre" in places else 0), post_scale * post + (hc_eps if "post" in places else 0)
+
+
 def drawn(n, spread, seed=0, tokens=TOKENS):
     """x and parameters with logits of this spread. Token 0 is zero; token 1 is small, so that the norm's eps shows."""
     random = torch.Generator().manual_seed(seed)

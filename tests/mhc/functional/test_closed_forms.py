@@ -21,12 +21,16 @@ def differentiable(problem, scalars):
     arguments = backward.arguments(back)
     given = [argument.name for argument in arguments if argument.role == "input"]
     kept = [name for name in results if name in given]
+    left_out = {name for name in names if name not in given}  # their gradient is that of the result
 
     class Op(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             found = forward.reference(problem, dict(zip(names, inputs, strict=True)) | scalars)
-            ctx.save_for_backward(*inputs, *(found[name] for name in kept))
+            ctx.save_for_backward(
+                *(value for name, value in zip(names, inputs, strict=True) if name not in left_out),
+                *(found[name] for name in kept),
+            )
             return tuple(found[name] for name in results if name not in kept)
 
         @staticmethod
@@ -35,7 +39,7 @@ def differentiable(problem, scalars):
             added_to = {argument.name for argument in arguments if argument.role == "updated"}
             values |= {name: torch.zeros_like(values[name[1:]]) for name in added_to}
             gradients = backward.reference(back, values)
-            return tuple(gradients[f"d{name}"] for name in names)
+            return tuple(grads[0] if name in left_out else gradients[f"d{name}"] for name in names)
 
     return Op.apply
 

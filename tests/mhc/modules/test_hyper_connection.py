@@ -143,12 +143,20 @@ def test_static_blocks_have_a_bias_alone_and_the_same_maps_for_every_token():
         assert not layer.fused
 
 
-def test_only_dynamic_blocks_with_sinkhorn_run_fused(kernels):
-    for settings, fused in [({}, True), ({"dynamic": False}, False), ({"manifold": "identity"}, False)]:
+def test_only_dynamic_blocks_with_sinkhorn_or_the_identity_run_fused(kernels):
+    for settings, op in [
+        ({}, "pre"),
+        ({"dynamic": False}, ""),
+        ({"manifold": "orthogonal"}, ""),
+        ({"manifold": "identity"}, "pre_identity"),
+        ({"manifold": "identity", "dynamic": False}, ""),
+    ]:
         with mhc.using(mhc.Kernels.reference()) as active:
             layer = mhc.HyperConnection(WIDTH, 4, nn.Identity(), **settings)
             layer(torch.randn(2, 4, WIDTH))
-            assert layer.fused == fused == ("pre" in {row.op for row in active.report()})
+            found = {row.op for row in active.report()} & {"pre", "pre_identity"}
+            assert layer.fused == bool(op)
+            assert found == ({op} if op else set())
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (1,), (2, 0, 3), (2, 1)])

@@ -75,6 +75,8 @@ DEFAULTS = [
     case("pre", "backward", 2, 64, "bfloat16", "sm_90a", None, 16),
     case("step", "backward", 2, 64, "bfloat16", "sm_100a", None, 16, 32),
     case("single_pass", "forward", 2, 64, "bfloat16", "sm_90a"),
+    case("merge_identity", "backward", 4, 64, "bfloat16", "sm_90a", None, 16),
+    case("single_pass_identity", "backward", 2, 64, "bfloat16", "sm_90a", None, 16, 32),
 ]
 FORWARD, BACKWARD, PRE_BACKWARD = DEFAULTS[9], DEFAULTS[10], DEFAULTS[12]
 
@@ -94,6 +96,16 @@ MORE_DEFAULTS = [
     case("single_pass", "backward", 4, 64, "bfloat16", "sm_90a", None, 16),
     case("single_pass", "backward", 3, 72, "float32", "sm_80", None, 16),
     case("single_pass", "backward", 9, 16, "bfloat16", "sm_100a", None, 16),
+    case("merge_identity", "forward", 9, 8, "bfloat16", "sm_80"),
+    case("pre_identity", "forward", 4, 64, "bfloat16", "sm_90a"),
+    case("pre_identity", "backward", 3, 72, "float32", "sm_80", None, 16),
+    case("step_identity", "forward", 4, 72, "bfloat16", "sm_90a"),
+    case("step_identity", "forward", 9, 16, "float16", "sm_80"),
+    case("step_identity", "backward", 4, 64, "bfloat16", "sm_90a", None, 16, 32),
+    case("step_identity", "backward", 9, 16, "bfloat16", "sm_80", None, 16),
+    case("single_pass_identity", "forward", 4, 72, "float16", "sm_80"),
+    case("single_pass_identity", "forward", 9, 16, "bfloat16", "sm_90a"),
+    case("single_pass_identity", "backward", 9, 16, "bfloat16", "sm_100a", None, 16),
 ]
 
 TILED = (

@@ -38,6 +38,14 @@ LARGE = {
     ("step", "backward"): ((4, "bfloat16"),),
     ("single_pass", "forward"): ((4, "bfloat16"),),
     ("single_pass", "backward"): ((3, "float32"),),
+    ("merge_identity", "forward"): ((4, "bfloat16"),),
+    ("merge_identity", "backward"): ((4, "bfloat16"), (3, "float32")),
+    ("pre_identity", "forward"): ((4, "bfloat16"),),
+    ("pre_identity", "backward"): ((3, "float32"),),
+    ("step_identity", "forward"): ((3, "float16"),),
+    ("step_identity", "backward"): ((4, "bfloat16"),),
+    ("single_pass_identity", "forward"): ((4, "float32"),),
+    ("single_pass_identity", "backward"): ((2, "bfloat16"),),
 }
 """What of the kernels that take long to compile is fast."""
 FEW = (1, 3, 16)

@@ -30,8 +30,9 @@ LARGE = ("pre.backward", "step.forward", "step.backward", "single_pass.forward",
 
 
 def but_slow(names: tuple[str, ...]) -> list[Any]:
-    """All kernels; those of these names are slow."""
-    return [pytest.param(spec, marks=pytest.mark.slow if spec.name in names else ()) for spec in SPECS]
+    """All kernels; those of these names are slow, and those of the identity, whose texts are parts of the others'."""
+    slow = [spec.name in names or spec.op.endswith("_identity") for spec in SPECS]
+    return [pytest.param(spec, marks=pytest.mark.slow if dear else ()) for spec, dear in zip(SPECS, slow, strict=True)]
 
 
 def named(value: object) -> str:

@@ -91,10 +91,11 @@ def test_every_kernel_is_found_by_op_and_direction():
 
 
 def test_families_are_the_folders_and_both_directions_are_there():
+    mixing = ("merge", "pre", "step", "single_pass")
     assert [family.name for family in families()] == ["apply", "coefficients", "project", "fused", "single_pass"]
     assert set(kernel_specs()) == {
         (op, direction)
-        for op in ("project", "coefficients", "sinkhorn", "aggregate", "merge", "pre", "step", "single_pass")
+        for op in ("project", "coefficients", "sinkhorn", "aggregate", *mixing, *(f"{op}_identity" for op in mixing))
         for direction in ("forward", "backward")
     }
 

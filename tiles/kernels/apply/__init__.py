@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tiles.kernels.apply import reference, schedule, signature, traffic
-from tiles.kernels.spec import PAPER_ROUNDS, Direction, KernelFamily, KernelSpec, Problem
+from tiles.kernels.spec import IDENTITY, PAPER_ROUNDS, Direction, KernelFamily, KernelSpec, Problem
 from tiles.kernels.tolerance import float32_sum, stored
 
 
@@ -26,11 +26,12 @@ def _aggregate(direction: Direction, computes: Any) -> KernelSpec:
     )
 
 
-def _merge(direction: Direction, computes: Any) -> KernelSpec:
-    return _spec("merge", direction, computes, signature.merge_arguments, reference.merge_inputs, traffic.merge)
+def _merge(op: str, direction: Direction, computes: Any) -> KernelSpec:
+    return _spec(op, direction, computes, signature.merge_arguments, reference.merge_inputs, traffic.merge)
 
 
 def _spec(op: str, direction: Direction, computes: Any, arguments: Any, inputs: Any, moved: Any) -> KernelSpec:
+    base_op = op.removesuffix(IDENTITY)
     return KernelSpec(
         op=op,
         direction=direction,
@@ -40,7 +41,7 @@ def _spec(op: str, direction: Direction, computes: Any, arguments: Any, inputs: 
         why_invalid=schedule.why_invalid,
         scratch=schedule.scratch,
         arguments=arguments,
-        builder=f"tiles.kernels.apply.{op}:{op}_{direction}",
+        builder=f"tiles.kernels.apply.{base_op}:{base_op}_{direction}",
         reference=computes,
         inputs=inputs,
         traffic=moved,
@@ -54,7 +55,9 @@ FAMILY = KernelFamily(
     (
         _aggregate("forward", reference.aggregate_forward),
         _aggregate("backward", reference.aggregate_backward),
-        _merge("forward", reference.merge_forward),
-        _merge("backward", reference.merge_backward),
+        _merge("merge", "forward", reference.merge_forward),
+        _merge("merge", "backward", reference.merge_backward),
+        _merge("merge" + IDENTITY, "forward", reference.merge_forward),
+        _merge("merge" + IDENTITY, "backward", reference.merge_backward),
     ),
 )

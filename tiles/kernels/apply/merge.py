@@ -20,14 +20,22 @@ from tiles.lang.program import program
 from tiles.lang.rows import Row
 from tiles.lang.values import Buffer, Expr, bind
 
+Matrix = Sequence[Sequence[Expr]] | None
+"""res of a token; None is the identity."""
 
-def merged(res: Sequence[Expr], x: Sequence[Expr], post: Expr, f: Expr) -> Expr:
-    """x'_i: `res` is row i, `x` and f are the values of one column."""
-    return post * f + weighted(res, x)
+
+def merged(res: Matrix, x: Sequence[Expr], post: Sequence[Expr], f: Expr, i: int) -> Expr:
+    """x'_i; `x` and f are the values of one column."""
+    return post[i] * f + (x[i] if res is None else weighted(res[i], x))
+
+
+def merged_back(res: Matrix, g: Sequence[Expr], j: int) -> Expr:
+    """dx_j of g = dx', the values of one column."""
+    return g[j] if res is None else weighted([row[j] for row in res], g)
 
 
 def weighted(weights: Iterable[Expr], values: Iterable[Expr]) -> Expr:
-    """Σ_i w_i v_i: of g = dx', dx_j with column j of res and df with post."""
+    """Σ_i w_i v_i: u with pre, and df of g = dx' with post."""
     return sum(weight * value for weight, value in zip(weights, values, strict=True))
 
 
@@ -38,18 +46,25 @@ class Merge:
     below n, the token's n² weights do not fit a thread's registers: they are read where they are needed, the forward
     writes one output stream at a time, and the backward takes `group` input streams at a time and reads g again for
     each group, from a cache. Members of a group past the last stream repeat it; their sums are dropped.
+
+    Where res is the identity, g is dx, so that the backward has nothing to do with x and dx.
     """
 
     def __init__(
         self, problem: Problem, block: int, dialect: Dialect, threads: int = 0, group: int | None = None
     ) -> None:
         n, width = problem.streams, problem.width
-        streams, self._held = tuple(range(n)), group is None
+        streams, self._held, self._mixes = tuple(range(n)), group is None, problem.mixes
         columns = Columns(block, problem.dtype, dialect, threads)
         outputs, members, held = (1, tuple(range(min(group, n))), False) if group else (n, streams, True)
+        members = members if problem.mixes else ()
 
         def rows(buffer: Buffer, count: int = n, copied: bool = False) -> list[Row]:
             return [columns.row(buffer, copied=copied) for _ in range(count)]
+
+        def walked(tensors: Any, count: int) -> tuple[list[Row], list[Row]]:
+            """So many streams of x and dx."""
+            return (rows(tensors.x, count), rows(tensors.dx, count)) if count else ([], [])
 
         def load(parts: Sequence[Row], of: Sequence[Expr], token: Expr, column: Expr) -> None:
             for part, i in zip(parts, of, strict=True):
@@ -71,7 +86,7 @@ class Merge:
                             column = columns.index(outer, inner)
                             added, values = sublayer.get(column), [state[j].get(column) for j in streams]
                             for i, row in enumerate(mixed):
-                                row.put(column, merged(res[i], values, post[i], added))
+                                row.put(column, merged(res, values, post, added, i))
                     for row in mixed:
                         row.flush()
 
@@ -95,7 +110,7 @@ class Merge:
                         added, grad = sublayer.get(column), upper.get(column)
                         values = [state[j].get(column) for j in streams]
                         for i in streams:
-                            mixed[i].put(column, merged(res[i], values, post[i], added))
+                            mixed[i].put(column, merged(res, values, post, added, i))
                             sums[i][at] += grad * mixed[i].get(column)
                 for i in streams:
                     mixed[i].flush()
@@ -113,12 +128,15 @@ class Merge:
                     dres[token, (number - gates) // count, first + (number - gates) % count] = value
 
         @T.macro
+        def put_gate(dpost: Buffer, token: Expr, number: Expr, value: Expr) -> None:
+            dpost[token, number] = value
+
+        @T.macro
         def back(tensors: Any, token: Expr, weights: Any, first: Expr, of_f: bool, members: Sequence[int]) -> None:
             """Gradients of the input streams first + `members` and their weights, and of f and post where `of_f`."""
             res_sums = [[columns.sums() for _ in members] for _ in streams]
             post_sums = [columns.sums() for _ in streams] if of_f else []
-            upper, state = rows(tensors.g, copied=True), rows(tensors.x, len(members))
-            state_grads = rows(tensors.dx, len(members))
+            upper, (state, state_grads) = rows(tensors.g, copied=problem.mixes), walked(tensors, len(members))
             if of_f:
                 sublayer, sublayer_grads, post = columns.row(tensors.f), columns.row(tensors.df), weights.gates()
             group, res = weights.inputs(first, members)
@@ -139,7 +157,7 @@ class Merge:
                             sublayer_grads.put(column, weighted(post, grads))
                         for member in members:
                             value = state[member].get(column)
-                            state_grads[member].put(column, weighted([res[i][member] for i in streams], grads))
+                            state_grads[member].put(column, merged_back(res, grads, member))
                             for i in streams:
                                 res_sums[i][member][at] += grads[i] * value
                         if of_f:
@@ -149,7 +167,11 @@ class Merge:
                     state_grads[member].flush()
                 if of_f:
                     sublayer_grads.flush()
-            put = partial(put_sums, tensors.dpost, tensors.dres, token, first, len(post_sums), max(1, len(members)))
+            if problem.mixes:
+                count = max(1, len(members))
+                put = partial(put_sums, tensors.dpost, tensors.dres, token, first, len(post_sums), count)
+            else:
+                put = partial(put_gate, tensors.dpost, token)
             dialect.totals([*post_sums, *(sums for row_sums in res_sums for sums in row_sums)], put)
 
         @T.macro
@@ -169,23 +191,25 @@ class Merge:
         self.merge, self.merge_and_dot, self.merge_back = merge, merge_and_dot, merge_back
         self._streams = streams
 
-    def weights(self, res: Buffer, post: Buffer, token: Expr) -> Any:
-        """The token's n² + n weights for the macros: read now, or where they are needed."""
-        unread = _Unread(res, post, token, self._streams)
+    def weights(self, tensors: Any, token: Expr) -> Any:
+        """The token's weights for the macros, of `tensors` post and res: read now, or where they are needed."""
+        if not self._mixes:
+            return _Held(None, [bind(tensors.post[token, i]) for i in self._streams])
+        unread = _Unread(tensors.res, tensors.post, token, self._streams)
         return _Held(unread.inputs(0, self._streams)[1], unread.gates()) if self._held else unread
 
 
 class _Held(NamedTuple):
     """A token's weights as values."""
 
-    res: list[list[Expr]]
+    res: Matrix
     post: list[Expr]
 
-    def outputs(self, first: int, count: int) -> tuple[list[Expr], list[list[Expr]]]:
+    def outputs(self, first: int, count: int) -> tuple[list[Expr], Matrix]:
         """post_i and row i of res, of `count` output streams."""
         return self.post, self.res
 
-    def inputs(self, first: int, members: Sequence[int]) -> tuple[Sequence[Expr], list[list[Expr]]]:
+    def inputs(self, first: int, members: Sequence[int]) -> tuple[Sequence[Expr], Matrix]:
         """The input streams first + `members`, and for every output stream their weights."""
         return members, self.res
 
@@ -232,18 +256,21 @@ def merge_forward(problem: Problem, schedule: ApplySchedule, dialect: Dialect) -
     @program(merge_arguments(problem), dialect)
     def merge_forward(p: Any) -> None:
         with dialect.kernel(p.tokens, threads=schedule.threads) as token:
-            macros.merge(p.x, p.f, p.out, token, macros.weights(p.res, p.post, token))
+            macros.merge(p.x, p.f, p.out, token, macros.weights(p, token))
 
     return merge_forward
 
 
 def merge_backward(problem: Problem, schedule: ApplySchedule, dialect: Dialect) -> Any:
-    """dx_jc = Σ_i res_ij g_ic;  df_c = Σ_i post_i g_ic;  dres_ij = Σ_c g_ic x_jc;  dpost_i = Σ_c g_ic f_c."""
+    """dx_jc = Σ_i res_ij g_ic;  df_c = Σ_i post_i g_ic;  dres_ij = Σ_c g_ic x_jc;  dpost_i = Σ_c g_ic f_c.
+
+    The first and the third where res is not the identity.
+    """
     macros = merge_of(problem, schedule, dialect)
 
     @program(merge_arguments(problem), dialect)
     def merge_backward(p: Any) -> None:
         with dialect.kernel(p.tokens, threads=schedule.threads) as token:
-            macros.merge_back(p, token, macros.weights(p.res, p.post, token))
+            macros.merge_back(p, token, macros.weights(p, token))
 
     return merge_backward

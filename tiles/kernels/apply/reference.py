@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tiles.kernels.reference_inputs import draw, fresh, uniform, wide
+from tiles.kernels.apply.signature import merge_arguments
+from tiles.kernels.reference_inputs import draw, fresh, in_order, uniform, wide
 from tiles.kernels.spec import Problem
 
 
@@ -27,21 +28,26 @@ def aggregate_backward(problem: Problem, values: Mapping[str, Any]) -> dict[str,
 
 def merge_forward(problem: Problem, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """x'_i = Σ_j res_ij x_j + post_i f: x [T, n, C], f [T, C], res [T, n, n], post [T, n] -> out [T, n, C]."""
-    x, f, res, post = (values[name] for name in ("x", "f", "res", "post"))
-    mixed = torch.einsum("tij,tjc->tic", res, wide(x, res))
+    x, f, post = (values[name] for name in ("x", "f", "post"))
+    mixed = wide(x, post)
+    if problem.mixes:
+        mixed = torch.einsum("tij,tjc->tic", values["res"], mixed)
     return {"out": (mixed + post[:, :, None] * wide(f, post)[:, None, :]).to(x.dtype)}
 
 
 def merge_backward(problem: Problem, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """dx_j = Σ_i res_ij g_i, df = Σ_i post_i g_i, dres_ij = ⟨g_i, x_j⟩, dpost_i = ⟨g_i, f⟩."""
-    x, f, res, post = (values[name] for name in ("x", "f", "res", "post"))
-    g = wide(values["g"], res)
-    return {
-        "dx": torch.einsum("tij,tic->tjc", res, g).to(x.dtype),
-        "df": torch.einsum("ti,tic->tc", post, g).to(x.dtype),
-        "dres": torch.einsum("tic,tjc->tij", g, wide(x, res)),
+    f, post = values["f"], values["post"]
+    g = wide(values["g"], post)
+    gradients = {
+        "df": torch.einsum("ti,tic->tc", post, g).to(f.dtype),
         "dpost": torch.einsum("tic,tc->ti", g, wide(f, post)),
     }
+    if problem.mixes:
+        x, res = values["x"], values["res"]
+        gradients["dx"] = torch.einsum("tij,tic->tjc", res, g).to(x.dtype)
+        gradients["dres"] = torch.einsum("tic,tjc->tij", g, wide(x, res))
+    return gradients
 
 
 def aggregate_inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
@@ -67,4 +73,4 @@ def merge_inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
     }
     if problem.direction == "backward":
         values["g"] = draw(random, dtype, tokens, n, width)
-    return values
+    return in_order(values, merge_arguments(problem))

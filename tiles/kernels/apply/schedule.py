@@ -22,7 +22,7 @@ VECTOR_BYTES = 16
 """The longest vector that a CUDA thread loads or stores."""
 
 MOST_WEIGHTS = 72
-"""Weights of one token (n² of res and n of post) that a CUDA thread can hold beside its columns."""
+"""Weights of one token (those of res and n of post) that a CUDA thread can hold beside its columns."""
 
 GROUP = 4
 """Input streams that merge's backward works on at a time where there are more weights."""
@@ -45,8 +45,7 @@ def default(problem: Problem, target: Target) -> ApplySchedule:
     busy with the longest vectors that the registers take. A backward needs most of them: there, few threads make room
     for other blocks, whose loads are under way while one adds up."""
     if target.kind == "cpu":
-        staged = problem.op == "merge" and problem.direction == "backward"
-        most = max(8, STAGED_BYTES // (4 * problem.streams)) if staged else problem.width
+        most = max(8, STAGED_BYTES // (4 * problem.streams)) if stages_grads(problem) else problem.width
         return ApplySchedule(problem.width if problem.width <= most else divisors(problem.width, 8, most)[-1], 0)
     most = BACKWARD_THREADS[problem.tokens > FEW_TOKENS] if problem.direction == "backward" else THREADS[-1]
     for lanes in (lanes for lanes in (8, 4, 2, 1) if lanes * DTYPE_BYTES[problem.dtype] <= VECTOR_BYTES):
@@ -89,24 +88,30 @@ def _why_not_cuda(problem: Problem, schedule: ApplySchedule) -> str | None:
 
 def scratch(problem: Problem, schedule: ApplySchedule, target: Target) -> int:
     """Bytes of scratch."""
-    staged = target.kind == "cpu" and problem.op == "merge" and problem.direction == "backward"
-    return 4 * problem.streams * schedule.block_width if staged else 0
+    return 4 * problem.streams * schedule.block_width if target.kind == "cpu" and stages_grads(problem) else 0
+
+
+def stages_grads(problem: Problem) -> bool:
+    """Whether a CPU copies the gradients that it reads: where it may write in their place."""
+    return problem.op in ("merge", "step") and problem.direction == "backward"
 
 
 def in_groups(problem: Problem, schedule: ApplySchedule) -> bool:
     """Whether merge takes its streams in groups (`merge.Merge`): a CUDA thread could not hold all n² weights."""
-    return schedule.threads > 0 and problem.streams * (problem.streams + 1) > MOST_WEIGHTS
+    return schedule.threads > 0 and problem.weights > MOST_WEIGHTS
 
 
 def _registers(problem: Problem, schedule: ApplySchedule) -> int:
     """Registers that a CUDA thread fills: sums over columns in the backwards, one each, and its columns of the rows of
     streams and sublayers, as they are stored."""
     n, backward = problem.streams, problem.direction == "backward"
-    if problem.op == "aggregate":
+    if problem.base_op == "aggregate":
         rows, sums = (2 * n + 1, n) if backward else (n + 1, 0)
     elif in_groups(problem, schedule):
         rows, sums = (n + 2 * GROUP, n * GROUP) if backward else (n + 2, 0)
+    elif problem.mixes:
+        rows, sums = (3 * n + 2, problem.weights) if backward else (2 * n + 1, 0)
     else:
-        rows, sums = (3 * n + 2, n * n + n) if backward else (2 * n + 1, 0)
+        rows, sums = (n + 2, n) if backward else (2 * n + 1, 0)
     lanes = schedule.block_width // schedule.threads
     return sums + -(-rows * lanes * DTYPE_BYTES[problem.dtype] // 4)

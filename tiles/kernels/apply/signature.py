@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiles.kernels.arguments import gates, matrix, row, streams
+from tiles.kernels.arguments import gates, mixing, row, streams
 from tiles.kernels.spec import Argument, Problem
 
 
@@ -16,20 +16,21 @@ def aggregate_arguments(problem: Problem) -> tuple[Argument, ...]:
 
 
 def merge_arguments(problem: Problem) -> tuple[Argument, ...]:
-    """forward: x, f, res, post -> out;  backward: x, f, res, post, g -> dx, df, dres, dpost."""
-    given = (
-        streams("x", problem, "input"),
-        row("f", problem, "input"),
-        matrix("res", problem, "input"),
-        gates("post", problem, "input"),
-    )
+    """forward: x, f, res, post -> out;  backward: x, f, res, post, g -> dx, df, dres, dpost.
+
+    Where res is the identity, backward: f, post, g -> df, dpost, as g is dx.
+    """
+    x, f, post = (streams("x", problem, "input"),), row("f", problem, "input"), gates("post", problem, "input")
     if problem.direction == "forward":
-        return (*given, streams("out", problem, "output"))
+        return (*x, f, *mixing("res", problem, "input"), post, streams("out", problem, "output"))
     return (
-        *given,
+        *(x if problem.mixes else ()),
+        f,
+        *mixing("res", problem, "input"),
+        post,
         streams("g", problem, "input"),
-        streams("dx", problem, "output"),
+        *((streams("dx", problem, "output"),) if problem.mixes else ()),
         row("df", problem, "output"),
-        matrix("dres", problem, "output"),
+        *mixing("dres", problem, "output"),
         gates("dpost", problem, "output"),
     )

@@ -15,11 +15,13 @@ def aggregate(problem: Problem, tokens: int) -> Traffic:
 
 
 def merge(problem: Problem, tokens: int) -> Traffic:
-    """forward: reads (n+1)C, writes nC; backward: reads (2n+1)C, writes (n+1)C; res and post are float32."""
+    """forward: reads (n+1)C, writes nC; backward: reads (2n+1)C, writes (n+1)C, or (n+1)C and C where res is the
+    identity; res and post are float32."""
     n, width, size = problem.streams, problem.width, DTYPE_BYTES[problem.dtype]
-    weights = 4 * (n * n + n)
+    weights, flops = 4 * problem.weights, 2 * tokens * problem.weights * width
     if problem.direction == "forward":
         read, written = (n + 1) * width * size + weights, n * width * size
-        return Traffic(tokens * read, tokens * written, 2 * tokens * n * (n + 1) * width)
-    read, written = (2 * n + 1) * width * size + weights, (n + 1) * width * size + weights
-    return Traffic(tokens * read, tokens * written, 4 * tokens * n * (n + 1) * width)
+        return Traffic(tokens * read, tokens * written, flops)
+    streams = n if problem.mixes else 0
+    read, written = (streams + n + 1) * width * size + weights, (streams + 1) * width * size + weights
+    return Traffic(tokens * read, tokens * written, 2 * flops)

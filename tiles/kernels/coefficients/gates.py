@@ -33,9 +33,23 @@ class Forward:
     """
 
     def __init__(self, problem: Problem, block: int, dialect: Dialect) -> None:
-        n, fan_in, unrolled = problem.streams, problem.fan_in, dialect.unrolled
+        n, fan_in, unrolled, mixes = problem.streams, problem.fan_in, dialect.unrolled, problem.mixes
         rounds = Sinkhorn(problem, block, dialect)
-        self._n, self._block, self._dialect = n, block, dialect
+        self._problem, self._block, self._dialect = problem, block, dialect
+
+        def shifted(post: Any, by: Any) -> Any:
+            """post with hc_eps: Hunyuan-V4 adds it, whose res is the identity."""
+            return post if mixes else post + by
+
+        @T.macro
+        def logits(held: Any, z: Any, maps: Any, start: Any, last: Any) -> None:
+            """Those of res."""
+            for i in unrolled(n):
+                for j in unrolled(n):
+                    for thread in dialect.thread_loop(block):
+                        token = T.min(start + thread, last - 1)
+                        k = 2 * n + i * n + j
+                        held.logits[i, j, thread] = maps.alpha[2] * z[token, k] * held.scale[thread] + maps.bias[k]
 
         @T.macro
         def gates(held: Any, z: Any, s: Any, maps: Any, start: Any, last: Any) -> None:
@@ -51,44 +65,44 @@ class Forward:
                 for thread in dialect.thread_loop(block):
                     token = T.min(start + thread, last - 1)
                     h = bind(maps.alpha[1] * z[token, n + i] * held.scale[thread] + maps.bias[n + i])
-                    held.post[i, thread] = maps.post_scale * _sigmoid(dialect, h)
-            for i in unrolled(n):
-                for j in unrolled(n):
-                    for thread in dialect.thread_loop(block):
-                        token = T.min(start + thread, last - 1)
-                        k = 2 * n + i * n + j
-                        held.logits[i, j, thread] = maps.alpha[2] * z[token, k] * held.scale[thread] + maps.bias[k]
+                    held.post[i, thread] = shifted(maps.post_scale * _sigmoid(dialect, h), maps.hc_eps)
+            if mixes:
+                logits(held, z, maps, start, last)
 
         @T.macro
         def run(held: Any, z: Any, s: Any, maps: Any, start: Any, last: Any) -> None:
             gates(held, z, s, maps, start, last)
-            rounds.forward(held.logits, held.matrix, held.column, None, maps)
+            if mixes:
+                rounds.forward(held.logits, held.matrix, held.column, None, maps)
 
         @T.macro
-        def store(held: Any, pre: Any, post: Any, res: Any, start: Any, last: Any) -> None:
-            """Write post and res out, and pre where it is given."""
+        def store(held: Any, maps: Any, pre: Any, start: Any, last: Any) -> None:
+            """Write post and res of `maps` out, and pre where it is given."""
             for i in unrolled(n):
                 for thread in dialect.thread_loop(block):
-                    post[T.min(start + thread, last - 1), i] = held.post[i, thread]
+                    maps.post[T.min(start + thread, last - 1), i] = held.post[i, thread]
                 if pre is not None:
                     for thread in dialect.thread_loop(block):
                         pre[T.min(start + thread, last - 1), i] = held.pre[i, thread]
-            for i in unrolled(n):
-                for j in unrolled(n):
-                    for thread in dialect.thread_loop(block):
-                        res[T.min(start + thread, last - 1), i, j] = held.matrix[i, j, thread]
+            if mixes:
+                for i in unrolled(n):
+                    for j in unrolled(n):
+                        for thread in dialect.thread_loop(block):
+                            maps.res[T.min(start + thread, last - 1), i, j] = held.matrix[i, j, thread]
 
-        self.gates, self.run, self.store = gates, run, store
+        self.gates, self.run, self.store, self.shifted = gates, run, store, shifted
 
     def scratch(self) -> ForwardScratch:
         """Allocate what the macros work on; call it inside the kernel."""
-        return _forward_scratch(self._n, self._block, self._dialect, self._dialect.per_thread)
+        return _forward_scratch(self._problem, self._block, self._dialect, self._dialect.per_thread)
 
 
-def _forward_scratch(n: int, block: int, dialect: Dialect, kind: Any) -> ForwardScratch:
-    """`kind` allocates the logits."""
-    logits, own = kind(n, n, block), dialect.per_thread
-    return ForwardScratch(logits, own(n, n, block), own(n, block), own(block), own(n, block), own(n, block))
+def _forward_scratch(problem: Problem, block: int, dialect: Dialect, kind: Any) -> ForwardScratch:
+    """`kind` allocates the logits of res; there are none where it is the identity."""
+    n, own, of_res = problem.streams, dialect.per_thread, (None, None, None)
+    if problem.mixes:
+        of_res = kind(n, n, block), own(n, n, block), own(n, block)
+    return ForwardScratch(*of_res, own(block), own(n, block), own(n, block))
 
 
 class BackwardScratch(NamedTuple):
@@ -108,20 +122,21 @@ class BackwardScratch(NamedTuple):
 class Backward:
     """dpre, dpost, dres -> dz, ds, and sums for dalpha and dbias: macros that the fused kernels share.
 
-    `scratch` allocates what they work on. A block of tokens: fill dpre, dpost [n, tokens] and dres [n, n, tokens], then
-    `run`; it leaves dz [N, tokens] and ds [tokens], which `store_logits` writes. `clear` comes before the first block,
-    `store` after the last.
+    `scratch` allocates what they work on. A block of tokens: fill dpre, dpost [n, tokens] and, where res is not the
+    identity, dres [n, n, tokens], then `run`; it leaves dz [N, tokens] and ds [tokens], which `store_logits` writes.
+    `clear` comes before the first block, `store` after the last.
     """
 
     def __init__(self, problem: Problem, block: int, dialect: Dialect) -> None:
         n, outputs, fan_in, unrolled = problem.streams, problem.outputs, problem.fan_in, dialect.unrolled
-        groups = ((0, 1, 0), (1, 1, n), (2, n, 2 * n))  # gate, rows of n logits, the first of them
-        gates, rounds = Forward(problem, block, dialect).gates, Sinkhorn(problem, block, dialect)
+        groups = ((0, 1, 0), (1, 1, n), (2, n, 2 * n))[: problem.maps]  # gate, rows of n logits, the first of them
+        forward, rounds, mixes = Forward(problem, block, dialect), Sinkhorn(problem, block, dialect), problem.mixes
+        gates, shifted = forward.gates, forward.shifted
         self._problem, self._block, self._dialect = problem, block, dialect
 
         @T.macro
         def clear(held: Any) -> None:
-            for k in T.serial(outputs + 3):
+            for k in T.serial(outputs + len(groups)):
                 for thread in dialect.thread_loop(block):
                     held.sums[k, thread] = T.float32(0)
 
@@ -134,20 +149,22 @@ class Backward:
                     gate = bind(of.pre[i, thread] - maps.hc_eps)
                     held.dz[i, thread] = held.dpre[i, thread] * gate * (T.float32(1) - gate)
                 for thread in dialect.thread_loop(block):
-                    gate = bind(of.post[i, thread])
+                    gate = bind(shifted(of.post[i, thread], -maps.hc_eps))
                     closed = T.float32(1) - T.float32(1) / maps.post_scale * gate
                     held.dz[n + i, thread] = held.dpost[i, thread] * gate * closed
-            for i in unrolled(n):
-                for j in unrolled(n):
-                    for thread in dialect.thread_loop(block):
-                        held.dz[2 * n + i * n + j, thread] = held.dres[i, j, thread]
+            if mixes:
+                for i in unrolled(n):
+                    for j in unrolled(n):
+                        for thread in dialect.thread_loop(block):
+                            held.dz[2 * n + i * n + j, thread] = held.dres[i, j, thread]
 
         @T.macro
         def run(held: Any, z: Any, s: Any, maps: Any, start: Any, last: Any) -> None:
             of = held.forward
             gates(of, z, s, maps, start, last)
-            rounds.forward(of.logits, of.matrix, of.column, held.kept, maps)
-            rounds.backward(of.logits, of.matrix, of.column, held.kept, held.dres, maps)
+            if mixes:
+                rounds.forward(of.logits, of.matrix, of.column, held.kept, maps)
+                rounds.backward(of.logits, of.matrix, of.column, held.kept, held.dres, maps)
             logit_gradients(held, maps)
             for thread in dialect.thread_loop(block):
                 held.ds[thread] = T.float32(0)
@@ -178,7 +195,7 @@ class Backward:
             """Write dz and ds out."""
             for thread in dialect.thread_loop(block):
                 ds[T.min(start + thread, last - 1)] = held.ds[thread]
-            for i in unrolled(n + 2):
+            for i in unrolled(outputs // n):
                 for j in unrolled(n):
                     for thread in dialect.thread_loop(block):
                         dz[T.min(start + thread, last - 1), i * n + j] = held.dz[i * n + j, thread]
@@ -197,7 +214,7 @@ class Backward:
             """Write the sums out."""
             dialect.barrier()
             add_threads(held.sums, 0, outputs, dbias, split)
-            add_threads(held.sums, outputs, 3, dalpha, split)
+            add_threads(held.sums, outputs, len(groups), dalpha, split)
 
         self.clear, self.run, self.store_logits, self.store = clear, run, store_logits, store
 
@@ -205,16 +222,17 @@ class Backward:
         """Allocate what the macros work on; call it inside the kernel."""
         n, outputs, rounds = self._problem.streams, self._problem.outputs, self._problem.rounds
         block, per_thread, shared = self._block, self._dialect.per_thread, self._dialect.scratch
+        mixes = self._problem.mixes
         return BackwardScratch(
-            forward=_forward_scratch(n, block, self._dialect, shared),
-            kept=shared(max(1, rounds - 1), 2 * n, block),
+            forward=_forward_scratch(self._problem, block, self._dialect, shared),
+            kept=shared(max(1, rounds - 1), 2 * n, block) if mixes else None,
             dpre=shared(n, block),  # not read before the rounds are done, which fill the registers
             dpost=shared(n, block),
-            dres=per_thread(n, n, block),
+            dres=per_thread(n, n, block) if mixes else None,
             dz=per_thread(outputs, block),
             ds=per_thread(block),
             products=per_thread(block),
-            sums=shared(outputs + 3, block),
+            sums=shared(outputs + self._problem.maps, block),
         )
 
 

@@ -85,7 +85,7 @@ def forward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect) 
             held = coefficients.scratch()
             start, last = bind(step * block), as_value(p.tokens)
             coefficients.run(held, p.z, p.s, p, start, last)
-            coefficients.store(held, p.pre, p.post, p.res, start, last)
+            coefficients.store(held, p, p.pre, start, last)
 
     return coefficients_forward
 

@@ -49,15 +49,15 @@ def sinkhorn_vjp(logits: torch.Tensor, rounds: int, grad: torch.Tensor, hc_eps: 
 
 
 def _groups(problem: Problem, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """[..., N] -> pre [..., n], post [..., n], res [..., n²]."""
+    """[..., N] -> pre [..., n], post [..., n] and, where it is not the identity, res [..., n²]."""
     n = problem.streams
-    return packed.split((n, n, n * n), dim=-1)
+    return packed.split((n, n, n * n)[: problem.maps], dim=-1)
 
 
 def _per_group(problem: Problem, alpha: torch.Tensor) -> torch.Tensor:
-    """alpha [3] -> [N], each group's gate at its outputs."""
+    """alpha [3] or [2] -> [N], each group's gate at its outputs."""
     n = problem.streams
-    return torch.cat((alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)))
+    return torch.cat([gate.expand(size) for gate, size in zip(alpha, (n, n, n * n), strict=False)])
 
 
 def _logits(problem: Problem, values: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -68,23 +68,29 @@ def _logits(problem: Problem, values: Mapping[str, Any]) -> tuple[torch.Tensor, 
 
 
 def forward(problem: Problem, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """z [T, N], s [T], alpha [3], bias [N] -> pre [T, n], post [T, n], res [T, n, n]."""
-    n = problem.streams
-    h_pre, h_post, h_res = _groups(problem, _logits(problem, values)[0])
-    res = sinkhorn(h_res.unflatten(-1, (n, n)), problem.rounds, values["hc_eps"])[-1].exp()
-    return {"pre": h_pre.sigmoid() + values["hc_eps"], "post": values["post_scale"] * h_post.sigmoid(), "res": res}
+    """z [T, N], s [T], alpha [3], bias [N] -> pre [T, n], post [T, n], res [T, n, n]; no res where it is the identity,
+    and hc_eps is added to post (Hunyuan-V4)."""
+    n, hc_eps = problem.streams, values["hc_eps"]
+    h_pre, h_post, *h_res = _groups(problem, _logits(problem, values)[0])
+    maps = {"pre": h_pre.sigmoid() + hc_eps, "post": values["post_scale"] * h_post.sigmoid()}
+    if not problem.mixes:
+        return {**maps, "post": maps["post"] + hc_eps}
+    return {**maps, "res": sinkhorn(h_res[0].unflatten(-1, (n, n)), problem.rounds, hc_eps)[-1].exp()}
 
 
 def backward(problem: Problem, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Gradients of z, s, alpha and bias from those of pre, post and res (docs/design.md, "The maths")."""
     n, z = problem.streams, values["z"]
     h, r, gate = _logits(problem, values)
-    h_pre, h_post, h_res = _groups(problem, h)
+    h_pre, h_post, *h_res = _groups(problem, h)
     pre, post = h_pre.sigmoid(), h_post.sigmoid()
     dh_pre = values["dpre"] * pre * (1 - pre)
     dh_post = values["dpost"] * values["post_scale"] * post * (1 - post)
-    dh_res = sinkhorn_vjp(h_res.unflatten(-1, (n, n)), problem.rounds, values["dres"], values["hc_eps"])
-    dh = torch.cat((dh_pre, dh_post, dh_res.flatten(1)), dim=1)
+    dh_res = []
+    if problem.mixes:
+        logits = h_res[0].unflatten(-1, (n, n))
+        dh_res = [sinkhorn_vjp(logits, problem.rounds, values["dres"], values["hc_eps"]).flatten(1)]
+    dh = torch.cat((dh_pre, dh_post, *dh_res), dim=1)
     q = gate * dh
     dr = (q * z).sum(1)
     dalpha = torch.stack([group.sum() for group in _groups(problem, dh * z * r)])

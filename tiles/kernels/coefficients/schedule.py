@@ -56,12 +56,13 @@ def scratch(problem: Problem, schedule: CoefficientsSchedule, target: Target) ->
 def forward_scratch(problem: Problem, tokens: int, target: Target) -> int:
     """float32 values that `gates.Forward` holds in scratch."""
     n, owned = problem.streams, owned_scratch(target)
-    return tokens * (2 * owned(n * n) + 3 * owned(n) + owned(1))
+    of_res = 2 * owned(n * n) + owned(n) if problem.mixes else 0
+    return tokens * (of_res + 2 * owned(n) + owned(1))
 
 
 def backward_scratch(problem: Problem, tokens: int, target: Target) -> int:
     """float32 values that `gates.Backward` holds in scratch."""
     n, outputs, owned = problem.streams, problem.outputs, owned_scratch(target)
-    forward = n * n + owned(n * n) + 3 * owned(n) + owned(1)
-    kept, given, sums = 2 * n * max(1, problem.rounds - 1), 2 * n, outputs + 3
-    return tokens * (forward + kept + given + owned(n * n) + owned(outputs) + 2 * owned(1) + sums)
+    forward, given, sums = 2 * owned(n) + owned(1), 2 * n, outputs + problem.maps
+    of_res = n * n + 2 * owned(n * n) + owned(n) + 2 * n * max(1, problem.rounds - 1) if problem.mixes else 0
+    return tokens * (forward + of_res + given + owned(outputs) + 2 * owned(1) + sums)

@@ -14,8 +14,8 @@ def _rounds_flops(problem: Problem) -> int:
 def coefficients(problem: Problem, tokens: int) -> Traffic:
     """forward: z, s -> pre, post, res; backward: those and their gradients -> dz, ds, dalpha, dbias."""
     outputs = problem.outputs
-    token, parameters = 4 * tokens, 4 * (3 + outputs)
-    flops = tokens * (_rounds_flops(problem) + 8 * outputs)
+    token, parameters = 4 * tokens, 4 * (problem.maps + outputs)
+    flops = tokens * ((_rounds_flops(problem) if problem.mixes else 0) + 8 * outputs)
     if problem.direction == "forward":
         return Traffic(token * (outputs + 1) + parameters, token * outputs, flops)
     return Traffic(token * (2 * outputs + 1) + parameters, token * (outputs + 1) + parameters, 2 * flops)

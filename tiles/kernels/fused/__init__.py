@@ -1,16 +1,21 @@
-"""The family fused: pre (project, coefficients, aggregate in one pass over x) and step (merge, then the next pre)."""
+"""The family fused: pre (project, coefficients, aggregate in one pass over x) and step (merge, then the next pre).
+
+Where res is the identity, they are fused always: no ops are there to do it one after the other.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tiles.kernels.fused import reference, schedule, separate, signature, tolerance, traffic
 from tiles.kernels.fused.chain_schedule import ChainSchedule
-from tiles.kernels.spec import Direction, KernelFamily, KernelSpec, Problem, Separate
+from tiles.kernels.spec import IDENTITY, PAPER_ROUNDS, Direction, KernelFamily, KernelSpec, Problem, Separate
 
 
-def _same(problem: Problem) -> Problem:
-    return problem
+def canonical(problem: Problem) -> Problem:
+    """The identity takes no Sinkhorn rounds."""
+    return problem if problem.mixes else replace(problem, rounds=PAPER_ROUNDS)
 
 
 BEFORE: tuple[tuple[str, Direction], ...] = (
@@ -27,10 +32,12 @@ AFTER: tuple[tuple[str, Direction], ...] = (
 MERGE: tuple[tuple[str, Direction], ...] = (("merge", "forward"), ("merge", "backward"))
 
 
-def _spec(op: str, direction: Direction, arguments: Any, inputs: Any, moved: Any, parts: Any) -> KernelSpec:
+def _spec(
+    op: str, direction: Direction, arguments: Any, inputs: Any, moved: Any, parts: Any, ending: str = ""
+) -> KernelSpec:
     function = f"{op}_{direction}"
     return KernelSpec(
-        op=op,
+        op=op + ending,
         direction=direction,
         schedules=(schedule.FusedSchedule, ChainSchedule),
         default=schedule.default,
@@ -43,8 +50,8 @@ def _spec(op: str, direction: Direction, arguments: Any, inputs: Any, moved: Any
         inputs=inputs,
         traffic=moved,
         tolerance=tolerance.of_fused,
-        canonical=_same,
-        separate=Separate(getattr(separate, function), parts),
+        canonical=canonical,
+        separate=Separate(getattr(separate, function), parts) if parts else None,
     )
 
 
@@ -55,6 +62,10 @@ FAMILY = KernelFamily(
         _spec("pre", "backward", signature.pre, reference.pre_inputs, traffic.pre, AFTER),
         _spec("step", "forward", signature.step, reference.step_inputs, traffic.step, (MERGE[0], *BEFORE)),
         _spec("step", "backward", signature.step, reference.step_inputs, traffic.step, (*MERGE, *AFTER)),
+        _spec("pre", "forward", signature.pre, reference.pre_inputs, traffic.pre, (), IDENTITY),
+        _spec("pre", "backward", signature.pre, reference.pre_inputs, traffic.pre, (), IDENTITY),
+        _spec("step", "forward", signature.step, reference.step_inputs, traffic.step, (), IDENTITY),
+        _spec("step", "backward", signature.step, reference.step_inputs, traffic.step, (), IDENTITY),
     ),
     parts=("project", "coefficients", "apply"),
 )

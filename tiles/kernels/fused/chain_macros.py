@@ -91,7 +91,7 @@ class Forward:
             dialect.barrier()
             sums = _Sums(smem_sums, start, outputs, None), _Sums(smem_sums, start, outputs, outputs)
             maps.run(held, *sums, p, start, end)
-            maps.store(held, p.pre, p.post, p.res, start, end)
+            maps.store(held, p, p.pre, start, end)
 
         @T.macro
         def launch_coefficients(p: Any) -> None:
@@ -139,11 +139,11 @@ class Backward:
     def __init__(self, problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> None:
         n, outputs, block, unrolled = problem.streams, problem.outputs, schedule.coefficient_tokens, dialect.unrolled
         count = coefficient_threads(problem)
-        maps, weighs_again = gates.Backward(problem, count, dialect), problem.op != "single_pass"
+        maps, weighs_again = gates.Backward(problem, count, dialect), problem.base_op != "single_pass"
         self._problem, self._schedule, self._dialect = problem, schedule, dialect
 
         @T.macro
-        def coefficients(p: Any, dpre: Any, dpost: Buffer, dres: Buffer, group: Expr, last: Expr) -> None:
+        def coefficients(p: Any, dpre: Any, group: Expr, last: Expr) -> None:
             """dz and ds of a block of tokens, pre again where x' was weighed with it, and the block's sums for dalpha
             and dbias."""
             start, end = variable(group * block), variable(T.min(group * block + block, last))
@@ -152,10 +152,11 @@ class Backward:
             for i in unrolled(n):
                 for thread in dialect.thread_loop(count):
                     held.dpre[i, thread] = dpre[i, T.min(start + thread, end - 1)]
-                    held.dpost[i, thread] = dpost[T.min(start + thread, end - 1), i]
-                for j in unrolled(n):
-                    for thread in dialect.thread_loop(count):
-                        held.dres[i, j, thread] = dres[T.min(start + thread, end - 1), i, j]
+                    held.dpost[i, thread] = p.dpost[T.min(start + thread, end - 1), i]
+                if problem.mixes:
+                    for j in unrolled(n):
+                        for thread in dialect.thread_loop(count):
+                            held.dres[i, j, thread] = p.dres[T.min(start + thread, end - 1), i, j]
             maps.run(held, p.z, p.s, p, start, end)
             maps.store_logits(held, p.dz, p.ds, start, end)
             if weighs_again:
@@ -165,12 +166,11 @@ class Backward:
             maps.store(held, p.dalpha_blocks, p.dbias_blocks, group)
 
         @T.macro
-        def launch_coefficients(p: Any, dpre: Any, dpost: Buffer, dres: Buffer) -> None:
-            """dz, ds and, but for single_pass, pre, a thread for each token, from dpre [n, T], dpost [T, n] and
-            dres [T, n, n]."""
+        def launch_coefficients(p: Any, dpre: Any) -> None:
+            """dz, ds and, but for single_pass, pre, a thread for each token, from dpre [n, T], dpost and dres."""
             with dialect.kernel(T.ceildiv(p.tokens, block), threads=count) as group:
                 dialect.pdl_wait(schedule.use_pdl)
-                coefficients(p, dpre, dpost, dres, group, as_value(p.tokens))
+                coefficients(p, dpre, group, as_value(p.tokens))
 
         @T.macro
         def join_columns(sums: Buffer, total: Buffer, split: Expr, first: Expr, last: Expr, columns: int) -> None:
@@ -194,7 +194,7 @@ class Backward:
             share = variable(T.ceildiv(T.ceildiv(tokens, block), splits))
             first = variable(split * share)
             last = variable(T.min(first + share, T.ceildiv(tokens, block)))
-            join_columns(p.dalpha_blocks, p.dalpha, split, first, last, 3)
+            join_columns(p.dalpha_blocks, p.dalpha, split, first, last, problem.maps)
             join_columns(p.dbias_blocks, p.dbias, split, first, last, outputs)
 
         @T.macro
@@ -218,7 +218,7 @@ class Backward:
                 "ds": T.Tensor((tokens,), "float32"),
                 "pre": T.Tensor((tokens, n), "float32"),
                 **more(tokens),
-                "dalpha_blocks": T.Tensor((tokens, 3), "float32"),
+                "dalpha_blocks": T.Tensor((tokens, self._problem.maps), "float32"),
                 "dbias_blocks": T.Tensor((tokens, outputs), "float32"),
             }
             return {name: made[name] for name in made if name not in {argument.name for argument in arguments}}

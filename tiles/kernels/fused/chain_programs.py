@@ -59,12 +59,12 @@ def step_forward(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> An
             begin_after_presplit(dialect, schedule)
             for turn in T.serial(rows.turns(block, p.tokens)):
                 token = rows.token(block, turn)
-                mixed.merge(p.x, p.f, p.x_next, token, mixed.weights(p.res, p.post, token))
+                mixed.merge(p.x, p.f, p.x_next, token, mixed.weights(p, token))
         with dialect.kernel(forward.groups(p.tokens), schedule.splits, threads=schedule.threads) as (group, split):
             dialect.pdl_wait(schedule.use_pdl)
             into = SplitSums(p.parts, split, outputs)
             project(p.x_next, presplit.chosen(p), group, split, as_value(p.tokens), into)
-        forward.after_project(p.renamed(x="x_next", post="post_next", res="res_next"))
+        forward.after_project(p.renamed(x="x_next", **signature.next_maps(problem)))
 
     return step_forward
 
@@ -82,7 +82,7 @@ def pre_backward(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> An
             for turn in T.serial(rows.turns(block, p.tokens)):
                 token = rows.token(block, turn)
                 apply.dpre_dot(p.x, p.du, token, p.dpre, token)
-        backward.launch_coefficients(p, p.dpre, p.dpost, p.dres)
+        backward.launch_coefficients(p, p.dpre)
         with dialect.kernel(groups, p.splits, threads=schedule.threads) as (group, split):
             dx_dphi_tile(p, group, split, as_value(p.tokens), as_value(p.splits), (p.du, p.dx, p.pre))
         backward.launch_join(p)
@@ -91,12 +91,15 @@ def pre_backward(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> An
 
 
 def step_backward(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> Any:
-    """x' again from x and f, and dpre;  in its place g = dx' + what pre's backward adds;  then merge's backward."""
+    """x' again from x and f, and dpre;  in its place, or that of dx where it is that, g = dx' + what pre's backward
+    adds;  then merge's backward."""
     backward, rows = Backward(problem, schedule, dialect), Rows(schedule)
     apply = Aggregate(problem, schedule.row_width, dialect, schedule.row_threads)
     walk = ApplySchedule(schedule.row_width, schedule.row_threads)
     mixed, grouped = merge_of(problem, walk, dialect), in_groups(problem, walk)
     dx_dphi_tile, groups = gradients(problem, tiled(schedule), dialect), column_groups(problem, tiled(schedule))
+
+    g = "x_next_workspace" if problem.mixes else "dx"
 
     def workspace(tokens: Any) -> dict[str, Any]:
         return {
@@ -111,21 +114,21 @@ def step_backward(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> A
             for turn in T.serial(rows.turns(block, p.tokens)):
                 token = rows.token(block, turn)
                 if grouped:
-                    mixed.merge(p.x, p.f, p.x_next_workspace, token, mixed.weights(p.res, p.post, token))
+                    mixed.merge(p.x, p.f, p.x_next_workspace, token, mixed.weights(p, token))
                     dialect.barrier()
                     apply.dpre_dot(p.x_next_workspace, p.du, token, p.dpre, token)
                 else:
-                    weights = mixed.weights(p.res, p.post, token)
+                    weights = mixed.weights(p, token)
                     mixed.merge_and_dot(p.x, p.f, p.du, p.x_next_workspace, token, weights, p.dpre)
-        backward.launch_coefficients(p, p.dpre, p.dpost_next, p.dres_next)
+        backward.launch_coefficients(p.renamed(**signature.next_maps(problem, "d")), p.dpre)
         with dialect.kernel(groups, p.splits, threads=schedule.threads) as (group, split):
-            of_x_next, extra_grads = p.renamed(x="x_next_workspace", dx="x_next_workspace"), (p.du, p.dx_next, p.pre)
+            of_x_next, extra_grads = p.renamed(x="x_next_workspace", dx=g), (p.du, p.dx_next, p.pre)
             dx_dphi_tile(of_x_next, group, split, as_value(p.tokens), as_value(p.splits), extra_grads)
         with dialect.kernel(rows.blocks(p.tokens), threads=schedule.row_threads) as block:
             dialect.pdl_wait(schedule.use_pdl)
             for turn in T.serial(rows.turns(block, p.tokens)):
                 token = rows.token(block, turn)
-                mixed.merge_back(p.renamed(g="x_next_workspace"), token, mixed.weights(p.res, p.post, token))
+                mixed.merge_back(p.renamed(g=g), token, mixed.weights(p, token))
         backward.launch_join(p)
 
     return step_backward

@@ -4,7 +4,7 @@ the L2 cache."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from tiles.kernels.apply import schedule as apply
 from tiles.kernels.apply.schedule import ApplySchedule
@@ -103,17 +103,17 @@ def default(problem: Problem, target: Target) -> ChainSchedule:
 def _merges(problem: Problem) -> bool:
     """Whether a default merges inside of project's tiles. That of many streams does not: forward, all weights are read
     for every few columns; backward, there are n² sums of every token and tile."""
-    return problem.op in merged_schedule.MERGING and problem.streams <= 4
+    return problem.base_op in merged_schedule.MERGING and problem.streams <= 4
 
 
 def _rows(problem: Problem, target: Target) -> ApplySchedule:
     """The default of the heaviest pass over rows."""
-    return apply.default(replace(problem, op=_row_op(problem), direction="backward"), target)
+    return apply.default(problem.of(_row_op(problem), "backward"), target)
 
 
 def _row_op(problem: Problem) -> str:
     """The op of the heaviest pass over rows."""
-    return "merge" if problem.op in merged_schedule.MERGING else "aggregate"
+    return "merge" if problem.base_op in merged_schedule.MERGING and problem.mixes else "aggregate"
 
 
 def _staged(problem: Problem) -> int:
@@ -161,14 +161,14 @@ def why_invalid(problem: Problem, schedule: ChainSchedule, target: Target) -> st
         return f"coefficient_tokens must be in 1..{most}, got {schedule.coefficient_tokens}: choose 8"
     rows = ApplySchedule(schedule.row_width, schedule.row_threads)
     usual = _rows(problem, target)
-    if problem.op == "single_pass" and schedule.merged and (rows != usual or schedule.row_blocks):
+    if problem.base_op == "single_pass" and schedule.merged and (rows != usual or schedule.row_blocks):
         chosen = f"{rows.block_width}, {rows.threads}, {schedule.row_blocks}"
         return (
             f"row_width, row_threads and row_blocks must be {usual.block_width}, {usual.threads} and 0 where tiles do "
             f"all, got {chosen}: choose those, or merged = 0"
         )
     if rows != usual:
-        why = apply.why_invalid(replace(problem, op=_row_op(problem), direction="backward"), rows, target)
+        why = apply.why_invalid(problem.of(_row_op(problem), "backward"), rows, target)
     return why or why_too_much_scratch(_coefficient_scratch(problem, schedule, target), target)
 
 

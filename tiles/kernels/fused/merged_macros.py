@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import tilelang.language as T
 
-from tiles.kernels.apply.merge import merged, weighted
+from tiles.kernels.apply.merge import merged, merged_back, weighted
 from tiles.kernels.fused.merged_schedule import columns_of, groups, summed
 from tiles.kernels.fused.thread_tile import ThreadTile, Weights
 from tiles.kernels.project.presplit_phi import PresplitPhi
@@ -27,14 +27,16 @@ class MergedDots(NamedTuple):
     """⟨du, x'_i⟩ as [n, T], from `stream_dots` [n + 1, T], the same of x and at last f: the dot is linear in x'."""
 
     stream_dots: Buffer
-    res: Buffer
+    res: Buffer | None
     post: Buffer
 
     def __getitem__(self, index: Any) -> Expr:
         i, token = index
-        n = int(self.post.shape[1])
-        row, dots = [self.res[token, i, j] for j in range(n)], [self.stream_dots[j, token] for j in range(n)]
-        return weighted(row, dots) + self.post[token, i] * self.stream_dots[n, token]
+        n, res = int(self.post.shape[1]), self.res
+        of_f = self.post[token, i] * self.stream_dots[n, token]
+        if res is None:
+            return self.stream_dots[i, token] + of_f
+        return weighted([res[token, i, j] for j in range(n)], [self.stream_dots[j, token] for j in range(n)]) + of_f
 
 
 def merged_projection(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -> Any:
@@ -45,7 +47,7 @@ def merged_projection(problem: Problem, schedule: TiledSchedule, dialect: Cuda) 
     block, across, streams = schedule.block_tokens, schedule.block_width, tuple(range(problem.streams))
     tiles, patch = TensorCores(dialect), ThreadTile(problem, schedule, dialect)
     columns, rows, given = columns_of(problem, schedule), padded_outputs(problem, schedule), (*streams, n)
-    vector, aggregates = patch.vector, problem.op == "single_pass"
+    vector, aggregates = patch.vector, problem.base_op == "single_pass"
     steps, weights_of = -(-width // (schedule.splits * columns)), Weights(problem, schedule, dialect)
     epilogue_store = epilogue_store_of(problem, schedule, dialect)
 
@@ -62,7 +64,7 @@ def merged_projection(problem: Problem, schedule: TiledSchedule, dialect: Cuda) 
         if aggregates:
             gathered = patch.registers(1, dtype)
         start = bind(group * block)
-        weights_of.gather(p.post, p.res, start, smem_weights)
+        weights_of.gather(p, start, smem_weights)
         if aggregates:
             weights_of.add(p.pre, start, smem_weights)
         if not schedule.presplit_phi:
@@ -86,13 +88,13 @@ def merged_projection(problem: Problem, schedule: TiledSchedule, dialect: Cuda) 
                 for at in patch.steps():
                     values = [bind(dialect.load(taken[j * vector + at], dtype)) for j in given]
                     for i in streams:
-                        total = merged([held[n + i * n + j] for j in streams], values[:n], held[i], values[n])
+                        total = merged(weights_of.res(held), values[:n], weights_of.gates(held), values[n], i)
                         mixed[i * vector + at] = dialect.store(total, dtype)
                         rounded = bind(dialect.load(mixed[i * vector + at], dtype))
                         squares[t, thread] += rounded * rounded
                     if aggregates:
                         merged_values = [bind(dialect.load(mixed[i * vector + at], dtype)) for i in streams]
-                        total_u = weighted([held[n + n * n + i] for i in streams], merged_values)
+                        total_u = weighted([held[problem.weights + i] for i in streams], merged_values)
                         gathered[at] = dialect.store(total_u, dtype)
                 for i in streams:
                     patch.write(mixed, i, upper, t, patch.swizzled(i, thread * vector))
@@ -135,8 +137,8 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
     """The macro for a tile of columns of all streams, over one split's tokens:
 
     x'_i = Σ_j res_ij x_j + post_i f;  g_i = dx'_i + pre_i du + dz·phi_i + 2 ds x'_i;  dphi_i = dzᵀ·x'_i;
-    dx_j = Σ_i res_ij g_i;  df = Σ_i post_i g_i;  and of dpost_i = ⟨g_i, f⟩, dres_ij = ⟨g_i, x_j⟩ and, where one pass
-    does all, dpre_i = ⟨du, x'_i⟩ this tile's share.
+    dx_j = Σ_i res_ij g_i;  df = Σ_i post_i g_i;  and of dpost_i = ⟨g_i, f⟩, dres_ij = ⟨g_i, x_j⟩ where res is not the
+    identity, and dpre_i = ⟨du, x'_i⟩ where one pass does all, this tile's share.
 
     Kernels before this one make dz, ds and, in step, pre; they are waited for once phi is in shared memory.
     """
@@ -146,7 +148,7 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
     columns, vector = columns_of(problem, schedule), patch.vector
     inner, sides, given = padded_products(problem), padded_outputs(problem, schedule), (*streams, n)
     load_phi, split_dz = factors_of(problem, schedule, dialect)
-    matrix, count, four = n * n + n, summed(problem), min(4, vector)
+    matrix, count, four = problem.weights, summed(problem), min(4, vector)
     weights_of, stages, copied = Weights(problem, schedule, dialect), schedule.stages, (*given, *given)
 
     @T.macro
@@ -197,7 +199,7 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
             tiles.gemm(left, weights, grads)
             for t, c in dialect.parallel(block, across):
                 smem_products[t, c] = grads[t, c]
-            weights_of.gather(p.post, p.res, start, smem_weights)
+            weights_of.gather(p, start, smem_weights)
             weights_of.add(p.pre, start, smem_weights)
             tiles.cp_async_wait_group(max(0, stages - 2) * len(copied))
             if stages > 1:
@@ -215,7 +217,7 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
                     values = [bind(dialect.load(taken[j * vector + at], dtype)) for j in given]
                     uppers = [bind(dialect.load(taken[(n + 1 + i) * vector + at], dtype)) for i in given]
                     for i in streams:
-                        total = merged([held[n + i * n + j] for j in streams], values[:n], held[i], values[n])
+                        total = merged(weights_of.res(held), values[:n], weights_of.gates(held), values[n], i)
                         mixed[i * vector + at] = dialect.store(total, dtype)
                         extra_grad = uppers[i] + held[matrix + i] * uppers[n]
                         rounded = bind(dialect.load(mixed[i * vector + at], dtype))
@@ -224,13 +226,13 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
                         products[i * vector + at] += extra_grad + length * rounded
                     lower = [bind(products[i * vector + at]) for i in streams]
                     for j in streams:
-                        total = weighted([held[n + i * n + j] for i in streams], lower)
-                        results[j * vector + at] = dialect.store(total, dtype)
-                    results[n * vector + at] = dialect.store(weighted([held[i] for i in streams], lower), dtype)
+                        results[j * vector + at] = dialect.store(merged_back(weights_of.res(held), lower, j), dtype)
+                    results[n * vector + at] = dialect.store(weighted(weights_of.gates(held), lower), dtype)
                     for i in streams:
                         dots[i] += lower[i] * values[n]
-                        for j in streams:
-                            dots[n + i * n + j] += lower[i] * values[j]
+                        if problem.mixes:
+                            for j in streams:
+                                dots[n + i * n + j] += lower[i] * values[j]
                 for i in streams:
                     patch.write(mixed, i, upper, t, patch.swizzled(i, thread * vector))
                 for k in T.unroll(count):
@@ -264,7 +266,12 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
 
 def tile_sums_joined(problem: Problem, parts: int, dialect: Cuda) -> Any:
     """The macro that adds up the parts of dpost, dres and dpre of all tiles, in their order."""
-    n, count = problem.streams, summed(problem)
+    n, matrix, count = problem.streams, problem.weights, summed(problem)
+
+    @T.macro
+    def put_dpre(p: Any, token: Expr, i: Expr, total: Expr) -> None:
+        if count > matrix:
+            p.dpre[token, i] = total
 
     @T.macro
     def join_tiles(p: Any, block: Expr, tokens: Expr) -> None:
@@ -277,10 +284,13 @@ def tile_sums_joined(problem: Problem, parts: int, dialect: Cuda) -> Any:
                 k = (block * JOIN_TILES_THREADS + thread) % count
                 if k < n:
                     p.dpost[token, k] = total
-                elif k < n + n * n:
-                    p.dres[token, (k - n) // n, (k - n) % n] = total
                 else:
-                    if count > n + n * n:
-                        p.dpre[token, k - n - n * n] = total
+                    if problem.mixes:
+                        if k < matrix:
+                            p.dres[token, (k - n) // n, (k - n) % n] = total
+                        else:
+                            put_dpre(p, token, k - matrix, total)
+                    else:
+                        put_dpre(p, token, k - matrix, total)
 
     return join_tiles

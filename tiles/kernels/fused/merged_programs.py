@@ -38,14 +38,14 @@ def step_forward(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> An
         with dialect.kernel(forward.groups(p.tokens), schedule.splits, threads=schedule.threads) as (group, split):
             begin_after_presplit(dialect, schedule)
             project(p, presplit.chosen(p), group, split, as_value(p.tokens), SplitSums(p.parts, split, outputs))
-        forward.after_project(p.renamed(x="x_next", post="post_next", res="res_next"))
+        forward.after_project(p.renamed(x="x_next", **signature.next_maps(problem)))
 
     return step_forward
 
 
 def step_backward(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> Any:
     """dpre_i = Σ_j res_ij ⟨du, x_j⟩ + post_i ⟨du, f⟩; all else while x' is made again, tile by tile."""
-    n, tiles, count = problem.streams, tiled(schedule), problem.streams**2 + problem.streams
+    n, tiles, count = problem.streams, tiled(schedule), merged_schedule.summed(problem)
     groups, rows = merged_schedule.groups(problem, tiles), Rows(schedule)
     backward = Backward(problem, schedule, dialect)
     apply = Aggregate(problem, schedule.row_width, dialect, schedule.row_threads)
@@ -64,8 +64,8 @@ def step_backward(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> A
             for turn in T.serial(rows.turns(block, p.tokens)):
                 token = rows.token(block, turn)
                 apply.stream_dots(p.x, p.f, p.du, token, p.stream_dots)
-        dpre = MergedDots(p.stream_dots, p.res, p.post)
-        backward.launch_coefficients(p, dpre, p.dpost_next, p.dres_next)
+        dpre = MergedDots(p.stream_dots, p.res if problem.mixes else None, p.post)
+        backward.launch_coefficients(p.renamed(**signature.next_maps(problem, "d")), dpre)
         with dialect.kernel(groups, p.splits, threads=schedule.threads) as (group, split):
             dx_dphi_tile(p, group, split, as_value(p.tokens), as_value(p.splits))
         with dialect.kernel(T.ceildiv(p.tokens * count, JOIN_TILES_THREADS), threads=JOIN_TILES_THREADS) as block:

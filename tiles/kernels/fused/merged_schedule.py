@@ -57,20 +57,18 @@ def vector(problem: Problem, tiles: TiledSchedule) -> int:
 
 def weighs_with_pre(problem: Problem) -> bool:
     """Whether pre is known before the tiles are: in the backward, and where one pass does all."""
-    return problem.direction == "backward" or problem.op == "single_pass"
+    return problem.direction == "backward" or problem.base_op == "single_pass"
 
 
 def weights_row(problem: Problem) -> int:
     """Floats from one token's weights to the next one's: post, res and, where it is known, pre."""
-    n = problem.streams
-    count = n * n + n + (n if weighs_with_pre(problem) else 0)
+    count = problem.weights + (problem.streams if weighs_with_pre(problem) else 0)
     return -(-count // 4) * 4
 
 
 def summed(problem: Problem) -> int:
     """What a backward's tile sums over its columns for each token: dpost, dres and, where one pass does all, dpre."""
-    n = problem.streams
-    return n * n + n + (n if problem.op == "single_pass" else 0)
+    return problem.weights + (problem.streams if problem.base_op == "single_pass" else 0)
 
 
 def usual(problem: Problem, target: Target) -> TiledSchedule | None:
@@ -84,7 +82,7 @@ def _usual(problem: Problem) -> Iterator[TiledSchedule]:
     with more tiles on their way. Where one pass does all, of many streams tiles are twice as large: what every tile
     reads of phi, the weights and dz, and what it sums, is then about a third of what streams move."""
     forward, tokens, n = problem.direction == "forward", max(1, problem.tokens), problem.streams
-    twice = 2 if problem.op == "single_pass" and n >= MANY_STREAMS and tokens >= MANY_TOKENS else 1
+    twice = 2 if problem.base_op == "single_pass" and n >= MANY_STREAMS and tokens >= MANY_TOKENS else 1
     most, widest = (64 * twice, USUAL_WIDTH) if forward else (32, USUAL_WIDTH * twice)
     rows = [block for block in (128, 64, 32, 16) if block <= most and (block < 2 * tokens or block == 16)]
     widths = [n * columns for columns in (128, 64, 32, 16) if n * columns <= widest]
@@ -106,10 +104,10 @@ def _splits(problem: Problem, tiles: TiledSchedule) -> int:
 def why_invalid(problem: Problem, tiles: TiledSchedule, target: Target) -> str | None:
     """None, or the rule that the tiles break."""
     n, columns = problem.streams, columns_of(problem, tiles)
-    if problem.op not in MERGING:
+    if problem.base_op not in MERGING:
         return f"merged must be 0 for {problem.op}, which does not merge, got 1: choose 0"
-    if n * (n + 1) > MOST_WEIGHTS:
-        return f"merged must be 0 where n · (n + 1) weights are more than {MOST_WEIGHTS}, got 1 for n = {n}: choose 0"
+    if problem.weights > MOST_WEIGHTS:
+        return f"merged must be 0 where a token has more than {MOST_WEIGHTS} weights, got 1 for n = {n}: choose 0"
     if tiles.block_width % n or columns % 8:
         return f"block_width must be a multiple of {8 * n} where merged is 1, got {tiles.block_width}: choose {16 * n}"
     elements = tiles.block_tokens * columns

@@ -58,8 +58,8 @@ def step_forward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
             count = variable(T.min(block, last - start))
             for t in T.serial(count):
                 token = variable(start + t)
-                mixed.merge(p.x, p.f, p.x_next, token, mixed.weights(p.res, p.post, token))
-            before.run(p.renamed(x="x_next", post="post_next", res="res_next"), start, last, count)
+                mixed.merge(p.x, p.f, p.x_next, token, mixed.weights(p, token))
+            before.run(p.renamed(x="x_next", **signature.next_maps(problem)), start, last, count)
 
     return step_forward
 
@@ -106,18 +106,18 @@ def step_backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any
             held = after.coefficients.scratch()
             after.clear(held, p.dphi, split)
             first, last, blocks = token_range(p.tokens, split, p.splits, schedule.block_tokens)
-            of_x_next = p.renamed(x="dx", dpost="dpost_next", dres="dres_next")
+            of_x_next = p.renamed(x="dx", **signature.next_maps(problem, "d"))
             for step in T.serial(blocks[0]):
                 start = variable(first[0] + step * schedule.block_tokens)
                 count = variable(T.min(schedule.block_tokens, last[0] - start))
                 for t in T.serial(count):
                     token = variable(start + t)
-                    mixed.merge(p.x, p.f, p.dx, token, mixed.weights(p.res, p.post, token))
+                    mixed.merge(p.x, p.f, p.dx, token, mixed.weights(p, token))
                 after.logits(held, of_x_next, start, last[0], count)
                 after.dx_dphi(held, of_x_next, p.dx_next, split, start, last[0])
                 for t in T.serial(count):
                     token = variable(start + t)
-                    mixed.merge_back(p.renamed(g="dx"), token, mixed.weights(p.res, p.post, token))
+                    mixed.merge_back(p.renamed(g="dx"), token, mixed.weights(p, token))
             after.coefficients.store(held, p.dalpha, p.dbias, split)
 
     return step_backward
@@ -138,7 +138,7 @@ class _Forward:
             for r in T.serial(T.ceildiv(count, rows)):
                 project(p, start + r * rows, last)
             coefficients.run(held, p.z, p.s, p, start, last)
-            coefficients.store(held, None, p.post, p.res, start, last)
+            coefficients.store(held, p, None, start, last)
             for t in T.serial(count):
                 apply.aggregate(p.x, p.u, start + t, [bind(held.pre[i, t]) for i in apply.streams])
 
@@ -168,9 +168,10 @@ class _Backward:
                 for index in dialect.parallel(block):
                     held.dpre[i, index] = T.float32(0)  # what is past the last token is not written below
                     held.dpost[i, index] = p.dpost[T.min(start + index, last - 1), i]
-            for i, j in T.grid(n, n):
-                for index in dialect.parallel(block):
-                    held.dres[i, j, index] = p.dres[T.min(start + index, last - 1), i, j]
+            if problem.mixes:
+                for i, j in T.grid(n, n):
+                    for index in dialect.parallel(block):
+                        held.dres[i, j, index] = p.dres[T.min(start + index, last - 1), i, j]
             for t in T.serial(count):
                 apply.dpre_dot(p.x, p.du, start + t, held.dpre, t)
             coefficients.run(held, p.z, p.s, p, start, last)

@@ -22,8 +22,8 @@ def pre_forward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
     """x [T, n, C], phi [N, nC], alpha [3], bias [N] -> u [T, C], post [T, n], res [T, n, n], z [T, N], s [T]."""
     projected = project.forward(problem, values)
     gates = coefficients.forward(problem, {**values, **projected})
-    u = apply.aggregate_forward(problem, {"x": values["x"], "pre": gates["pre"]})["u"]
-    return {"u": u, "post": gates["post"], "res": gates["res"], **projected}
+    u = apply.aggregate_forward(problem, {"x": values["x"], "pre": gates.pop("pre")})["u"]
+    return {"u": u, **gates, **projected}
 
 
 def pre_backward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
@@ -48,17 +48,16 @@ def step_forward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
     """x, f, post, res and the next block's phi, alpha, bias -> x_next, and `pre` of it."""
     x_next = apply.merge_forward(problem, values)["out"]
     after = pre_forward(problem, {**values, "x": x_next})
-    after["post_next"], after["res_next"] = after.pop("post"), after.pop("res")
+    after |= {f"{name}_next": after.pop(name) for name in ("post", "res") if name in after}
     return {"x_next": x_next, **after}
 
 
 def step_backward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
     """dx, df, dpost, dres and the gradients of the next block's parameters."""
     x_next = apply.merge_forward(problem, values)["out"]
-    after = {"x": x_next, "dx": values["dx_next"], "dpost": values["dpost_next"], "dres": values["dres_next"]}
-    gradients = pre_backward(problem, {**values, **after})
-    merged = apply.merge_backward(problem, {**values, "g": gradients.pop("dx")})
-    return {**merged, **gradients}
+    after = {name: values[f"{name}_next"] for name in ("dx", "dpost", "dres") if f"{name}_next" in values}
+    gradients = pre_backward(problem, {**values, **after, "x": x_next})
+    return gradients | apply.merge_backward(problem, {**values, "g": gradients["dx"]})
 
 
 def pre_inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
@@ -67,7 +66,7 @@ def pre_inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
     values: dict[str, Any] = {
         "x": draw(random, dtype, tokens, n, width),
         "phi": draw(random, "float32", problem.outputs, problem.fan_in) / problem.fan_in**0.5,
-        "alpha": 0.5 * draw(random, "float32", 3),
+        "alpha": 0.5 * draw(random, "float32", problem.maps),
         "bias": draw(random, "float32", problem.outputs),
         **coefficients.scalars(seed),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from tiles.kernels.apply.schedule import stages_grads
 from tiles.kernels.coefficients import schedule as coefficients
 from tiles.kernels.fused import chain_schedule
 from tiles.kernels.fused.chain_schedule import ChainSchedule
@@ -119,5 +120,4 @@ def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
         held = coefficients.forward_scratch(problem, schedule.block_tokens, target) + forward_scratch(problem, schedule)
     else:
         held = coefficients.backward_scratch(problem, schedule.block_tokens, target) + backward_scratch(schedule)
-    stages_rows = problem.op == "step" and problem.direction == "backward"
-    return 4 * (held + (problem.streams * schedule.row_width if stages_rows else 0))
+    return 4 * (held + (problem.streams * schedule.row_width if stages_grads(problem) else 0))

@@ -1,13 +1,20 @@
 """The arguments of the kernels pre and step, in call order.
 
 The scalars are MAP_SCALARS: eps, hc_eps, post_scale. z and s are results of the forward that the backward takes back:
-they save it from reading all columns of x twice.
+they save it from reading all columns of x twice. Where res is the identity, it is
+no argument, nor are its gradients.
 """
 
 from __future__ import annotations
 
-from tiles.kernels.arguments import MAP_SCALARS, affine, gates, matrix, phi, projected, row, streams
+from tiles.kernels.arguments import MAP_SCALARS, affine, gates, mixing, phi, projected, row, streams
 from tiles.kernels.spec import Argument, Problem
+
+
+def next_maps(problem: Problem, of: str = "") -> dict[str, str]:
+    """The parameters post_next and res_next (or, `of` "d", their gradients) by the names without the ending."""
+    names = (f"{of}post", f"{of}res")[: problem.maps - 1]
+    return {name: f"{name}_next" for name in names}
 
 
 def _parameters(problem: Problem) -> tuple[Argument, ...]:
@@ -23,14 +30,14 @@ def pre(problem: Problem) -> tuple[Argument, ...]:
     backward: x, phi, alpha, bias, z, s, du, dpost, dres, scalars, dx (added to) -> dx, dphi, dalpha, dbias."""
     given = (streams("x", problem, "input"), *_parameters(problem))
     if problem.direction == "forward":
-        maps = (gates("post", problem, "output"), matrix("res", problem, "output"))
+        maps = (gates("post", problem, "output"), *mixing("res", problem, "output"))
         return (*given, *MAP_SCALARS, row("u", problem, "output"), *maps, *projected("z", "s", problem, "output"))
     return (
         *given,
         *projected("z", "s", problem, "input"),
         row("du", problem, "input"),
         gates("dpost", problem, "input"),
-        matrix("dres", problem, "input"),
+        *mixing("dres", problem, "input"),
         *MAP_SCALARS,
         streams("dx", problem, "updated"),
         *_parameter_gradients(problem),
@@ -45,7 +52,7 @@ def step(problem: Problem) -> tuple[Argument, ...]:
         streams("x", problem, "input"),
         row("f", problem, "input"),
         gates("post", problem, "input"),
-        matrix("res", problem, "input"),
+        *mixing("res", problem, "input"),
         *_parameters(problem),
     )
     if problem.direction == "forward":
@@ -55,7 +62,7 @@ def step(problem: Problem) -> tuple[Argument, ...]:
             streams("x_next", problem, "output"),
             row("u", problem, "output"),
             gates("post_next", problem, "output"),
-            matrix("res_next", problem, "output"),
+            *mixing("res_next", problem, "output"),
             *projected("z", "s", problem, "output"),
         )
     return (
@@ -64,11 +71,11 @@ def step(problem: Problem) -> tuple[Argument, ...]:
         streams("dx_next", problem, "input"),
         row("du", problem, "input"),
         gates("dpost_next", problem, "input"),
-        matrix("dres_next", problem, "input"),
+        *mixing("dres_next", problem, "input"),
         *MAP_SCALARS,
         streams("dx", problem, "output"),
         row("df", problem, "output"),
         gates("dpost", problem, "output"),
-        matrix("dres", problem, "output"),
+        *mixing("dres", problem, "output"),
         *_parameter_gradients(problem),
     )

@@ -94,18 +94,19 @@ class Weights:
         self._extents, self._tiles = (tokens, row), TensorCores(dialect)
 
         @T.macro
-        def gather(post: Buffer, res: Buffer, start: Expr, smem_weights: Buffer) -> None:
+        def gather(p: Any, start: Expr, smem_weights: Buffer) -> None:
             """post and res."""
             for t, i in every(tokens, n):
-                smem_weights[t, i] = bind(post[start + t, i])
-            for t, k in every(tokens, n * n):
-                smem_weights[t, n + k] = bind(res[start + t, k // n, k % n])
+                smem_weights[t, i] = bind(p.post[start + t, i])
+            if problem.mixes:
+                for t, k in every(tokens, n * n):
+                    smem_weights[t, n + k] = bind(p.res[start + t, k // n, k % n])
 
         @T.macro
         def add(pre: Buffer, start: Expr, smem_weights: Buffer) -> None:
             """pre."""
             for t, i in every(tokens, n):
-                smem_weights[t, n + n * n + i] = bind(pre[start + t, i])
+                smem_weights[t, problem.weights + i] = bind(pre[start + t, i])
 
         @T.macro
         def load(smem_weights: Buffer, t: Expr, held: Buffer) -> None:
@@ -114,14 +115,23 @@ class Weights:
                 for k in elements(4):
                     held[quad * 4 + k] = smem_weights[t, quad * 4 + k]
 
-        self.gather, self.add, self.load = gather, add, load
+        self.gather, self.add, self.load, self._problem = gather, add, load, problem
+
+    def res(self, held: Buffer) -> Any:
+        """res of what `load` has filled, as `merged` takes it."""
+        n = self._problem.streams
+        return [[held[n + i * n + j] for j in range(n)] for i in range(n)] if self._problem.mixes else None
+
+    def gates(self, held: Buffer) -> list[Expr]:
+        """post of what `load` has filled."""
+        return [held[i] for i in range(self._problem.streams)]
 
     def tile(self) -> Buffer:
         """What `gather` and `add` fill."""
         return self._tiles.smem(*self._extents, "float32")
 
     def registers(self) -> Buffer:
-        """What `load` fills: post_i at i, res_ij at n + i · n + j, then pre_i."""
+        """What `load` fills: post_i at i, res_ij where it has any at n + i · n + j, then pre_i."""
         return T.alloc_local((self._extents[1],), "float32")
 
 

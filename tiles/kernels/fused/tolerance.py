@@ -21,7 +21,7 @@ def of_fused(problem: Problem, name: str) -> tuple[float, float]:
     if name in ("dx", "z", "dphi"):
         size = {"dx": problem.outputs / problem.fan_in, "z": 1, "dphi": max(64, problem.tokens)}[name]
         rtol, atol = in_parts((rtol, atol), size)
-    if problem.op == "pre":
+    if problem.base_op == "pre":
         return rtol, atol + (1e-5 if name == "u" else 0)
     half = HALF_ULP[problem.dtype]
     return rtol + 4 * half, atol + 8 * half * _terms(problem, name) ** 0.5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from tiles.kernels.apply import traffic as apply
 from tiles.kernels.coefficients import traffic as coefficients
@@ -33,7 +32,7 @@ def each_once(arguments: Sequence[Argument], tokens: int, flops: int) -> Traffic
 def pre_flops(problem: Problem, tokens: int) -> int:
     """Of project, coefficients and aggregate."""
     return sum(
-        part(replace(problem, op=op), tokens).flops
+        part(problem.of(op), tokens).flops
         for op, part in (
             ("project", project.project),
             ("coefficients", coefficients.coefficients),
@@ -44,8 +43,7 @@ def pre_flops(problem: Problem, tokens: int) -> int:
 
 def step_flops(problem: Problem, tokens: int) -> int:
     """Of merge and pre; the backward merges once more."""
-    merged = replace(problem, op="merge")
-    flops = pre_flops(problem, tokens) + apply.merge(merged, tokens).flops
+    flops = pre_flops(problem, tokens) + apply.merge(problem.of("merge"), tokens).flops
     if problem.direction == "backward":
-        flops += apply.merge(replace(merged, direction="forward"), tokens).flops
+        flops += apply.merge(problem.of("merge", "forward"), tokens).flops
     return flops

@@ -6,22 +6,16 @@ the new streams need nothing that is not known before the streams are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
+from tiles.kernels.fused import canonical
 from tiles.kernels.fused.chain_schedule import ChainSchedule
 from tiles.kernels.fused.tolerance import of_fused
 from tiles.kernels.single_pass import reference, schedule, separate, signature, traffic
-from tiles.kernels.spec import Direction, KernelFamily, KernelSpec, Problem, Separate
+from tiles.kernels.spec import IDENTITY, Direction, KernelFamily, KernelSpec, Separate
 
 
-def _same(problem: Problem) -> Problem:
-    return problem
-
-
-def _spec(direction: Direction, call: Callable[..., Any], parts: tuple[tuple[str, Direction], ...]) -> KernelSpec:
+def _spec(direction: Direction, others: Separate | None, ending: str = "") -> KernelSpec:
     return KernelSpec(
-        op="single_pass",
+        op="single_pass" + ending,
         direction=direction,
         schedules=(schedule.SinglePassSchedule, ChainSchedule),
         default=schedule.default,
@@ -34,16 +28,18 @@ def _spec(direction: Direction, call: Callable[..., Any], parts: tuple[tuple[str
         inputs=reference.inputs,
         traffic=traffic.single_pass,
         tolerance=of_fused,
-        canonical=_same,
-        separate=Separate(call, parts),
+        canonical=canonical,
+        separate=others,
     )
 
 
 FAMILY = KernelFamily(
     "single_pass",
     (
-        _spec("forward", separate.forward, separate.FORWARD),
-        _spec("backward", separate.backward, separate.BACKWARD),
+        _spec("forward", Separate(separate.forward, separate.FORWARD)),
+        _spec("backward", Separate(separate.backward, separate.BACKWARD)),
+        _spec("forward", None, IDENTITY),
+        _spec("backward", None, IDENTITY),
     ),
     parts=("project", "coefficients", "apply", "fused"),
 )

@@ -23,6 +23,7 @@ from tiles.kernels.fused.merged_macros import (
     presplit_merged,
     tile_sums_joined,
 )
+from tiles.kernels.fused.signature import next_maps
 from tiles.kernels.project.tensor_core_programs import (
     SplitSums,
     begin_after_presplit,
@@ -77,7 +78,7 @@ def _forward_by_tiles(problem: Problem, schedule: ChainSchedule, dialect: Cuda) 
         with dialect.kernel(after.groups(p.tokens), schedule.splits, threads=schedule.threads) as (group, split):
             begin_after_presplit(dialect, schedule)
             project(p, presplit.chosen(p), group, split, as_value(p.tokens), SplitSums(p.parts, split, outputs))
-        after.launch_coefficients(p.renamed(pre="pre_next", post="post_next", res="res_next"))
+        after.launch_coefficients(p.renamed(pre="pre_next", **next_maps(problem)))
 
     return single_pass_forward
 
@@ -95,14 +96,14 @@ def _forward_by_rows(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -
             begin_after_presplit(dialect, schedule)
             for turn in T.serial(rows.turns(block, p.tokens)):
                 token = rows.token(block, turn)
-                mixed.merge(p.x, p.f, p.x_next, token, mixed.weights(p.res, p.post, token))
+                mixed.merge(p.x, p.f, p.x_next, token, mixed.weights(p, token))
                 dialect.barrier()
                 apply.aggregate(p.x_next, p.u, token, apply.gates(p.pre, token))
         with dialect.kernel(after.groups(p.tokens), schedule.splits, threads=schedule.threads) as (group, split):
             dialect.pdl_wait(schedule.use_pdl)
             into = SplitSums(p.parts, split, outputs)
             project(p.x_next, presplit.chosen(p), group, split, as_value(p.tokens), into)
-        after.launch_coefficients(p.renamed(pre="pre_next", post="post_next", res="res_next"))
+        after.launch_coefficients(p.renamed(pre="pre_next", **next_maps(problem)))
 
     return single_pass_forward
 
@@ -114,7 +115,7 @@ def _backward_by_tiles(problem: Problem, schedule: ChainSchedule, dialect: Cuda)
 
     @before.program(single_pass(problem), lambda tokens: {"tile_sums": T.Tensor((groups, tokens * count), "float32")})
     def single_pass_backward(p: Any) -> None:
-        before.launch_coefficients(p, _Transposed(p.dpre_next), p.dpost_next, p.dres_next)
+        before.launch_coefficients(p.renamed(**next_maps(problem, "d")), _Transposed(p.dpre_next))
         with dialect.kernel(groups, p.splits, threads=schedule.threads) as (group, split):
             dx_dphi_tile(p, group, split, as_value(p.tokens), as_value(p.splits))
         with dialect.kernel(T.ceildiv(p.tokens * count, JOIN_TILES_THREADS), threads=JOIN_TILES_THREADS) as block:
@@ -131,33 +132,33 @@ def _backward_by_rows(problem: Problem, schedule: ChainSchedule, dialect: Cuda) 
     walk = ApplySchedule(schedule.row_width, schedule.row_threads)
     mixed, grouped = merge_of(problem, walk, dialect), in_groups(problem, walk)
     dx_dphi_tile, groups = gradients(problem, tiled(schedule), dialect), column_groups(problem, tiled(schedule))
-    x_next = {"x": "x_next_workspace", "dx": "x_next_workspace"}
+    g = "x_next_workspace" if problem.mixes else "dx"
 
     @before.program(
         single_pass(problem),
         lambda tokens: {"x_next_workspace": T.Tensor((tokens, problem.fan_in), dialect.storage(problem.dtype))},
     )
     def single_pass_backward(p: Any) -> None:
-        before.launch_coefficients(p, _Transposed(p.dpre_next), p.dpost_next, p.dres_next)
+        before.launch_coefficients(p.renamed(**next_maps(problem, "d")), _Transposed(p.dpre_next))
         with dialect.kernel(rows.blocks(p.tokens), threads=schedule.row_threads) as block:
             dialect.pdl_wait(schedule.use_pdl)
             for turn in T.serial(rows.turns(block, p.tokens)):
                 token, dpre = rows.token(block, turn), _Transposed(p.dpre)
                 if grouped:
-                    mixed.merge(p.x, p.f, p.x_next_workspace, token, mixed.weights(p.res, p.post, token))
+                    mixed.merge(p.x, p.f, p.x_next_workspace, token, mixed.weights(p, token))
                     dialect.barrier()
                     apply.dpre_dot(p.x_next_workspace, p.du, token, dpre, token)
                 else:
-                    weights = mixed.weights(p.res, p.post, token)
+                    weights = mixed.weights(p, token)
                     mixed.merge_and_dot(p.x, p.f, p.du, p.x_next_workspace, token, weights, dpre)
         with dialect.kernel(groups, p.splits, threads=schedule.threads) as (group, split):
-            extra_grads = (p.du, p.dx_next, p.pre)
-            dx_dphi_tile(p.renamed(**x_next), group, split, as_value(p.tokens), as_value(p.splits), extra_grads)
+            of_x_next, extra_grads = p.renamed(x="x_next_workspace", dx=g), (p.du, p.dx_next, p.pre)
+            dx_dphi_tile(of_x_next, group, split, as_value(p.tokens), as_value(p.splits), extra_grads)
         with dialect.kernel(rows.blocks(p.tokens), threads=schedule.row_threads) as block:
             dialect.pdl_wait(schedule.use_pdl)
             for turn in T.serial(rows.turns(block, p.tokens)):
                 token = rows.token(block, turn)
-                mixed.merge_back(p.renamed(g="x_next_workspace"), token, mixed.weights(p.res, p.post, token))
+                mixed.merge_back(p.renamed(g=g), token, mixed.weights(p, token))
         before.launch_join(p)
 
     return single_pass_backward

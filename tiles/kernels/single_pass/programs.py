@@ -10,9 +10,10 @@ from typing import Any
 
 import tilelang.language as T
 
-from tiles.kernels.apply.merge import merged, weighted
+from tiles.kernels.apply.merge import Matrix, merged, merged_back, weighted
 from tiles.kernels.coefficients import gates
 from tiles.kernels.fused.chain_schedule import ChainSchedule
+from tiles.kernels.fused.signature import next_maps
 from tiles.kernels.limits import divisors
 from tiles.kernels.project.programs import output_groups
 from tiles.kernels.single_pass import cuda_programs, signature
@@ -43,7 +44,7 @@ def forward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
             for r in T.serial(T.ceildiv(count, rows)):
                 tile.run(p, start + r * rows, last)
             maps.run(held, p.z, p.s, p, start, last)
-            maps.store(held, p.pre_next, p.post_next, p.res_next, start, last)
+            maps.store(held, p.renamed(**next_maps(problem)), p.pre_next, start, last)
 
     return single_pass_forward
 
@@ -57,7 +58,7 @@ def backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
         assert isinstance(dialect, Cuda)
         return cuda_programs.backward(problem, schedule, dialect)
     assert isinstance(dialect, Cpu)
-    n, outputs, fan_in = problem.streams, problem.outputs, problem.fan_in
+    outputs, fan_in = problem.outputs, problem.fan_in
     block, rows, width = schedule.block_tokens, schedule.register_tokens, schedule.block_width
     tile, maps = _Backward(problem, schedule, dialect), gates.Backward(problem, block, dialect)
     row = tile_row(problem, schedule)
@@ -65,7 +66,7 @@ def backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
     @program(signature.single_pass(problem), dialect)
     def single_pass_backward(p: Any) -> None:
         with dialect.kernel(p.splits, threads=0) as split:
-            held, sums = maps.scratch(), dialect.scratch(block, n * n + 2 * n)
+            held, sums = maps.scratch(), dialect.scratch(block, outputs)
             staged, grads, phi = (dialect.scratch(count, row) for count in (block, rows, outputs))
             maps.clear(held)
             for k in T.serial(outputs):
@@ -78,7 +79,7 @@ def backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
                 tile.load_grads(held, p, start, last[0])
                 maps.run(held, p.z, p.s, p, start, last[0])
                 for t in T.serial(count):
-                    for k in dialect.parallel(n * n + 2 * n):
+                    for k in dialect.parallel(outputs):
                         sums[t, k] = T.float32(0)
                 for chunk in T.serial(problem.width // width):
                     tile.load_phi(p.phi, phi, chunk * width)
@@ -113,7 +114,7 @@ class _Tile:
             """x' of one column of a token, rounded to the streams' dtype."""
             values = [bind(dialect.load(p.x[token, place(j, column)], dtype)) for j in streams]
             added = bind(dialect.load(p.f[token, column], dtype))
-            return [bind(dialect.rounded(merged(res[i], values, post[i], added), dtype)) for i in streams]
+            return [bind(dialect.rounded(merged(res, values, post, added, i), dtype)) for i in streams]
 
         @T.macro
         def prefetch(streams_of: Sequence[Buffer], rows_of: Sequence[Buffer], token: Expr, column: Expr) -> None:
@@ -122,11 +123,13 @@ class _Tile:
                 dialect.prefetch(tuple(streams_of), token, place(i, column + width), width)
             dialect.prefetch(tuple(rows_of), token, column + width, width)
 
-        self.place, self.x_next, self.prefetch = place, x_next, prefetch
+        self.place, self.x_next, self.prefetch, self._mixes = place, x_next, prefetch, problem.mixes
 
-    def weights(self, p: Any, token: Expr) -> tuple[list[Expr], list[Expr], list[list[Expr]]]:
+    def weights(self, p: Any, token: Expr) -> tuple[list[Expr], list[Expr], Matrix]:
         """pre, post and res of a token."""
         pre, post = ([bind(gate[token, i]) for i in self.streams] for gate in (p.pre, p.post))
+        if not self._mixes:
+            return pre, post, None
         return pre, post, [[bind(p.res[token, i, j]) for j in self.streams] for i in self.streams]
 
 
@@ -190,7 +193,7 @@ class _Forward(_Tile):
 
 
 class _Backward(_Tile):
-    """The macros of the backward. `sums` [block_tokens, n² + 2n] are of dpre, dpost and dres, in this order."""
+    """The macros of the backward. `sums` [block_tokens, N] are of dpre, dpost and dres, in this order."""
 
     def __init__(self, problem: Problem, schedule: SinglePassSchedule, dialect: Cpu) -> None:
         super().__init__(problem, schedule, dialect)
@@ -204,9 +207,10 @@ class _Backward(_Tile):
                 for index in dialect.parallel(block):
                     held.dpre[i, index] = p.dpre_next[T.min(start + index, last - 1), i]
                     held.dpost[i, index] = p.dpost_next[T.min(start + index, last - 1), i]
-            for i, j in T.grid(n, n):
-                for index in dialect.parallel(block):
-                    held.dres[i, j, index] = p.dres_next[T.min(start + index, last - 1), i, j]
+            if problem.mixes:
+                for i, j in T.grid(n, n):
+                    for index in dialect.parallel(block):
+                        held.dres[i, j, index] = p.dres_next[T.min(start + index, last - 1), i, j]
 
         @T.macro
         def load_phi(phi: Buffer, into: Buffer, column: Expr) -> None:
@@ -312,11 +316,11 @@ class _Backward(_Tile):
                 upper = [bind(grads[row, i * width + index]) for i in streams]
                 p.df[token, column + index] = dialect.store(weighted(post, upper), dtype)
                 for j in streams:
-                    of_x = weighted([res[i][j] for i in streams], upper)
-                    p.dx[token, self.place(j, column + index)] = dialect.store(of_x, dtype)
+                    p.dx[token, self.place(j, column + index)] = dialect.store(merged_back(res, upper, j), dtype)
             add_dots(p.f, column, grads, sums, token, row, place, n, 1)
-            for j in streams:
-                add_dots(p.x, self.place(j, column), grads, sums, token, row, place, 2 * n + j, n)
+            if problem.mixes:
+                for j in streams:
+                    add_dots(p.x, self.place(j, column), grads, sums, token, row, place, 2 * n + j, n)
 
         @T.macro
         def store_sums(p: Any, sums: Buffer, token: Expr, row: Expr) -> None:
@@ -324,8 +328,9 @@ class _Backward(_Tile):
             for i in T.serial(n):
                 p.dpre[token, i] = sums[row, i]
                 p.dpost[token, i] = sums[row, n + i]
-            for i, j in T.grid(n, n):
-                p.dres[token, i, j] = sums[row, 2 * n + i * n + j]
+            if problem.mixes:
+                for i, j in T.grid(n, n):
+                    p.dres[token, i, j] = sums[row, 2 * n + i * n + j]
 
         self.load_grads, self.load_phi, self.merge_again, self.add_dphi = load_grads, load_phi, merge_again, add_dphi
         self.add_dx_next, self.merge_back, self.store_sums = add_dx_next, merge_back, store_sums

@@ -30,7 +30,7 @@ def forward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
 def backward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
     """g = dx' + pre·du + dz·phi + 2 x' ds;  dpre_i = ⟨du, x'_i⟩;  dphi = dzᵀ·x';  then merge's backward with g."""
     x_next = apply.merge_forward(problem, values)["out"]
-    upstream = {name: values[f"{name}_next"] for name in ("dpre", "dpost", "dres")}
+    upstream = {name: values[f"{name}_next"] for name in ("dpre", "dpost", "dres") if f"{name}_next" in values}
     logits = coefficients.backward(problem, {**values, **upstream})
     pre, phi = values["pre"], values["phi"]
     # In the parameters' precision, so that dx is rounded once.
@@ -40,7 +40,7 @@ def backward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
     g = values["dx_next"] + through_u["dx"] + projected["dx"]
     merged = apply.merge_backward(problem, {**values, "g": g})
     parameters = {"dphi": projected["dphi"], "dalpha": logits["dalpha"], "dbias": logits["dbias"]}
-    return {**merged, "dpre": through_u["dpre"], **parameters}
+    return {"dx": g.to(values["x"].dtype), **merged, "dpre": through_u["dpre"], **parameters}
 
 
 def inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
     values |= {
         "pre": uniform(random, tokens, n),
         "phi": draw(random, "float32", problem.outputs, problem.fan_in) / problem.fan_in**0.5,
-        "alpha": 0.5 * draw(random, "float32", 3),
+        "alpha": 0.5 * draw(random, "float32", problem.maps),
         "bias": draw(random, "float32", problem.outputs),
         **coefficients.scalars(seed),
     }

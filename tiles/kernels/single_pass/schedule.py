@@ -115,12 +115,12 @@ def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
     """Bytes of scratch."""
     if isinstance(schedule, ChainSchedule):
         return chain_schedule.scratch(problem, schedule, target)
-    n, tokens, rows = problem.streams, schedule.block_tokens, schedule.register_tokens
+    tokens, rows = schedule.block_tokens, schedule.register_tokens
     row = tile_row(problem, schedule)
     if problem.direction == "forward":
         held = rows * (problem.outputs * DOT_LANES + 1 + row)
         return 4 * (coefficients.forward_scratch(problem, tokens, target) + held)
-    held = tokens * (n * n + 2 * n) + (tokens + rows + problem.outputs) * row
+    held = tokens * problem.outputs + (tokens + rows + problem.outputs) * row
     return 4 * (coefficients.backward_scratch(problem, tokens, target) + held)
 
 

@@ -2,12 +2,13 @@
 
 `post` and `res` are the maps of the sublayer that returned f; `pre` is the one that comes with them, and weighs x'.
 The maps of x' itself (`pre_next`, `post_next`, `res_next`) are for the next boundary. The scalars are MAP_SCALARS: eps,
-hc_eps, post_scale. z and s are results of the forward that the backward takes back.
+hc_eps, post_scale. z and s are results of the forward that the backward takes back. Where res is the identity, it is
+no argument, nor are its gradients.
 """
 
 from __future__ import annotations
 
-from tiles.kernels.arguments import MAP_SCALARS, affine, gates, matrix, phi, projected, row, streams
+from tiles.kernels.arguments import MAP_SCALARS, affine, gates, mixing, phi, projected, row, streams
 from tiles.kernels.spec import Argument, Problem
 
 
@@ -20,7 +21,7 @@ def single_pass(problem: Problem) -> tuple[Argument, ...]:
         row("f", problem, "input"),
         gates("pre", problem, "input"),
         gates("post", problem, "input"),
-        matrix("res", problem, "input"),
+        *mixing("res", problem, "input"),
         phi("phi", problem, "input"),
         *affine("alpha", "bias", problem, "input"),
     )
@@ -32,7 +33,7 @@ def single_pass(problem: Problem) -> tuple[Argument, ...]:
             row("u", problem, "output"),
             gates("pre_next", problem, "output"),
             gates("post_next", problem, "output"),
-            matrix("res_next", problem, "output"),
+            *mixing("res_next", problem, "output"),
             *projected("z", "s", problem, "output"),
         )
     return (
@@ -42,13 +43,13 @@ def single_pass(problem: Problem) -> tuple[Argument, ...]:
         row("du", problem, "input"),
         gates("dpre_next", problem, "input"),
         gates("dpost_next", problem, "input"),
-        matrix("dres_next", problem, "input"),
+        *mixing("dres_next", problem, "input"),
         *MAP_SCALARS,
         streams("dx", problem, "output"),
         row("df", problem, "output"),
         gates("dpre", problem, "output"),
         gates("dpost", problem, "output"),
-        matrix("dres", problem, "output"),
+        *mixing("dres", problem, "output"),
         phi("dphi", problem, "partial"),
         *affine("dalpha", "dbias", problem, "partial"),
     )
