@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
-OpFunction = Callable[..., tuple[torch.Tensor, ...]]
+OpFunction = Callable[..., tuple[Any, ...]]
 
 ROUNDS, EPS = 20, 1e-6
 

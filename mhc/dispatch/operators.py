@@ -9,7 +9,7 @@ leading dimension, tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -111,10 +111,10 @@ class _Differentiation(NamedTuple):
         """Of the tensors and results that are saved, those that the backward takes."""
         return [tensor for index, tensor in enumerate(kept) if index not in self.left_out]
 
-    def gradients(self, results: Sequence[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
+    def gradients(self, results: Iterable[torch.Tensor], grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients of all tensors from the backward's results, and the gradient of the forward's only one."""
         found = iter(results)
-        return [grad if index in self.left_out else next(found) for index in range(self.tensors)]
+        return tuple(grad if index in self.left_out else next(found) for index in range(self.tensors))
 
 
 def _differentiation(op: str) -> _Differentiation:
@@ -141,8 +141,8 @@ def _differentiable_op(op: str) -> Any:
         if torch_form.kernel_is_not_enough(taken):
             results = torch_form.gradients(op, ctx.saved_tensors[:tensors], ctx.settings, taken, differentiated)
         else:
-            results = backward(*how.given(ctx.saved_tensors), *taken, *ctx.settings)
-            results = how.gradients(results if isinstance(results, tuple) else (results,), taken[0])
+            found = backward(*how.given(ctx.saved_tensors), *taken, *ctx.settings)
+            results = how.gradients(found if isinstance(found, tuple) else (found,), taken[0])
         return (*results, *(None for _ in ctx.settings))
 
     forward.register_autograd(gradients, setup_context=setup_context)
@@ -191,8 +191,8 @@ def _autograd_function(op: str) -> type[torch.autograd.Function]:
             if torch_form.kernel_is_not_enough(taken):
                 results = torch_form.gradients(op, ctx.saved_tensors[:tensors], ctx.settings, taken, differentiated)
             else:
-                results = backward_kernel(*how.given(ctx.saved_tensors), *taken, *ctx.settings)
-                results = how.gradients(results, taken[0])
+                found = backward_kernel(*how.given(ctx.saved_tensors), *taken, *ctx.settings)
+                results = how.gradients(found, taken[0])
             return (*results, *(None for _ in ctx.settings))
 
     return Direct

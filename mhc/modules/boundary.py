@@ -66,7 +66,7 @@ class StepBoundary:
             return functional.merge(before.x, f, res, post), None
         parameters, settings = next_block.parameters_for_ops(), next_block.settings_for_ops()
         x, u, post, res = functional.step(before.x, f, post, res, *parameters, **settings)
-        next_block.notify_watchers(res)
+        next_block.notify_watchers(post, res)
         return x, PreResult(u, (post, res), x)
 
     def replayed(self) -> Boundary:
@@ -86,10 +86,14 @@ class SinglePassBoundary:
     def start(self, block: HyperConnection, x: torch.Tensor) -> PreResult:
         """See `Boundary`."""
         x_project, x_aggregate, x = grad_accumulating_views(x, 3)
-        maps, u = block.maps(x_project), functional.aggregate(x_aggregate, self.pre)
-        block.notify_watchers(maps[2])
-        self.pre = maps[0]
-        return PreResult(u, maps, x)
+        (pre, post, res), u = block.maps(x_project), functional.aggregate(x_aggregate, self.pre)
+        return PreResult(u, self._keep(block, pre, post, res), x)
+
+    def _keep(self, block: HyperConnection, pre: torch.Tensor, post: torch.Tensor, res: torch.Tensor | None) -> Maps:
+        """The maps of a block, whose pre weighs the next streams."""
+        self.pre = pre
+        block.notify_watchers(post, res)
+        return pre, post, res
 
     def merge(
         self, before: PreResult, f: torch.Tensor, next_block: HyperConnection | None
@@ -102,10 +106,8 @@ class SinglePassBoundary:
         if next_block is None or not _joins(res, next_block):
             return functional.merge(before.x, f, res, post), None
         parameters, settings = next_block.parameters_for_ops(), next_block.settings_for_ops()
-        x, u, *maps = functional.single_pass(before.x, f, pre, post, res, *parameters, **settings)
-        next_block.notify_watchers(maps[2])
-        self.pre = maps[0]
-        return x, PreResult(u, tuple(maps), x)
+        x, u, pre, post, res = functional.single_pass(before.x, f, pre, post, res, *parameters, **settings)
+        return x, PreResult(u, self._keep(next_block, pre, post, res), x)
 
     def replayed(self) -> Boundary:
         """See `Boundary`."""

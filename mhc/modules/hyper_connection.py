@@ -154,7 +154,7 @@ class HyperConnection(nn.Module):
             x_project, x_aggregate, x = grad_accumulating_views(x, 3)
             pre, post, res = self.maps(x_project)
             u = functional.aggregate(x_aggregate, pre)
-        self.notify_watchers(res)
+        self.notify_watchers(post, res)
         return u, post, res, x
 
     def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -201,12 +201,11 @@ class HyperConnection(nn.Module):
             f = nn.functional.dropout(f, self.dropout)
         return f.to(u.dtype), tuple(rest)
 
-    def notify_watchers(self, res: torch.Tensor | None) -> None:
-        """Call every watcher with res [..., n, n], detached; with [1, n, n] where it is the identity."""
-        if self.watchers and res is None:
-            res = torch.eye(self.streams, dtype=torch.float32, device=self.bias.device)[None]
+    def notify_watchers(self, post: torch.Tensor, res: torch.Tensor | None) -> None:
+        """Call every watcher with res [..., n, n], detached; post [..., n] belongs to it."""
         for watcher in self.watchers:
-            assert res is not None
+            if res is None:
+                res = manifolds.identity_of(post.unsqueeze(-1).expand(*post.shape, self.streams))
             watcher(self, res.detach())
 
     def parameters_for_ops(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
