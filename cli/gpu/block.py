@@ -1,4 +1,5 @@
-"""Overhead of mHC in a training step: transformer layers with plain residuals, with mHC, and with recomputation."""
+"""Overhead of mHC in a training step: transformer layers with plain residuals, with mHC, with single-pass mHC, and with
+recomputation."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ ROUNDS, SECONDS = 20, 20.0
 
 
 def measure(device: Device, folder: Path, size: NetworkSize = NetworkSize()) -> dict[str, Any]:
-    """Rows for `plain`, `mhc` and `mhc, recomputed`: median time (ms) of forward and backward, peak memory of one step
-    (bytes, on a GPU), and `overhead_percent` over plain. Also `runs`, the kernels that ran."""
+    """Rows for `plain`, `mhc`, `mhc, single pass` and `mhc, recomputed`: median time (ms) of forward and backward, peak
+    memory of one step (bytes, on a GPU), and `overhead_percent` over plain. Also `runs`, the kernels that ran."""
     torch_device = torch.device(device.kind)
     kernels = Kernels.from_path(folder) if any(folder.glob("*.json")) else Kernels.defaults()
     with using(kernels), torch.random.fork_rng(devices=[0] if torch_device.type == "cuda" else []):
@@ -74,22 +75,24 @@ class _PlainResiduals(nn.Module):
 
 
 class _WithStreams(nn.Module):
-    """A stack with streams expanded before it and reduced after it."""
+    """A stack with streams expanded before it and, where it does not do that itself, reduced after it."""
 
-    def __init__(self, streams: int, stack: nn.Module) -> None:
+    def __init__(self, streams: int, stack: mhc.HyperConnectionStack) -> None:
         super().__init__()
         self.streams, self.stack = streams, stack
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return mhc.reduce_streams(self.stack(mhc.expand_streams(h, self.streams)))
+        out: torch.Tensor = self.stack(mhc.expand_streams(h, self.streams))
+        return out if self.stack.single_pass else mhc.reduce_streams(out)
 
 
 def _networks(sublayers: Sequence[nn.Module], size: NetworkSize, torch_device: torch.device) -> dict[str, nn.Module]:
-    """The same sublayers with plain residuals, mHC, and mHC with recomputation."""
+    """The same sublayers with plain residuals, mHC, single-pass mHC, and mHC with recomputation."""
     blocks = [mhc.HyperConnection(size.width, size.streams, sublayer).to(torch_device) for sublayer in sublayers]
     return {
         "plain": _PlainResiduals(sublayers),
         "mhc": _WithStreams(size.streams, mhc.HyperConnectionStack(blocks)),
+        "mhc, single pass": _WithStreams(size.streams, mhc.HyperConnectionStack(blocks, single_pass=True)),
         "mhc, recomputed": _WithStreams(size.streams, mhc.recompute(blocks)),
     }
 

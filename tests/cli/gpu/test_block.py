@@ -29,9 +29,10 @@ def test_the_transformers_step_is_timed_with_and_without_mhc(tmp_path: Path, mon
     monkeypatch.setattr(gpu_block, "ROUNDS", 2)
     size = gpu_block.NetworkSize(layers=1, streams=2, width=16, heads=2, tokens=8, dtype=torch.float32)
     found = gpu_block.measure(CPU, tmp_path, size)
-    assert [row["network"] for row in found["rows"]] == ["plain", "mhc", "mhc, recomputed"]
-    plain, with_streams, _ = found["rows"]
+    assert [row["network"] for row in found["rows"]] == ["plain", "mhc", "mhc, single pass", "mhc, recomputed"]
+    plain, with_streams, *_ = found["rows"]
     assert plain["overhead_percent"] == 0
     gain = with_streams["median_ms"] / plain["median_ms"] - 1
     assert with_streams["overhead_percent"] == pytest.approx(100 * gain)
     assert any("merge forward: reference" in ran for ran in found["runs"])
+    assert any("single_pass backward: reference" in ran for ran in found["runs"])

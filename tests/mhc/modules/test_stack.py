@@ -13,7 +13,7 @@ WIDTH = 16
 
 def blocks(modes, streams=4):
     """A mode, `static`, or a manifold's name for each."""
-    settings = {"static": {"dynamic": False}, "orthogonal": {"manifold": "orthogonal"}}
+    settings = {"static": {"dynamic": False}} | {name: {"manifold": name} for name in ("orthogonal", "identity")}
     torch.manual_seed(0)
     made = []
     for mode in modes:
@@ -151,9 +151,10 @@ def test_blocks_that_do_not_fit_are_refused(shapes):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own import
-def test_a_stack_compiles_in_one_graph():
-    stack = mhc.HyperConnectionStack(blocks(["mhc", "mhc", "hc"]))
-    x, upstream = torch.randn(2, 5, 4, WIDTH), torch.randn(2, 5, 4, WIDTH)
+@pytest.mark.parametrize("single_pass", [False, True])
+def test_a_stack_compiles_in_one_graph(single_pass):
+    stack = mhc.HyperConnectionStack(blocks(["mhc", "mhc", "hc", "identity", "identity"]), single_pass=single_pass)
+    x, upstream = torch.randn(2, 5, 4, WIDTH), torch.randn(2, 5, *((WIDTH,) if single_pass else (4, WIDTH)))
     wanted = outcome(stack, x, upstream)
     found = outcome(torch.compile(stack, fullgraph=True, backend="aot_eager"), x, upstream)
     for actual, want in zip(found, wanted, strict=True):
