@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import mhc_tune
+from cli_helpers import mhc_tune, write_config
 
 import mhc
 from cli.bench import command as bench
@@ -66,6 +66,19 @@ def test_every_kernel_is_tuned_and_stored(tuned: Tuned) -> None:
     assert not tuned.printed["interrupted"]
     for row in tuned.printed["results"]:
         assert row["record"]["measurement"]["ratio"] >= 1 or row["record"]["measurement"]["default_kept"]
+
+
+def test_a_models_config_names_the_same_kernels(tuned: Tuned, tmp_path: Path) -> None:
+    """They are tuned already: nothing is searched again, and explain finds them."""
+    write_config(tmp_path, torch_dtype="bfloat16")
+    given = ["--model", tmp_path, "--tokens", "32", "--cache", tuned.folder, "--op", "aggregate", "--json"]
+    again = mhc_tune("tune", "--target", "cpu", "--trials", "2", *given)
+    assert again.exit_code == 0, again.stderr
+    rows = json.loads(again.stdout)["results"]
+    before = {row["direction"]: row for row in tuned.printed["results"] if row["op"] == "aggregate"}
+    assert {row["direction"]: row["record"] for row in rows} == {way: row["record"] for way, row in before.items()}
+    assert {row["stopped"] for row in rows} == {"finished before"}
+    assert json.loads(mhc_tune("explain", *given).stdout)["runs"] == "tuned"
 
 
 def test_inspect_shows_the_same_of_folder_and_pack(tuned: Tuned) -> None:
