@@ -81,6 +81,25 @@ def test_a_models_config_names_the_same_kernels(tuned: Tuned, tmp_path: Path) ->
     assert json.loads(mhc_tune("explain", *given).stdout)["runs"] == "tuned"
 
 
+@pytest.mark.slow
+def test_training_code_runs_what_was_tuned_for_a_model(tmp_path: Path) -> None:
+    """Single pass, and other rounds than the paper's."""
+    write_config(tmp_path, model_type="deepseek_v41", hc_sinkhorn_iters=7)
+    given, pack = ["--model", tmp_path, "--cache", tmp_path / "cache"], tmp_path / "model.mhcpack"
+    tuned = mhc_tune("tune", "--target", "cpu", *given, "--tokens", "32", "--trials", "1")
+    assert tuned.exit_code == 0, tuned.stderr
+    assert mhc_tune("export", pack, *given).exit_code == 0
+    settings: dict[str, Any] = {"rounds": 7, "hc_eps": 1e-6}
+    blocks = [mhc.HyperConnection(64, 2, torch.nn.Linear(64, 64), **settings) for _ in range(2)]
+    kernels = mhc.load_kernels(pack)
+    with using(kernels):
+        stack = mhc.HyperConnectionStack(blocks, single_pass=True)
+        stack(torch.randn(32, 2, 64, requires_grad=True)).sum().backward()
+    ran = {(row.op, row.runs) for row in kernels.report()}
+    assert ran >= {(op, "tuned") for op in ("project", "coefficients", "aggregate", "merge")}
+    assert {runs for _, runs in ran} == {"tuned"}
+
+
 def test_inspect_shows_the_same_of_folder_and_pack(tuned: Tuned) -> None:
     folder = json.loads(mhc_tune("inspect", tuned.folder, "--json").stdout)
     packed = json.loads(mhc_tune("inspect", tuned.pack, "--json").stdout)
