@@ -125,10 +125,10 @@ def link(needed: Distribution, packages: Path) -> None:
             (packages / top).symlink_to(Path(str(needed.locate_file(top))).resolve())
 
 
-def test_the_wheel_holds_the_packages_and_the_shipped_schedules(wheel: Path) -> None:
+def test_the_wheel_holds_the_packages_the_shipped_schedules_and_the_known_models(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"tiles", "autotune", "mhc", "cli"}
-    assert "tiles/cache/shipped.json" in names
+    assert {"tiles/cache/shipped.json", "cli/ui/known_models.json"} <= set(names)
     assert not [name for name in names if name.endswith((".so", ".mhcpack", ".pyc"))]
 
 

@@ -25,8 +25,9 @@ from cli.ui import options
 from cli.ui.options import check_choices, existing_cache, measured_device
 from cli.ui.output import say, show, show_json, stdout_to_stderr
 from cli.ui.render import bench_tables, device_text, load_table
+from cli.ui.shapes import Shapes, shapes
 from tiles.errors import BadInput, first_line
-from tiles.kernels.spec import Problem
+from tiles.kernels.spec import PAPER_ROUNDS, Problem
 from tiles.target import Device
 
 IMPLS = (*our_kernels.KERNELS, *fastest_torch.IMPLS, *peers.NAMES, *hardware_limits.NAMES)
@@ -49,7 +50,7 @@ Shape = tuple[int, int, int, str]
 
 BENCH_OPS, DEFAULT_DIRECTIONS, DEFAULT_IMPLS = [*OPS, load_time.OP], list(DIRECTIONS), list(IMPLS)
 OpOption = Annotated[
-    list[str], typer.Option("--op", help=f"Op: {', '.join(BENCH_OPS)}. May repeat.", show_default="all")
+    list[str] | None, typer.Option("--op", help=f"Op: {', '.join(BENCH_OPS)}. May repeat.", show_default="all")
 ]
 DirectionOption = Annotated[
     list[str], typer.Option("--direction", help=f"Direction: {', '.join(DIRECTIONS)}. May repeat.", show_default="all")
@@ -69,11 +70,12 @@ ScheduleOption = Annotated[
 
 def bench(
     target: options.TargetOption = "auto",
-    streams: options.StreamsOption = options.DEFAULT_STREAMS,
-    width: options.WidthOption = options.DEFAULT_WIDTH,
+    model: options.ModelOption = None,
+    streams: options.StreamsOption = None,
+    width: options.WidthOption = None,
     tokens: options.TokensOption = options.DEFAULT_TOKENS,
-    dtype: options.DtypeOption = options.DEFAULT_DTYPE,
-    op: OpOption = BENCH_OPS,
+    dtype: options.DtypeOption = None,
+    op: OpOption = None,
     direction: DirectionOption = DEFAULT_DIRECTIONS,
     impl: ImplOption = DEFAULT_IMPLS,
     cache: options.CacheOption = None,
@@ -92,14 +94,18 @@ def bench(
     keep their defaults.
     """
     device = measured_device(target)
-    check_choices("op", op, BENCH_OPS)
+    found = shapes(model, streams, width, dtype, op, BENCH_OPS)
     check_choices("direction", direction, DIRECTIONS)
     check_choices("impl", impl, DEFAULT_IMPLS)
-    shapes = _shapes(streams, width, tokens, dtype)
+    measured = _shapes(found, tokens)
     folder = existing_cache(cache).folder
     overrides = [our_kernels.parse_override(text) for text in schedule]
+    for reason in found.reasons():
+        say(reason)
     with stdout_to_stderr(json):
-        report = run(device, folder, shapes, op, direction, [name for name in IMPLS if name in impl], overrides)
+        report = run(
+            device, folder, measured, found.ops, direction, [name for name in IMPLS if name in impl], overrides
+        )
     _show(device, report, [*IMPLS, *(override.label for override in overrides)], on_stderr=json)
     if json:
         show_json(report)
@@ -185,14 +191,17 @@ def measure_op(
     return rows
 
 
-def _shapes(streams: list[int], widths: list[int], tokens: list[int], dtypes: list[str]) -> list[Shape]:
-    """All combinations; raises `BadInput` for one that no kernel supports."""
-    shapes = [(n, width, count, dtype) for n, width, count, dtype in product(streams, widths, tokens, dtypes)]
-    for n, width, count, dtype in shapes:
+def _shapes(found: Shapes, tokens: list[int]) -> list[Shape]:
+    """All combinations; raises `BadInput` for one that no kernel supports, or rounds that are not compared."""
+    if found.rounds != PAPER_ROUNDS:
+        text = f"got {found.rounds}: give --streams, --width and --dtype instead of --model"
+        raise BadInput(f"bench compares maps of {PAPER_ROUNDS} Sinkhorn rounds, {text}")
+    combined = list(product(found.streams, found.widths, tokens, found.dtypes))
+    for n, width, count, dtype in combined:
         Problem("merge", "forward", n, width, dtype, count)
         if count < 1:
             raise BadInput(f"bench needs at least one token, got {count}: pass 1 or more")
-    return shapes
+    return combined
 
 
 class ContextBroken(Exception):

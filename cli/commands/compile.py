@@ -14,9 +14,10 @@ from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Job, Workers
 from autotune.search.pool import enumerate_pool
 from cli.ui import options
-from cli.ui.options import KERNEL_OPS, MIXING_OPS, check_choices, problems
+from cli.ui.options import problems
 from cli.ui.output import messages, say, show, show_json, stdout_to_stderr
 from cli.ui.render import number, schedule_text, table
+from cli.ui.shapes import shapes
 from tiles.compiler.compile import Artifact, why_no_compiler
 from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_spec
@@ -33,11 +34,12 @@ def compile_(
         list[str],
         typer.Option("--target", help="Compile for auto, cpu, cuda or one architecture (cuda:sm_90a). May repeat."),
     ] = ["auto"],  # noqa: B006 - typer only reads it
-    streams: options.StreamsOption = options.DEFAULT_STREAMS,
-    width: options.WidthOption = options.DEFAULT_WIDTH,
+    model: options.ModelOption = None,
+    streams: options.StreamsOption = None,
+    width: options.WidthOption = None,
     tokens: options.TokensOption = options.DEFAULT_TOKENS,
-    dtype: options.DtypeOption = options.DEFAULT_DTYPE,
-    op: options.OpOption = MIXING_OPS,
+    dtype: options.DtypeOption = None,
+    op: options.OpOption = None,
     schedules: Annotated[
         int, typer.Option("--schedules", min=1, help="Schedules per kernel: the default one, then others of its pool.")
     ] = 1,
@@ -53,9 +55,11 @@ def compile_(
     for built in targets:
         if why := why_no_compiler(built):
             raise BadInput(f"compiling for {built} needs its compiler: {why}")
-    check_choices("op", op, KERNEL_OPS)
-    todo = problems(streams, width, tokens, dtype, op)
+    found = shapes(model, streams, width, dtype, op)
+    todo = problems(found.streams, found.widths, tokens, found.dtypes, found.ops, found.rounds)
     jobs = [job for built in targets for problem in todo for job in _jobs(problem, built, schedules)]
+    for reason in found.reasons():
+        say(reason)
     say(f"compiling {len(jobs)} schedules for {', '.join(map(str, targets))}")
     with stdout_to_stderr(json), Workers() as workers:
         done = list(track(workers.compile_each(jobs), total=len(jobs), console=messages, transient=True))

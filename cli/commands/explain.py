@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import torch
 import typer
@@ -13,12 +13,15 @@ from cli.ui import options
 from cli.ui.options import check_choices, existing_cache
 from cli.ui.output import say, show_json
 from cli.ui.render import device_text, schedule_text
+from cli.ui.shapes import shapes
 from mhc.dispatch.kernels import Kernels
 from mhc.dispatch.resolve import Explanation, Resolver
 from tiles.cache.cache import token_bucket
 from tiles.errors import BadInput
-from tiles.kernels.spec import DTYPES, Direction, Problem
+from tiles.kernels.spec import Direction, Problem
 from tiles.target import detect_device
+
+T = TypeVar("T")
 
 DIRECTIONS = ("forward", "backward")
 
@@ -27,12 +30,20 @@ def explain(
     path: Annotated[
         Path | None, typer.Argument(metavar="[PATH]", help="A folder or .mhcpack file, as for mhc.load_kernels.")
     ] = None,
-    op: Annotated[str, typer.Option("--op", help=f"One of {', '.join(options.KERNEL_OPS)}.")] = "merge",
+    op: Annotated[
+        str | None,
+        typer.Option(
+            "--op",
+            help=f"One of {', '.join(options.KERNEL_OPS)}.",
+            show_default="merge, or what a boundary of --model runs",
+        ),
+    ] = None,
     direction: Annotated[str, typer.Option("--direction", help=f"One of {', '.join(DIRECTIONS)}.")] = "forward",
-    streams: Annotated[int, typer.Option("--streams", help="Residual streams n.")] = 4,
-    width: Annotated[int, typer.Option("--width", help="Model width C.")] = 2560,
+    model: options.ModelOption = None,
+    streams: Annotated[int | None, typer.Option("--streams", help="Residual streams n.", show_default="4")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Model width C.", show_default="2560")] = None,
     tokens: Annotated[int, typer.Option("--tokens", help=options.TOKENS_HELP)] = 4096,
-    dtype: Annotated[str, typer.Option("--dtype", help=options.DTYPE_HELP)] = "bfloat16",
+    dtype: Annotated[str | None, typer.Option("--dtype", help=options.DTYPE_HELP, show_default="bfloat16")] = None,
     cache: options.CacheOption = None,
     trust_binaries: options.TrustOption = False,
     json: options.JsonOption = False,
@@ -41,12 +52,13 @@ def explain(
 
     Candidates come from PATH, or else from the kernel cache, in the order in which they are tried. Nothing is compiled.
     """
-    check_choices("op", [op], options.KERNEL_OPS)
+    wanted = shapes(model, _one(streams), _one(width), _one(dtype), _one(op))
     check_choices("direction", [direction], DIRECTIONS)
-    check_choices("dtype", [dtype], DTYPES)
     if path is not None and cache is not None:
         raise BadInput(f"explain takes PATH or --cache, got {path} and {cache}: leave one out")
-    problem = Problem(op, cast(Direction, direction), streams, width, dtype, tokens)
+    op = op or (wanted.model.boundary if wanted.model else "merge")
+    shape = wanted.streams[0], wanted.widths[0], wanted.dtypes[0]
+    problem = Problem(op, cast(Direction, direction), *shape, tokens, wanted.rounds)
     problem = replace(problem, tokens=token_bucket(tokens))
     if cache is not None:
         path = existing_cache(cache).folder
@@ -70,6 +82,10 @@ def explain(
             typer.echo(f"{'':17}{line}")
     if chosen.candidate.runs in ("default", "reference") or chosen.candidate.sibling:
         say(resolver.remedy(problem))
+
+
+def _one(value: T | None) -> list[T] | None:
+    return None if value is None else [value]
 
 
 def _resolver(path: Path | None, trust_binaries: bool) -> Resolver:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from cli.commands.recompile import recompile
 from cli.ui.options import KERNEL_OPS, check_choices
+from cli.ui.shapes import Shapes
 from tiles.cache.record import Key, Record, check_schedule
 from tiles.errors import BadInput
 from tiles.kernels.spec import DTYPES
@@ -20,7 +21,10 @@ HERE = "current"
 
 @dataclass(frozen=True)
 class Selection:
-    """Filters of an export; an empty one takes all. `target`: cpu, cuda, or one architecture such as cuda:sm_90a."""
+    """Filters of an export; an empty one takes all. `target`: cpu, cuda, or one architecture such as cuda:sm_90a.
+
+    `model`: all kernels of a model's shapes, also those whose code does not depend on its width or dtype.
+    """
 
     target: Sequence[str] = ()
     device: str = ""
@@ -28,6 +32,7 @@ class Selection:
     streams: Sequence[int] = ()
     width: Sequence[int] = ()
     dtype: Sequence[str] = ()
+    model: Shapes | None = None
 
     def of(self, records: Sequence[Record]) -> list[Record]:
         """The records that pass all filters; raises `BadInput` where there is none."""
@@ -43,8 +48,8 @@ class Selection:
 
     def __str__(self) -> str:
         """The filters, e.g. `op merge, width 64 or 128`."""
-        asked = ((name, [value] if isinstance(value, str) else value) for name, value in vars(self).items() if value)
-        return ", ".join(f"{name} {' or '.join(map(str, values))}" for name, values in asked)
+        asked = ((name, value if isinstance(value, list | tuple) else [value]) for name, value in vars(self).items())
+        return ", ".join(f"{name} {' or '.join(map(str, values))}" for name, values in asked if any(values))
 
     def _takes(self, key: Key, here: Sequence[str]) -> bool:
         device = key.device
@@ -60,6 +65,7 @@ class Selection:
                     (self.dtype, key.dtype),
                 )
             )
+            and (self.model is None or key.problem in self.model)
             and (not self.target or device.kind in self.target or str(device.target) in self.target)
         )
 

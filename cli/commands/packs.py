@@ -13,6 +13,7 @@ from cli.ui import options
 from cli.ui.options import cache_at, cache_or_pack, existing_cache
 from cli.ui.output import say, show, show_json, stdout_to_stderr, warn
 from cli.ui.render import record_json, records_table
+from cli.ui.shapes import shapes
 from tiles.cache.record import Record
 from tiles.pack.import_pack import import_pack
 from tiles.pack.pack import Pack, read_kernels, write_kernels
@@ -27,6 +28,7 @@ def export(
     ] = None,
     device: Annotated[str, typer.Option(help=f"Only devices with this in their name; {HERE}: this one.")] = "",
     op: Annotated[list[str] | None, typer.Option(help="Only kernels of this op. May repeat.")] = None,
+    model: options.ModelOption = None,
     streams: Annotated[list[int] | None, typer.Option(help="Only kernels of this stream count. May repeat.")] = None,
     width: Annotated[list[int] | None, typer.Option(help="Only kernels of this width. May repeat.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only kernels of this dtype. May repeat.")] = None,
@@ -43,7 +45,7 @@ def export(
     is signed with your key. Exits with 1 when a schedule does not compile for a level of --isa.
     """
     source = existing_cache(cache)
-    chosen = Selection(target or (), device, op or (), streams or (), width or (), dtype or ()).of(source.records())
+    chosen = _selection(target, device, op, model, streams, width, dtype).of(source.records())
     warn(source.complaints)
     kernels = list(read_kernels(source, chosen, to_sign=not unsigned))
     with stdout_to_stderr():
@@ -61,6 +63,20 @@ def export(
         show_json({"path": str(out), "bytes": size, "signed_by": signer, "records": records, "failed": failed})
     if failed:
         raise typer.Exit(1)
+
+
+def _selection(
+    target: list[str] | None,
+    device: str,
+    op: list[str] | None,
+    model: str | None,
+    streams: list[int] | None,
+    width: list[int] | None,
+    dtype: list[str] | None,
+) -> Selection:
+    if model is None:
+        return Selection(target or (), device, op or (), streams or (), width or (), dtype or ())
+    return Selection(target or (), device, model=shapes(model, streams, width, dtype, op))
 
 
 def import_(

@@ -18,10 +18,11 @@ from autotune.processes.workers import Workers
 from autotune.tuner import TuneFailed, TuneResult
 from autotune.tuner import tune as tune_kernel
 from cli.ui import options
-from cli.ui.options import INTERRUPTED, KERNEL_OPS, MIXING_OPS, cache_at, check_choices, measured_device, problems
+from cli.ui.options import INTERRUPTED, cache_at, measured_device, problems
 from cli.ui.output import say, show, show_json, stdout_to_stderr
 from cli.ui.progress import TuneProgress
 from cli.ui.render import device_text, records_table
+from cli.ui.shapes import shapes
 from tiles.cache.cache import KernelCache
 from tiles.cache.record import record_dict
 from tiles.cache.shipped import shipped_records
@@ -33,11 +34,12 @@ from tiles.target import Device
 
 def tune(
     target: options.TargetOption = "auto",
-    streams: options.StreamsOption = options.DEFAULT_STREAMS,
-    width: options.WidthOption = options.DEFAULT_WIDTH,
+    model: options.ModelOption = None,
+    streams: options.StreamsOption = None,
+    width: options.WidthOption = None,
     tokens: options.TokensOption = options.DEFAULT_TOKENS,
-    dtype: options.DtypeOption = options.DEFAULT_DTYPE,
-    op: options.OpOption = MIXING_OPS,
+    dtype: options.DtypeOption = None,
+    op: options.OpOption = None,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Most schedules to try for each kernel.")] = 40,
     seconds: Annotated[
         float | None, typer.Option("--seconds", min=0.0, help="Time budget of the whole run, shared by its kernels.")
@@ -65,8 +67,10 @@ def tune(
     device = measured_device(target)
     if why := why_no_compiler(device.target):
         raise BadInput(f"tuning compiles kernels for {device.target}: {why}")
-    check_choices("op", op, KERNEL_OPS)
-    todo, kernels = problems(streams, width, tokens, dtype, op), cache_at(cache)
+    found, kernels = shapes(model, streams, width, dtype, op), cache_at(cache)
+    todo = problems(found.streams, found.widths, tokens, found.dtypes, found.ops, found.rounds)
+    for reason in found.reasons():
+        say(reason)
     say(f"tuning {len(todo)} kernels on {device_text(device)}, {torch.get_num_threads()} threads")
     with stdout_to_stderr(json):
         run = _Run(todo, device, kernels)

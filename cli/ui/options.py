@@ -10,10 +10,11 @@ from typing import Annotated, cast
 
 import typer
 
+from cli.ui.model_config import known_models
 from tiles.cache.cache import KernelCache, default_folder
 from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_specs
-from tiles.kernels.spec import DTYPES, IDENTITY, Direction, Problem
+from tiles.kernels.spec import DTYPES, IDENTITY, PAPER_ROUNDS, Direction, Problem
 from tiles.pack.pack import Pack
 from tiles.target import Device, cuda_available, detect_device, parse_target, why_cannot_run
 
@@ -24,6 +25,7 @@ MIXING_OPS = [op for op in KERNEL_OPS if not op.endswith(IDENTITY)]
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
+DEFAULT_STREAMS, DEFAULT_WIDTH, DEFAULT_TOKENS, DEFAULT_DTYPE = [4], [2560], [4096], ["bfloat16"]
 DTYPE_HELP = f"Dtype of the streams: {', '.join(DTYPES)}."
 TOKENS_HELP = "Tokens per call (batch x sequence)."
 PATH_HELP = "A kernel cache folder or a .mhcpack file."
@@ -31,15 +33,34 @@ PATH_HELP = "A kernel cache folder or a .mhcpack file."
 TargetOption = Annotated[
     str, typer.Option("--target", help="Device to run on: auto, cpu, cuda, or one architecture such as cuda:sm_90a.")
 ]
-StreamsOption = Annotated[list[int], typer.Option("--streams", help="Residual streams n, 1 to 16. May repeat.")]
-WidthOption = Annotated[list[int], typer.Option("--width", help="Model width C, a multiple of 8. May repeat.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="Take streams, width, dtype, Sinkhorn rounds and the ops that matter from a model: the config.json of a "
+        f"Hugging Face model, a folder with one, or one of {', '.join(known_models())}.",
+    ),
+]
+StreamsOption = Annotated[
+    list[int] | None,
+    typer.Option("--streams", help="Residual streams n, 1 to 16. May repeat.", show_default=str(DEFAULT_STREAMS[0])),
+]
+WidthOption = Annotated[
+    list[int] | None,
+    typer.Option("--width", help="Model width C, a multiple of 8. May repeat.", show_default=str(DEFAULT_WIDTH[0])),
+]
 TokensOption = Annotated[
     list[int],
     typer.Option("--tokens", help=f"{TOKENS_HELP} Kernels take any count; this is the one measured. May repeat."),
 ]
-DtypeOption = Annotated[list[str], typer.Option("--dtype", help=f"{DTYPE_HELP} May repeat.")]
+DtypeOption = Annotated[
+    list[str] | None,
+    typer.Option("--dtype", help=f"{DTYPE_HELP} May repeat.", show_default=DEFAULT_DTYPE[0]),
+]
 OpOption = Annotated[
-    list[str], typer.Option("--op", help=f"Op: {', '.join(KERNEL_OPS)}. May repeat.", show_default="all but *_identity")
+    list[str] | None,
+    typer.Option("--op", help=f"Op: {', '.join(KERNEL_OPS)}. May repeat.", show_default="all but *_identity"),
 ]
 CacheOption = Annotated[
     Path | None,
@@ -54,8 +75,6 @@ TrustOption = Annotated[
         help="Accept compiled code that neither you nor a trusted key signed. It runs with your permissions.",
     ),
 ]
-
-DEFAULT_STREAMS, DEFAULT_WIDTH, DEFAULT_TOKENS, DEFAULT_DTYPE = [4], [2560], [4096], ["bfloat16"]
 
 
 def cache_at(folder: Path | None) -> KernelCache:
@@ -108,6 +127,7 @@ def problems(
     tokens: Sequence[int],
     dtypes: Sequence[str],
     ops: Sequence[str] = MIXING_OPS,
+    rounds: int = PAPER_ROUNDS,
 ) -> list[Problem]:
     """Every kernel of `ops` at every combination; problems with the same generated code and tokens appear once."""
     found: dict[Problem, None] = {}
@@ -115,6 +135,6 @@ def problems(
         for (op, direction), spec in kernel_specs().items():
             if op not in ops:
                 continue
-            problem = Problem(op, cast(Direction, direction), n, width, dtype, count)
+            problem = Problem(op, cast(Direction, direction), n, width, dtype, count, rounds)
             found[replace(spec.canonical(problem), tokens=count)] = None
     return list(found)

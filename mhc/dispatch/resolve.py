@@ -260,8 +260,9 @@ class Resolver:
 
     def remedy(self, problem: Problem) -> str:
         """The command that tunes a kernel for a problem."""
-        if kernel_spec(problem.op, problem.direction).canonical(problem).rounds != PAPER_ROUNDS:
-            return f"The tuner knows {PAPER_ROUNDS} Sinkhorn rounds only"
+        rounds = kernel_spec(problem.op, problem.direction).canonical(problem).rounds
+        if rounds != PAPER_ROUNDS:
+            return f"For a faster one: mhc-tune tune --model with a config.json that has {rounds} Sinkhorn rounds"
         command = (
             f"mhc-tune tune --streams {problem.streams} --width {problem.width} --tokens {problem.tokens} "
             f"--dtype {problem.dtype}"

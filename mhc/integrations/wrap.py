@@ -39,14 +39,15 @@ def wrap(
     The model's parameters stay the same objects. Their names in the state_dict become `blocks.<i>.sublayer.norm`,
     `.attention` and `.mlp` below a layer, with phi, alpha and bias of the connection in `blocks.<i>`; the blocks are
     attention, (cross-attention,) MLP. Load a state_dict into a model that was wrapped in the same way. Hooks on the
-    replaced layers are lost, and transformers does not record their `output_hidden_states` and `output_attentions`.
-    transformers' gradient checkpointing works.
+    replaced layers are lost. In transformers, generation with its caches, gradient checkpointing, attentions and the
+    router's logits work as before; `output_hidden_states` gives an empty tuple, as it looks for the replaced layers.
 
     Args:
         model: changed in place, also returned.
         streams: n, in 1..16.
         mode: as for `HyperConnection`.
-        manifold: as for `HyperConnection`.
+        manifold: as for `HyperConnection`. For finetuning, `identity` keeps every stream a sum of residuals, as the
+            model was trained: only what sublayers read and where their outputs go is learned.
         init: with `identity` the wrapped model computes what the model did, to rounding; with `paper` it starts close
             to that, and mode `hc` starts with a cyclic pre (`mhc.modules.hyper_connection.init_cyclic_pre`).
         dynamic: as for `HyperConnection`.

@@ -1,5 +1,6 @@
 """Helpers of the command line's tests: running a command, stand-ins of worker processes, kernels in caches."""
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,15 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    """Write the config.json of a tiny model with 2 streams of width 64 in float32."""
+    values = {"model_type": "deepseek_v4", "hidden_size": 64, "rms_norm_eps": 1e-6, "torch_dtype": "float32"}
+    values |= {"hc_mult": 2, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6}
+    path = folder / "config.json"
+    path.write_text(json.dumps(values | changes))
+    return path
 
 
 def put_kernel(cache: KernelCache, op: str, width: int, device: Device, dtype: str = "float32") -> Record:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import mhc_tune
+from cli_helpers import mhc_tune, write_config
 
 import mhc
 from cli.bench import command as bench
@@ -66,6 +66,38 @@ def test_every_kernel_is_tuned_and_stored(tuned: Tuned) -> None:
     assert not tuned.printed["interrupted"]
     for row in tuned.printed["results"]:
         assert row["record"]["measurement"]["ratio"] >= 1 or row["record"]["measurement"]["default_kept"]
+
+
+def test_a_models_config_names_the_same_kernels(tuned: Tuned, tmp_path: Path) -> None:
+    """They are tuned already: nothing is searched again, and explain finds them."""
+    write_config(tmp_path, torch_dtype="bfloat16")
+    given = ["--model", tmp_path, "--tokens", "32", "--cache", tuned.folder, "--op", "aggregate", "--json"]
+    again = mhc_tune("tune", "--target", "cpu", "--trials", "2", *given)
+    assert again.exit_code == 0, again.stderr
+    rows = json.loads(again.stdout)["results"]
+    before = {row["direction"]: row for row in tuned.printed["results"] if row["op"] == "aggregate"}
+    assert {row["direction"]: row["record"] for row in rows} == {way: row["record"] for way, row in before.items()}
+    assert {row["stopped"] for row in rows} == {"finished before"}
+    assert json.loads(mhc_tune("explain", *given).stdout)["runs"] == "tuned"
+
+
+@pytest.mark.slow
+def test_training_code_runs_what_was_tuned_for_a_model(tmp_path: Path) -> None:
+    """Single pass, and other rounds than the paper's."""
+    write_config(tmp_path, model_type="deepseek_v41", hc_sinkhorn_iters=7)
+    given, pack = ["--model", tmp_path, "--cache", tmp_path / "cache"], tmp_path / "model.mhcpack"
+    tuned = mhc_tune("tune", "--target", "cpu", *given, "--tokens", "32", "--trials", "1")
+    assert tuned.exit_code == 0, tuned.stderr
+    assert mhc_tune("export", pack, *given).exit_code == 0
+    settings: dict[str, Any] = {"rounds": 7, "hc_eps": 1e-6}
+    blocks = [mhc.HyperConnection(64, 2, torch.nn.Linear(64, 64), **settings) for _ in range(2)]
+    kernels = mhc.load_kernels(pack)
+    with using(kernels):
+        stack = mhc.HyperConnectionStack(blocks, single_pass=True)
+        stack(torch.randn(32, 2, 64, requires_grad=True)).sum().backward()
+    ran = {(row.op, row.runs) for row in kernels.report()}
+    assert ran >= {(op, "tuned") for op in ("project", "coefficients", "aggregate", "merge")}
+    assert {runs for _, runs in ran} == {"tuned"}
 
 
 def test_inspect_shows_the_same_of_folder_and_pack(tuned: Tuned) -> None:

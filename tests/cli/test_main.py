@@ -46,7 +46,7 @@ def test_completion_of_the_shell_can_be_installed() -> None:
     ("command", "mentioned"),
     [
         ("tune", ["--target", "--streams", "--width", "--tokens", "--dtype", "--trials", "--cache", "--storage"]),
-        ("tune", ["--seed", "--json", "--seconds"]),
+        ("tune", ["--seed", "--json", "--seconds", "--model"]),
         ("export", ["OUT.mhcpack", "--cache", "--target", "--device", "--op", "--streams", "--width", "--dtype"]),
         ("export", ["--isa", "--unsigned", "--json"]),
         ("merge", ["OUT.mhcpack", "IN...", "--trust-binaries", "--unsigned", "--json", "shorter"]),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_helpers import write_config
 from typer.testing import CliRunner
 
 from autotune.measuring.roofline import Roofline
@@ -213,3 +214,29 @@ def test_the_whole_run_is_described(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         *("op", "direction", "streams", "width", "tokens", "dtype", "impl", "form", "rounds"),
         *("median_ms", "bytes", "gb_per_s", "percent_of_copy", "flops", "limit_ms", "percent_of_limit"),
     }
+
+
+def test_a_models_ops_are_measured(bench_eagerly: Callable[..., Any], tmp_path: Path) -> None:
+    write_config(tmp_path, hidden_size=8)
+    result = bench_eagerly("--model", str(tmp_path), "--direction", "forward", "--json")
+    assert result.exit_code == 0, result.stderr
+    measured = {row["op"] for row in json.loads(result.stdout)["results"]}
+    assert measured == set(OPS) - {"single_pass"}
+    assert "2 streams of width 8, 20 Sinkhorn rounds" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "said"),
+    [
+        ({"hc_sinkhorn_iters": 10, "hidden_size": 8}, (), "bench compares maps of 20 Sinkhorn rounds, got 10: give"),
+        ({"model_type": "deepseek_v41", "hidden_size": 8}, ("--op", "stack"), "op must be one of project, "),
+        ({}, (), "--width must be 64, which "),
+    ],
+)
+def test_what_a_model_rules_out_is_one_line(
+    bench_eagerly: Callable[..., Any], tmp_path: Path, changes: dict[str, Any], more: tuple[str, ...], said: str
+) -> None:
+    write_config(tmp_path, **changes)
+    result = bench_eagerly("--model", str(tmp_path), *more)
+    assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
+    assert said in result.stderr

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
+from cli_helpers import write_config
 from typer.testing import CliRunner
 
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Job
 from cli.commands import compile as command
 from cli.main import app
+from cli.ui.options import MIXING_OPS
 from tiles.compiler.compile import Artifact
 from tiles.kernels.registry import kernel_specs
 
@@ -98,7 +101,7 @@ def test_one_that_does_not_compile_is_told_and_the_others_are_shown() -> None:
     assert done.exit_code == 1
     assert "the compiler's words" in done.stderr
     assert "merge backward n=2 C=64 bfloat16 for cuda:sm_90a" in done.stderr
-    assert done.stdout.count("1234") == sum(not op.endswith("_identity") for op, _ in kernel_specs()) - 1
+    assert done.stdout.count("1234") == 2 * len(MIXING_OPS) - 1
 
 
 @pytest.mark.usefixtures("fake")
@@ -119,3 +122,15 @@ def test_several_targets_and_shapes_are_summed_up_each() -> None:
     assert len(dropped) == 8
     assert all(row["dropped"].startswith("Spills: 12 bytes") and row["direction"] == "forward" for row in dropped)
     assert {row["bytes_per_token"] for row in found["results"]} == {8.0, 12.0, 32.0, 48.0}
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_models_kernels_are_compiled(tmp_path: Path) -> None:
+    write_config(tmp_path, model_type="deepseek_v41", hc_sinkhorn_iters=7)
+    given = ["--target", "cuda:sm_90a", "--model", str(tmp_path), "--json"]
+    done = CliRunner().invoke(app, ["compile", *given])
+    rows = json.loads(done.stdout)["results"]
+    assert {row["op"] for row in rows} == set(MIXING_OPS) - {"sinkhorn", "pre", "step"}
+    assert {(row["streams"], row["width"], row["dtype"]) for row in rows} == {(2, 64, "float32")}
+    assert {row["rounds"] for row in rows if row["op"] in ("single_pass", "coefficients")} == {7}
+    assert "single_pass: a sublayer of it reads the streams through the pre of the sublayer before" in done.stderr

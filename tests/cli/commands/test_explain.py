@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_helpers import write_config
 from typer.testing import CliRunner
 
 import tiles.compiler.compile
@@ -107,6 +108,9 @@ def test_it_agrees_with_what_training_code_would_run(tmp_path: Path, monkeypatch
         (["/nowhere"], "a pack must be a readable file, got /nowhere"),
         (["--cache", "/nowhere"], "the kernel cache must hold tuned kernels, found none in /nowhere"),
         (["/nowhere", "--cache", "/tmp"], "takes PATH or --cache"),
+        (["--model", "glm-5.3-flash", "--width", "64"], "--width must be 4096, which glm-5.3-flash has, got 64"),
+        (["--model", "glm-5.3-flash", "--op", "single_pass"], "op must be one of"),
+        (["--model", "nowhere"], "--model must be a config.json"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], said: str) -> None:
@@ -114,3 +118,28 @@ def test_bad_input_is_one_line(arguments: list[str], said: str) -> None:
     assert (result.exit_code, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1
     assert said in result.stderr
+
+
+@pytest.mark.parametrize(("model_type", "op"), [("deepseek_v4", "step"), ("deepseek_v41", "single_pass")])
+def test_a_models_boundary_is_explained(tmp_path: Path, model_type: str, op: str) -> None:
+    write_config(tmp_path, model_type=model_type)
+    done = CliRunner().invoke(app, ["explain", "--model", str(tmp_path), "--tokens", "100"])
+    assert done.stdout.startswith(f"{op} forward n=2 C=64 float32 T=128 on ")
+    chosen = CliRunner().invoke(app, ["explain", "--model", str(tmp_path), "--tokens", "100", "--op", "merge"])
+    assert chosen.stdout.startswith("merge forward n=2 C=64 float32 T=128 on ")
+
+
+def test_a_models_rounds_are_explained(tmp_path: Path) -> None:
+    """The kernels of 20 rounds serve no other."""
+    problem = Problem("step", "forward", 2, 64, "float32", 1024)
+    schedule = asdict(kernel_spec("step", "forward").default(problem, HERE.target))
+    KernelCache(tmp_path / "cache").put(Key.of(problem, HERE), schedule, b"no library", "source", {"ratio": 2.0}, {})
+    seen = []
+    for rounds in (20, 10):
+        write_config(tmp_path, hc_sinkhorn_iters=rounds)
+        given = ["--model", str(tmp_path), "--tokens", "1000", "--cache", str(tmp_path / "cache"), "--json"]
+        seen.append(
+            [one["kind"] for one in json.loads(CliRunner().invoke(app, ["explain", *given]).stdout)["candidates"]]
+        )
+    assert "tuned" in seen[0]
+    assert "tuned" not in seen[1]

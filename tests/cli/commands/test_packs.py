@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_helpers import mhc_tune, put_kernel
+from cli_helpers import mhc_tune, put_kernel, write_config
 
 from cli.commands import pack_selection as selection
 from cli.commands import packs
@@ -84,6 +84,9 @@ def test_export_takes_what_is_asked_for(
         (["--device", "no such", "--op", "merge"], "none of 5 is for device no such, op merge"),
         (["--dtype", "int8"], "dtype must be one of"),
         (["--op", "swirl"], "op must be one of"),
+        (["--model", "deepseek-v4-pro"], "none of 5 is for model deepseek-v4-pro: see mhc-tune inspect"),
+        (["--model", "deepseek-v4-pro", "--width", "64"], "--width must be 7168, which deepseek-v4-pro has, got 64"),
+        (["--model", "nowhere"], "--model must be a config.json"),
         (["--isa", "x86-64-v9"], "isa must be one of x86-64, x86-64-v2, x86-64-v3, x86-64-v4, got x86-64-v9"),
         (["--isa", "x86-64-v3", "--target", "cuda"], "--isa compiles kernels of x86-64 CPUs, got none"),
     ],
@@ -93,6 +96,23 @@ def test_what_export_cannot_do_is_one_line(cache: KernelCache, tmp_path: Path, o
     assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
     assert said in result.stderr
     assert not (tmp_path / "a.mhcpack").exists()
+
+
+def test_export_takes_a_models_kernels(cache: KernelCache, tmp_path: Path) -> None:
+    """Also those that do not depend on the dtype of its streams."""
+    put_kernel(cache, "coefficients", 64, HERE)
+    put_kernel(cache, "sinkhorn", 64, HERE)
+    model = ["--model", write_config(tmp_path, torch_dtype="bfloat16")]
+    taken = []
+    for more in ([], ["--op", "coefficients"]):
+        result = mhc_tune("export", tmp_path / "a.mhcpack", "--cache", cache.folder, *model, *more)
+        assert result.exit_code == 0, result.stderr
+        with Pack(tmp_path / "a.mhcpack") as pack:
+            taken.append({(record.key.op, record.key.width, record.key.dtype) for record in pack.records()})
+    assert taken == [
+        {("aggregate", 64, "bfloat16"), ("coefficients", 64, "float32")},
+        {("coefficients", 64, "float32")},
+    ]
 
 
 @pytest.mark.usefixtures("no_compiler")

@@ -1,12 +1,12 @@
 """The command tune, with a tuner that is scripted: what it shows, keeps, and exits with."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_helpers import NoWorkers
+from cli_helpers import NoWorkers, write_config
 from typer.testing import CliRunner
 
 from autotune.events import ProblemFinished, ProblemStarted, ShootoutStarted, TrialDone, TrialFailed
@@ -14,6 +14,7 @@ from autotune.measuring.roofline import Roofline
 from autotune.tuner import TuneFailed
 from cli.commands import tune as command
 from cli.main import app
+from cli.ui.options import MIXING_OPS
 from tiles.cache.cache import KernelCache, Key
 from tiles.kernels.spec import Problem
 from tiles.target import Device
@@ -31,6 +32,9 @@ MEASUREMENT = {
     "trials": 3,
     "default_kept": False,
 }
+
+
+SHAPE = ("--streams", "2", "--width", "64", "--dtype", "float32")
 
 
 class Script:
@@ -66,11 +70,11 @@ class Script:
 
 @pytest.fixture
 def tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
-    def run(script: Script, *more: str) -> Any:
+    def run(script: Script, *more: str, shape: Sequence[str] = SHAPE) -> Any:
         monkeypatch.setattr(command, "tune_kernel", script)
         monkeypatch.setattr(command, "Workers", lambda **_: NoWorkers())
-        shape = ["--target", "cpu", "--streams", "2", "--width", "64", "--tokens", "32", "--dtype", "float32"]
-        return CliRunner().invoke(app, ["tune", *shape, "--cache", str(tmp_path), *more])
+        given = ["--target", "cpu", "--tokens", "32", *shape, "--cache", str(tmp_path), *more]
+        return CliRunner().invoke(app, ["tune", *given])
 
     return run
 
@@ -141,3 +145,46 @@ def test_without_seconds_only_trials_limit(tuning: Callable[..., Any]) -> None:
     script = Script()
     assert tuning(script).exit_code == 0
     assert all(options.get("seconds") is None for _, options in script.calls)
+
+
+def test_a_models_kernels_are_tuned_and_the_reasons_told(tuning: Callable[..., Any], tmp_path: Path) -> None:
+    script, path = Script(), write_config(tmp_path, hc_sinkhorn_iters=7)
+    result = tuning(script, shape=("--model", str(tmp_path)))
+    assert result.exit_code == 0, result.stderr
+    problems = [problem for problem, _ in script.calls]
+    assert {problem.op for problem in problems} == set(MIXING_OPS) - {"sinkhorn", "single_pass"}
+    fused = [problem for problem in problems if problem.op in ("pre", "step")]
+    assert fused == [Problem(each.op, each.direction, 2, 64, "float32", 32, rounds=7) for each in fused]
+    lines = result.stderr.splitlines()
+    assert lines[0] == f"{path}: 2 streams of width 64, 7 Sinkhorn rounds (model_type deepseek_v4)"
+    assert lines[1] == "float32: its dtype"
+    assert lines[2] == "pre, step: a sublayer of it reads the streams through its own pre"
+    assert lines[5].startswith(f"tuning {len(problems)} kernels on ")
+
+
+def test_single_pass_models_have_their_boundary_tuned(tuning: Callable[..., Any]) -> None:
+    script = Script()
+    assert tuning(script, shape=("--model", "deepseek-v4.1-flash", "--op", "single_pass")).exit_code == 0
+    assert [problem for problem, _ in script.calls] == [
+        Problem("single_pass", direction, 4, 5120, "bfloat16", 32) for direction in ("forward", "backward")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        (
+            ("--model", "deepseek-v4-pro", "--width", "4096"),
+            "--width must be 7168, which deepseek-v4-pro has, got 4096",
+        ),
+        (("--model", "deepseek-v4-pro", "--op", "single_pass"), "op must be one of "),
+        (("--model", "zai-org/GLM-5.3-Flash"), "models are not downloaded"),
+    ],
+)
+def test_a_model_that_cannot_be_tuned_is_one_line(
+    tuning: Callable[..., Any], shape: tuple[str, ...], said: str
+) -> None:
+    script = Script()
+    result = tuning(script, shape=shape)
+    assert (result.exit_code, result.stdout, len(result.stderr.splitlines()), script.calls) == (2, "", 1, [])
+    assert said in result.stderr
