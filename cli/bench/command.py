@@ -22,7 +22,7 @@ from cli.bench.fastest_torch import FastestTorch
 from cli.bench.implementation import Implementation
 from cli.bench.precompile import Precompilers
 from cli.ui import options
-from cli.ui.options import check_choices, existing_cache, measured_device
+from cli.ui.options import cache_at, check_choices, existing_cache, measured_device
 from cli.ui.output import say, show, show_json, stdout_to_stderr
 from cli.ui.render import bench_tables, device_text, load_table
 from cli.ui.shapes import Shapes, shapes
@@ -98,7 +98,8 @@ def bench(
     check_choices("direction", direction, DIRECTIONS)
     check_choices("impl", impl, DEFAULT_IMPLS)
     measured = _shapes(found, tokens)
-    folder = existing_cache(cache).folder
+    tuned = our_kernels.OF_CACHE.intersection(impl) or load_time.OP in found.ops
+    folder = (existing_cache if tuned else cache_at)(cache).folder
     overrides = [our_kernels.parse_override(text) for text in schedule]
     for reason in found.reasons():
         say(reason)

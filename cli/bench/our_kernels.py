@@ -34,6 +34,9 @@ KERNELS: Mapping[str, tuple[Callable[[Path], Kernels], Runs]] = {
 """Implementation -> (its kernels, from the cache folder; what must run under that name). A fused kernel may also run as
 separate kernels, where the tuner found those to be faster."""
 
+OF_CACHE = frozenset(impl for impl, (_, runs) in KERNELS.items() if runs == "tuned")
+"""Implementations whose kernels the cache folder holds."""
+
 
 def implementations(
     impl: str, case: BenchCase, directions: Sequence[str], folder: Path, skipped: list[str]

@@ -57,6 +57,19 @@ def test_ops_and_directions_can_be_chosen(bench_eagerly: Callable[..., Any]) -> 
     assert "merge n=2 C=8 float32 T=4: both\n" in result.stderr
 
 
+def test_only_tuned_kernels_need_a_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "run", lambda device, folder, *rest: {"results": [], "skipped": [], "load": [], "of": 1})
+    monkeypatch.setattr(bench, "_show", lambda *given, **named: None)
+    given = ["bench", "--cache", str(tmp_path / "empty"), "--op", "merge", "--json"]
+    for impl in ("default", "eager"):
+        done = CliRunner().invoke(app, [*given, "--impl", impl])
+        assert done.exit_code == 0, done.stderr
+    for more in (["--impl", "tuned"], ["--impl", "default", "--impl", "separate"], ["--impl", "eager", "--op", "load"]):
+        done = CliRunner().invoke(app, [*given, *more])
+        assert done.exit_code == 2
+        assert "the kernel cache must hold tuned kernels, found none in" in done.stderr
+
+
 def test_all_ops_and_directions_are_the_default(bench_eagerly: Callable[..., Any]) -> None:
     result = bench_eagerly("--json")
     rows = json.loads(result.stdout)["results"]
