@@ -12,7 +12,7 @@ from torch import nn
 
 from mhc.checks import check_problem
 from mhc.integrations import behaviour
-from mhc.integrations.patched_class import Patched, check_restorable, own_class, patched_class, restore
+from mhc.integrations.patched_class import Patched, check_restorable, patched_class, restore
 from mhc.integrations.transformers_connections import (
     Connection,
     Head,

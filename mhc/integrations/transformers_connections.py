@@ -193,5 +193,10 @@ class IdentityHead(Head):
 
 
 def version_of(x: torch.Tensor) -> int | None:
-    """The number of times that x was written to; None where torch does not count, in inference mode."""
-    return None if x.is_inference() else x._version
+    """The number of times that x was written to; None where torch does not say."""
+    return x._version if writes_are_counted() else None
+
+
+def writes_are_counted() -> bool:
+    """Whether torch counts writes to tensors: not in inference mode, nor under a compiler."""
+    return not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()

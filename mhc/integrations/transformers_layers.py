@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from mhc.integrations import stream_ops
-from mhc.integrations.transformers_connections import Before, Connection, Head, Receiver
+from mhc.integrations.transformers_connections import Before, Connection, Head, Receiver, writes_are_counted
 
 Order = tuple[nn.Module, ...]
 """The layers in the order in which a model runs them, then its head."""
@@ -74,6 +74,8 @@ class Layer(Receiver):
         pairs = zip(order or (), (order or ())[1:], strict=False)
         following = next((after for module, after in pairs if module is self), None)
         if not isinstance(following, Receiver) or following._forward_pre_hooks:
+            return None
+        if self._forward_hooks and not writes_are_counted():  # hooks may write to x'
             return None
         entry = _entry(following)
         ready = _runs_as_known(entry) and entry.matrix.device == x.device
