@@ -1,7 +1,7 @@
 """The hyper-connections and heads of transformers' models, run by our ops on the parameters that they have.
 
 Their comb is our resᵀ, so the res block of fn and base is transposed on the way to an op. Parameters of other dtypes
-than float32 are cast, as in their own code.
+than float32 are cast, as in their own code. What modules return are no views, as FSDP2 needs it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mhc.converters.packing import transpose_res
 from mhc.integrations import stream_ops
 from mhc.integrations.patched_class import Patched
 from mhc.modules.pre_with_residual import pre_with_residual
+from mhc.modules.unview import unview
 
 
 class Before(NamedTuple):
@@ -95,7 +96,7 @@ class SinkhornConnection(Connection):
     def forward(self, hidden_streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x -> post, comb, u."""
         u, post, res = functional.pre(hidden_streams, *self.parameters_for_ops(), **self.settings_for_ops())
-        return post, res.transpose(-1, -2), u
+        return unview(post), unview(res.transpose(-1, -2)), unview(u)
 
 
 class IdentityConnection(Connection):
@@ -117,7 +118,7 @@ class IdentityConnection(Connection):
     def forward(self, hidden_streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x -> post, u."""
         u, post, _ = stream_ops.pre(hidden_streams, *self.parameters_for_ops(), **self.settings_for_ops())
-        return post, u
+        return unview(post), unview(u)
 
 
 class Ready(NamedTuple):
@@ -176,8 +177,8 @@ class Head(Receiver):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x -> h in x's dtype."""
         if ready := self.take_ready(x):
-            return ready.u
-        return stream_ops.pre(x, *self.parameters_for_ops(), **self.settings_for_ops())[0]
+            return unview(ready.u)
+        return unview(stream_ops.pre(x, *self.parameters_for_ops(), **self.settings_for_ops())[0])
 
 
 class SinkhornHead(Head):
@@ -193,10 +194,6 @@ class IdentityHead(Head):
 
 
 def version_of(x: torch.Tensor) -> int | None:
-    """The number of times that x was written to; None where torch does not say."""
-    return x._version if writes_are_counted() else None
-
-
-def writes_are_counted() -> bool:
-    """Whether torch counts writes to tensors: not in inference mode, nor under a compiler."""
-    return not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
+    """The number of times that x was written to; None where torch does not say, in inference and under a compiler."""
+    counts = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
+    return x._version if counts else None

@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from mhc.integrations import stream_ops
-from mhc.integrations.transformers_connections import Before, Connection, Head, Receiver, writes_are_counted
+from mhc.integrations.transformers_connections import Before, Connection, Head, Receiver
+from mhc.modules.unview import unview
 
 Order = tuple[nn.Module, ...]
 """The layers in the order in which a model runs them, then its head."""
@@ -64,8 +65,9 @@ class Layer(Receiver):
         """x', after the MLP has returned f; with what is before the next layer's attention, or in the head."""
         following = self._following(order, before.x)
         if following is None:
-            return _merge(before, f)
+            return unview(_merge(before, f))
         joined = _step(before, f, _entry(following))
+        joined = joined._replace(x=unview(joined.x))
         following.receive(joined)
         return joined.x
 
@@ -73,9 +75,7 @@ class Layer(Receiver):
         """The module after this layer, where what is before it may be computed ahead of its call."""
         pairs = zip(order or (), (order or ())[1:], strict=False)
         following = next((after for module, after in pairs if module is self), None)
-        if not isinstance(following, Receiver) or following._forward_pre_hooks:
-            return None
-        if self._forward_hooks and not writes_are_counted():  # hooks may write to x'
+        if not isinstance(following, Receiver) or following._forward_pre_hooks or self._forward_hooks:
             return None
         entry = _entry(following)
         ready = _runs_as_known(entry) and entry.matrix.device == x.device

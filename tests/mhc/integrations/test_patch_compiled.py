@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_transformers import FAMILIES, LOGITS, batch, expect_same, made, off, outcome, text_model
+from tiny_transformers import LOGITS, batch, expect_same, made, off, outcome, text_model
 
 import mhc
 
@@ -20,32 +20,25 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_graph_break_is_added(make, family):
-    model, ids = make(family).eval(), batch()
-
-    def breaks(model):
-        torch._dynamo.reset()
-        return torch._dynamo.explain(model)(ids, use_cache=False).graph_break_count
-
-    theirs = breaks(model)
-    assert breaks(mhc.patch(model)) <= theirs
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_compiled_model_learns_the_same(make, family):
-    model, ids = make(family), batch()
+def test_a_compiled_model_learns_the_same(make):
+    """In one graph, as the unpatched model is."""
+    model, ids = make("deepseek_v4"), batch()
     before = outcome(model, ids)
-    expect_same(outcome(torch.compile(mhc.patch(model), backend="aot_eager"), ids), before)
+    expect_same(outcome(torch.compile(mhc.patch(model), backend="aot_eager", fullgraph=True), ids), before)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v4", "glm5_next"])
-def test_layers_compiled_one_by_one(make, family):
-    model, ids = make(family), batch()
-    before = outcome(model, ids)
-    for layer in text_model(mhc.patch(model)).layers:
-        layer.compile(backend="aot_eager")
-    expect_same(outcome(model, ids), before)
+@pytest.mark.parametrize("how", ["whole", "layers"])
+def test_a_compiled_model_answers_the_same(make, how):
+    model, ids = make("hy_v4").eval(), batch()
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        mhc.patch(model)
+        if how == "whole":
+            model = torch.compile(model, backend="eager", fullgraph=True)
+        else:
+            for layer in text_model(model).layers:
+                layer.compile(backend="eager", fullgraph=True)
+        assert off(model(ids, use_cache=False).logits, before) <= LOGITS
 
 
 @pytest.mark.parametrize("family", ["deepseek_v4", "hy_v4"])

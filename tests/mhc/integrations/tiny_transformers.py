@@ -1,7 +1,5 @@
 """Tiny models of transformers with hyper-connections, and how results of a patched one are compared."""
 
-import copy
-
 import torch
 
 VOCABULARY, TOKENS = 97, 12
@@ -111,7 +109,9 @@ def off(found, wanted):
 
 
 def expect_same_gradients(found, wanted):
-    assert found.keys() == wanted.keys()
+    """Equal; where there was none, a compiler or FSDP may have made one of zeros."""
+    assert found.keys() >= wanted.keys()
+    assert not any(found[name].any() for name in found.keys() - wanted.keys())
     noise = NOISE * torch.stack([grad.norm() for grad in wanted.values()]).norm()
     for name, grad in wanted.items():
         assert (found[name] - grad).norm() <= GRADIENTS * grad.norm() + noise, name
@@ -121,7 +121,3 @@ def expect_same(found, wanted):
     assert abs(found[0] - wanted[0]) <= LOGITS * abs(wanted[0])
     assert off(found[1], wanted[1]) <= LOGITS
     expect_same_gradients(found[2], wanted[2])
-
-
-def copied(model):
-    return copy.deepcopy(model)
