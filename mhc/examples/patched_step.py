@@ -64,7 +64,12 @@ def deepseek_v4(shape: Shape, seed: int) -> nn.Module:
         ) from None
     torch.manual_seed(seed)
     width = shape.width
-    attention = {"num_attention_heads": 8, "head_dim": width // 8, "q_lora_rank": width // 2, "o_lora_rank": width // 4}
+    attention: dict[str, Any] = {
+        "num_attention_heads": 8,
+        "head_dim": width // 8,
+        "q_lora_rank": width // 2,
+        "o_lora_rank": width // 4,
+    }
     attention |= {"o_groups": 2, "partial_rotary_factor": 0.5, "sliding_window": 128}
     indexer = {"index_n_heads": 2, "index_head_dim": width // 8, "index_topk": 64}
     experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": width // 2}
@@ -170,7 +175,7 @@ def measure(shape: Shape, rounds: int, seed: int = 0) -> dict[str, Any]:
         for name in order:
             times[name].append(forward_and_backward(models[name], ids))
         order = [*order[1:], order[0]]
-    ids, results = next(source), {}
+    ids, results = next(source), dict[str, dict[str, Any]]()
     for name, each in models.items():
         forward, both = ([taken[index] for taken in times[name]] for index in (0, 1))
         results[name] = {
