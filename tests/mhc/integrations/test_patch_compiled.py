@@ -24,7 +24,8 @@ def test_a_compiled_model_learns_the_same(make):
     """In one graph, as the unpatched model is."""
     model, ids = make("deepseek_v4"), batch()
     before = outcome(model, ids)
-    expect_same(outcome(torch.compile(mhc.patch(model), backend="aot_eager", fullgraph=True), ids), before)
+    mhc.patch(model).compile(backend="aot_eager", fullgraph=True)
+    expect_same(outcome(model, ids), before)
 
 
 @pytest.mark.parametrize("how", ["whole", "layers"])
@@ -33,11 +34,8 @@ def test_a_compiled_model_answers_the_same(make, how):
     with torch.no_grad():
         before = model(ids, use_cache=False).logits
         mhc.patch(model)
-        if how == "whole":
-            model = torch.compile(model, backend="eager", fullgraph=True)
-        else:
-            for layer in text_model(model).layers:
-                layer.compile(backend="eager", fullgraph=True)
+        for module in [model] if how == "whole" else text_model(model).layers:
+            module.compile(backend="eager", fullgraph=True)
         assert off(model(ids, use_cache=False).logits, before) <= LOGITS
 
 
