@@ -2,6 +2,7 @@
 
 Modules: `HyperConnection`, several of them in a `HyperConnectionStack` or, with less memory, in `recompute`, between
 `expand_streams` and `reduce_streams` or `StreamHead`; `wrap` puts them into an existing transformer.
+Models of transformers that have them: `patch` runs them on our kernels, `unpatch` undoes it.
 Ops: `mhc.functional`.
 Kernels: `load_kernels` loads a cache folder or pack, `kernel_report` says which kernels run and why.
 """
@@ -9,6 +10,7 @@ Kernels: `load_kernels` loads a cache folder or pack, `kernel_report` says which
 from mhc import converters, diagnostics, functional, manifolds
 from mhc.dispatch.kernel_report import KernelReport
 from mhc.dispatch.kernels import Kernels, active, kernel_report, load_kernels, using
+from mhc.integrations.patch import patch, unpatch
 from mhc.integrations.wrap import wrap
 from mhc.modules.hyper_connection import HyperConnection
 from mhc.modules.recompute import recompute
@@ -32,9 +34,11 @@ __all__ = [
     "kernel_report",
     "load_kernels",
     "manifolds",
+    "patch",
     "recompute",
     "reduce_streams",
     "segment_length",
+    "unpatch",
     "using",
     "wrap",
 ]
