@@ -14,7 +14,6 @@ from torch.nn.functional import pad
 
 from mhc import functional
 from mhc.converters.packing import transpose_res
-from mhc.integrations import stream_ops
 from mhc.integrations.patched_class import Patched
 from mhc.modules.pre_with_residual import pre_with_residual
 from mhc.modules.unview import unview
@@ -62,7 +61,7 @@ class Connection(Patched):
 
     def before(self, x: torch.Tensor) -> Before:
         """Everything before the sublayer; its x is for merge or step alone."""
-        u, post, res = stream_ops.pre(x, *self.parameters_for_ops(), **self.settings_for_ops())
+        u, post, res, x = pre_with_residual(x, *self.parameters_for_ops(), **self.settings_for_ops())
         return Before(x, u, post, res)
 
 
@@ -88,14 +87,10 @@ class SinkhornConnection(Connection):
         settings = {"eps": self.input_norm.eps, "hc_eps": self.hc_eps, "post_scale": functional.POST_SCALE}
         return {"rounds": self.hc_sinkhorn_iters, **settings}
 
-    def before(self, x: torch.Tensor) -> Before:
-        """See `Connection`."""
-        u, post, res, x = pre_with_residual(x, *self.parameters_for_ops(), **self.settings_for_ops())
-        return Before(x, u, post, res)
-
     def forward(self, hidden_streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x -> post, comb, u."""
         u, post, res = functional.pre(hidden_streams, *self.parameters_for_ops(), **self.settings_for_ops())
+        assert res is not None
         return unview(post), unview(res.transpose(-1, -2)), unview(u)
 
 
@@ -113,11 +108,12 @@ class IdentityConnection(Connection):
 
     def settings_for_ops(self) -> dict[str, Any]:
         """See `Connection`."""
-        return {"eps": self.input_norm.eps, "hc_eps": self.hc_eps, "post_scale": self.hc_post_magnitude}
+        settings = {"eps": self.input_norm.eps, "hc_eps": self.hc_eps, "post_scale": self.hc_post_magnitude}
+        return {"rounds": functional.ROUNDS, **settings}
 
     def forward(self, hidden_streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x -> post, u."""
-        u, post, _ = stream_ops.pre(hidden_streams, *self.parameters_for_ops(), **self.settings_for_ops())
+        u, post, _ = functional.pre(hidden_streams, *self.parameters_for_ops(), **self.settings_for_ops())
         return unview(post), unview(u)
 
 
@@ -178,7 +174,7 @@ class Head(Receiver):
         """x -> h in x's dtype."""
         if ready := self.take_ready(x):
             return unview(ready.u)
-        return unview(stream_ops.pre(x, *self.parameters_for_ops(), **self.settings_for_ops())[0])
+        return unview(functional.pre(x, *self.parameters_for_ops(), **self.settings_for_ops())[0])
 
 
 class SinkhornHead(Head):

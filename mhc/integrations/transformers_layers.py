@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from mhc.integrations import stream_ops
+from mhc import functional
 from mhc.integrations.transformers_connections import Before, Connection, Head, Receiver
 from mhc.modules.unview import unview
 
@@ -169,12 +169,12 @@ def _before(connection: Any, x: torch.Tensor) -> Before:
 
 
 def _merge(before: Before, f: torch.Tensor) -> torch.Tensor:
-    return stream_ops.merge(before.x, f.to(before.x.dtype), before.res, before.post)
+    return functional.merge(before.x, f.to(before.x.dtype), before.res, before.post)
 
 
 def _step(before: Before, f: torch.Tensor, connection: Any) -> Before:
     """Merge, and what is before the sublayer of `connection`, or in a head."""
-    x, u, post, res = stream_ops.step(
+    x, u, post, res = functional.step(
         before.x,
         f.to(before.x.dtype),
         before.post,

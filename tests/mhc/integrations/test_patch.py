@@ -162,12 +162,14 @@ def test_under_checkpointing_layers_are_not_joined(make, counted):
     assert counted(lambda: model(ids)) == {"pre": 3, "merge": 2, "step": 2}
 
 
-def test_a_step_of_training_runs_on_kernels_alone(make, on_compiled):
-    model, ids = make("deepseek_v4", hidden=16), batch()
+@pytest.mark.parametrize(("family", "ending"), [("deepseek_v4", ""), ("hy_v4", "_identity")])
+def test_a_step_of_training_runs_on_kernels_alone(make, on_compiled, family, ending):
+    model, ids = make(family, hidden=16), batch()
     before = outcome(model, ids)
     expect_same(outcome(mhc.patch(model), ids), before)
     rows = {(row.op, row.direction): row.runs for row in mhc.kernel_report() if (row.streams, row.width) == (4, 16)}
-    assert {("pre", "forward"), ("pre", "backward"), ("step", "forward"), ("step", "backward")} <= rows.keys()
+    expected = {(op + ending, direction) for op in ("pre", "step") for direction in ("forward", "backward")}
+    assert expected <= rows.keys()
     assert "reference" not in rows.values()
 
 
