@@ -50,7 +50,7 @@ class Shape:
     context: int = 1024
 
 
-TRAINED = Shape(layers=4, width=128, batch=8, context=128)
+MEASURED, TRAINED = Shape(), Shape(layers=4, width=128, batch=8, context=128)
 
 
 def deepseek_v4(shape: Shape, seed: int) -> nn.Module:
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if steps < 1:
             raise mhc.BadInput(f"--steps must be at least 1, got {steps}: choose a positive number")
         with mhc.using(kernels_for(chosen.kernels)):
-            run, shape = (train, TRAINED) if chosen.train else (measure, Shape())
+            run, shape = (train, TRAINED) if chosen.train else (measure, MEASURED)
             record = run(shape, steps, chosen.seed)
             record["kernels"] = [asdict(row) for row in mhc.kernel_report()]
     except mhc.BadInput as error:

@@ -22,10 +22,15 @@ def eager():
     return {name: make for name, make in CONTENDERS.items() if not name.endswith("compile")}
 
 
-def test_a_measurement(monkeypatch):
+def test_a_measurement(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(patched_step, "CONTENDERS", eager())
-    record = patched_step.measure(SMALL, rounds=2)
-    results = json.loads(json.dumps(record))["results"]
+    monkeypatch.setattr(patched_step, "MEASURED", SMALL)
+    out = tmp_path / "steps.json"
+    assert patched_step.main(["--steps", "2", "--kernels", "none", "--json", str(out)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(eager())
+    record = json.loads(out.read_text())
+    assert {(row["op"], row["width"]) for row in record["kernels"]} >= {("pre", 64), ("step", 64), ("merge", 64)}
+    results = record["results"]
     assert results.keys() == eager().keys()
     for result in results.values():
         assert len(result["every_step_ms"]) == 2
