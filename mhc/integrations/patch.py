@@ -18,6 +18,7 @@ from mhc.integrations.transformers_connections import (
     Head,
     IdentityConnection,
     IdentityHead,
+    Receiver,
     SinkhornConnection,
     SinkhornHead,
 )
@@ -43,8 +44,9 @@ def patch(model: nn.Module, *, steps: bool = True) -> nn.Module:
 
     Parameters stay the objects that they are, under their names: optimisers, checkpoints, `save_pretrained` and FSDP
     units see no change. Hooks stay and run, sublayers may be replaced later (adapters), copies and pickles of a patched
-    model are patched. Layers are not joined with the next one, but inside of themselves, under gradient checkpointing,
-    when they are FSDP2 units or compiled one by one, and where the next one lies on another device.
+    model are patched. Layers are fused inside of themselves, but not with the next one, under gradient checkpointing,
+    when they are FSDP2 units or compiled one by one, with hooks on layers (transformers hooks them when it records
+    hidden states or router logits), and where the next one lies on another device.
 
     A model that is patched already is patched anew, with these settings. A layer whose forward is not one that we know
     keeps it, with a line in the log `mhc`; its hyper-connections run on our kernels.
@@ -63,8 +65,10 @@ def patch(model: nn.Module, *, steps: bool = True) -> nn.Module:
     unpatch(model)
     for module, mixin in plan.items():
         module.__class__ = patched_class(mixin, type(module))
-        if isinstance(module, Layer) and not steps:
-            module.steps = False
+        if isinstance(module, Receiver):
+            module.ready = None  # here, as a compiler sees the first call leave it on the module and compiles anew
+        if isinstance(module, Layer):
+            module.steps = steps
     for module in model.modules():
         layers = getattr(module, "layers", None)
         if steps and isinstance(layers, nn.ModuleList) and any(isinstance(layer, Layer) for layer in layers):

@@ -5,9 +5,10 @@ A layer's forward is that of the original, with its mix of streams and the hyper
 model hands every layer the order of its modules, and what is computed ahead of time is kept on the next module until it
 is called with these very streams.
 
-Layers are not joined where the next one's parameters may not be ready before it is called, or where it will be run once
-more: under gradient checkpointing, FSDP2 by layers, and compilation by layers. A hyper-connection with hooks of its own
-is called as a module.
+Layers are not joined where the next one's parameters may not be ready before it is called, where a layer will be run
+once more, or where somebody else sees what it returns, whose gradient would not be whole: under gradient checkpointing,
+FSDP2 by layers, compilation by layers, and with hooks on layers. A hyper-connection with hooks of its own is called as
+a module.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from mhc.examples import patched_step
 from mhc.examples.patched_step import CONTENDERS, Shape
@@ -21,10 +22,15 @@ def eager():
     return {name: make for name, make in CONTENDERS.items() if not name.endswith("compile")}
 
 
-def test_a_measurement(monkeypatch):
+def test_a_measurement(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(patched_step, "CONTENDERS", eager())
-    record = patched_step.measure(SMALL, rounds=2)
-    results = json.loads(json.dumps(record))["results"]
+    monkeypatch.setattr(patched_step, "MEASURED", SMALL)
+    out = tmp_path / "steps.json"
+    assert patched_step.main(["--steps", "2", "--kernels", "none", "--json", str(out)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(eager())
+    record = json.loads(out.read_text())
+    assert {(row["op"], row["width"]) for row in record["kernels"]} >= {("pre", 64), ("step", 64), ("merge", 64)}
+    results = record["results"]
     assert results.keys() == eager().keys()
     for result in results.values():
         assert len(result["every_step_ms"]) == 2
@@ -56,6 +62,10 @@ def test_training(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_all_contenders():
-    record = patched_step.measure(SMALL, rounds=1)
-    assert record["results"].keys() == CONTENDERS.keys()
+def test_compiled_contenders(monkeypatch):
+    """Without torch's own code generation, which takes minutes."""
+    compile_model = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_model(self, backend="eager"))
+    results = patched_step.measure(SMALL, rounds=1)["results"]
+    assert results.keys() == CONTENDERS.keys()
+    assert results["plain-compile"]["hyper_connections_ms"] == 0

@@ -241,6 +241,15 @@ def test_a_layer_is_copied_by_itself(make):
     assert sum(p.numel() for p in copied.parameters()) == sum(p.numel() for p in layers[0].parameters())
 
 
+def test_layers_return_no_views(make):
+    """FSDP2 and pipelines need it."""
+    model, views = mhc.patch(make("deepseek_v4")), []
+    for layer in text_model(model).layers:
+        layer.register_forward_hook(lambda module, args, output: views.append(output._is_view()))
+    model(batch())
+    assert views == [False, False]
+
+
 def test_inference_mode(make):
     model, ids = make("deepseek_v4").eval(), batch()
     with torch.inference_mode():

@@ -37,6 +37,8 @@ def test_a_compiled_model_answers_the_same(make, how):
         for module in [model] if how == "whole" else text_model(model).layers:
             module.compile(backend="eager", fullgraph=True)
         assert off(model(ids, use_cache=False).logits, before) <= LOGITS
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert off(model(ids, use_cache=False).logits, before) <= LOGITS
 
 
 @pytest.mark.parametrize("family", ["deepseek_v4", "hy_v4"])
