@@ -5,8 +5,9 @@
 
 The first measures forward and backward of a random V4: 8 layers of width 512, n = 4, 1024 tokens, float32, on the CPU.
 Contenders take turns in one process, each round in another order and on fresh tokens; times are medians. What
-hyper-connections cost is the time beyond the same model with plain residual connections, compiled for the compiled
-contender. What a step keeps are the bytes that autograd holds when the forward has ended, without parameters.
+hyper-connections cost is the median of the time beyond the same model with plain residual connections in the same
+round, compiled for the compiled contender. What a step keeps are the bytes that autograd holds when the forward has
+ended, without parameters.
 
 With `--train` a smaller V4 learns the bytes of `mhc.examples.train_bytes`, unpatched and patched in turn, from the same
 weights; `mhc.examples.plot_loss` draws the file. Kernels come from `mhc-tune tune --streams 4 --width 512 --tokens 1024
@@ -192,7 +193,8 @@ def measure(shape: Shape, rounds: int, seed: int = 0) -> dict[str, Any]:
         }
     for name, result in results.items():
         plain = results["plain-compile" if name.endswith("compile") else "plain"]
-        result["hyper_connections_ms"] = result["step_ms"] - plain["step_ms"]
+        beyond = [mine - base for mine, base in zip(result["every_step_ms"], plain["every_step_ms"], strict=True)]
+        result["hyper_connections_ms"] = statistics.median(beyond)
         print(
             f"{name:18s} step {result['step_ms']:9.1f} ms, of it hyper-connections "
             f"{result['hyper_connections_ms']:9.1f} ms; keeps {result['kept_bytes'] / 1e6:8.1f} MB",
