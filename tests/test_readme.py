@@ -66,6 +66,25 @@ def test_every_figure_of_the_table_is_in_the_record():
         assert abs(compiled - wanted[3] / wanted[0]) <= 0.051
 
 
+CONTENDERS = {
+    "transformers, eager": "unpatched",
+    "transformers, `torch.compile`": "unpatched-compile",
+    "`mhc.patch(model, steps=False)`": "patched-merge",
+    "`mhc.patch(model)`": "patched-step",
+}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/adopt.md", "results/patched-deepseek-v4/README.md"])
+def test_every_figure_of_patched_models_is_in_the_record(page):
+    record = json.loads((ROOT / "results/patched-deepseek-v4/step.json").read_text(encoding="utf-8"))["results"]
+    rows = re.findall(r"^\| (.*) \| (\d+) \| (\d+) \| (\d+) \|$", (ROOT / page).read_text("utf-8"), flags=re.MULTILINE)
+    assert [row[0] for row in rows] == list(CONTENDERS)
+    for name, *figures in rows:
+        found = record[CONTENDERS[name]]
+        wanted = found["step_ms"], found["hyper_connections_ms"], found["kept_bytes"] / 1e6
+        assert [int(figure) for figure in figures] == [round(value) for value in wanted]
+
+
 def test_readme_is_short_and_its_picture_is_small():
     assert len(README.splitlines()) <= 150
     (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
