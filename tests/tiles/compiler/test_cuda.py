@@ -24,12 +24,17 @@ from autotune.processes.workers import Workers
 from tiles.compiler.compile import Artifact, compile_kernel
 from tiles.compiler.cuda_launcher import SUM_KERNEL, TOO_MANY_TOKENS
 from tiles.kernels.registry import kernel_spec, kernel_specs
-from tiles.kernels.spec import Problem
+from tiles.kernels.spec import IDENTITY, Problem
 from tiles.runtime.loaded_kernel import LoadedKernel
 from tiles.target import Target
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
-CASES = [(op, direction, arch) for op, direction in kernel_specs() for arch in ARCHS]
+CASES = [
+    (op, direction, arch)
+    for op, direction in kernel_specs()
+    for arch in ARCHS
+    if not op.endswith(IDENTITY) or arch == "sm_90a"  # parts of the others' texts
+]
 FAST = [
     ("aggregate", "backward", "sm_80"),
     ("merge", "forward", "sm_90a"),

@@ -16,7 +16,7 @@ from autotune.measuring.verify import check
 from tiles.compiler.compile import CompileError, compile_kernel, generate_source
 from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_specs
-from tiles.kernels.spec import KernelSpec, Problem
+from tiles.kernels.spec import IDENTITY, KernelSpec, Problem
 from tiles.lang.dialect import dialect_for
 from tiles.runtime.loaded_kernel import is_given
 from tiles.target import Target, parse_target
@@ -31,12 +31,12 @@ LARGE = ("pre.backward", "step.forward", "step.backward", "single_pass.forward",
 
 def but_slow(names: tuple[str, ...]) -> list[Any]:
     """All kernels; those of these names are slow, and those of the identity, whose texts are parts of the others'."""
-    slow = [spec.name in names or spec.op.endswith("_identity") for spec in SPECS]
+    slow = [spec.name in names or spec.op.endswith(IDENTITY) for spec in SPECS]
     return [pytest.param(spec, marks=pytest.mark.slow if dear else ()) for spec, dear in zip(SPECS, slow, strict=True)]
 
 
 def named(value: object) -> str:
-    return value.name if isinstance(value, KernelSpec) else str(value)
+    return str(getattr(value, "__name__", value.name if isinstance(value, KernelSpec) else value))
 
 
 def problem_of(spec: KernelSpec, n: int = 4, width: int = 256) -> Problem:
@@ -81,16 +81,19 @@ def program(spec: KernelSpec, problem: Problem, schedule: object, target: Target
         return getattr(importlib.import_module(module), function)(problem, schedule, dialect_for(target)).script()
 
 
-@pytest.mark.parametrize("made", [program, pytest.param(generate_source, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    ("spec", "target"),
-    [
-        pytest.param(*spec.values, target, marks=spec.marks)
-        for target, slow in ((TARGETS[0], ("pre.backward", "step.forward", "single_pass.forward")), (TARGETS[2], LARGE))
+def programs_and_sources() -> list[Any]:
+    """Programs of all kernels on a CPU and CUDA, and the sources of those that mix streams."""
+    cpu, cuda = ("pre.backward", "step.forward", "single_pass.forward"), LARGE
+    return [
+        pytest.param(*spec.values, target, made, marks=pytest.mark.slow if made is generate_source else spec.marks)
+        for made in (program, generate_source)
+        for target, slow in ((TARGETS[0], cpu), (TARGETS[2], cuda))
         for spec in but_slow(slow)
-    ],
-    ids=named,
-)
+        if made is program or not spec.values[0].op.endswith(IDENTITY)
+    ]
+
+
+@pytest.mark.parametrize(("spec", "target", "made"), programs_and_sources(), ids=named)
 def test_every_tunable_changes_the_program_and_the_generated_source(spec, target, made):
     problem = problem_of(spec, 4 if target.kind == "cpu" else 2)  # lowering for CUDA takes long for many streams
     default, space = spec.default(problem, target), spec.space(problem, target)
