@@ -60,7 +60,7 @@ def test_a_space_is_small_enough_to_be_listed(spec, target):
     """The tuner looks at every combination once, at some 20 µs each."""
     for n, width, tokens in ((1, 8, 1), (4, 2560, 4096), (16, 7168, 16384)):
         problem = spec.canonical(Problem(spec.op, spec.direction, n, width, "bfloat16", tokens=tokens))
-        assert math.prod(map(len, spec.space(problem, target).values())) <= 120_000
+        assert math.prod(map(len, spec.space(problem, target).values())) <= 125_000
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
