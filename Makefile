@@ -34,7 +34,7 @@ export NEXT
 tune: export MHC_TUNE_CACHE := $(CURDIR)/$(CACHE)
 tune: .venv/installed
 	@mkdir -p build
-	$(BIN)/mhc-tune tune $(PROBLEM) --seconds 140 --cache $(CACHE) --json > build/tune.json
+	$(BIN)/mhc-tune tune $(PROBLEM) --seconds 110 --cache $(CACHE) --json > build/tune.json
 	$(BIN)/mhc-tune export $(PACK) --cache $(CACHE)
 	$(BIN)/mhc-tune bench $(PROBLEM) $(COMPARED) --cache $(CACHE) --json > build/bench.json
 	@if $(BIN)/python -c 'import matplotlib' 2> /dev/null; then \

@@ -10,7 +10,7 @@ Kernels: `load_kernels` loads a cache folder or pack, `kernel_report` says which
 from mhc import converters, diagnostics, functional, manifolds
 from mhc.dispatch.kernel_report import KernelReport
 from mhc.dispatch.kernels import Kernels, active, kernel_report, load_kernels, using
-from mhc.integrations.patch import patch, unpatch
+from mhc.integrations.patch_transformers import patch, unpatch
 from mhc.integrations.wrap import wrap
 from mhc.modules.hyper_connection import HyperConnection
 from mhc.modules.recompute import recompute

@@ -6,6 +6,7 @@ than float32 are cast, as in their own code. What modules return are no views, a
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -42,9 +43,9 @@ class Connection(Patched):
     """The length of scale."""
 
     @staticmethod
+    @abstractmethod
     def rows(streams: int) -> int:
         """N, the rows of fn."""
-        raise NotImplementedError
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -55,9 +56,9 @@ class Connection(Patched):
         """phi, alpha and bias in float32."""
         return self.fn.float(), self.scale.float(), self.base.float()
 
+    @abstractmethod
     def settings_for_ops(self) -> dict[str, Any]:
         """rounds, eps, hc_eps and post_scale, as the module says."""
-        raise NotImplementedError
 
     def before(self, x: torch.Tensor) -> Before:
         """Everything before the sublayer; its x is for merge or step alone."""

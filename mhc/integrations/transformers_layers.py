@@ -13,6 +13,7 @@ a module.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -48,9 +49,9 @@ class Layer(Receiver):
     own_attributes = (*Receiver.own_attributes, "steps")
 
     @staticmethod
+    @abstractmethod
     def attention_outputs(layer: nn.Module) -> int:
         """How many values the attention of such a layer returns; one stands alone."""
-        raise NotImplementedError
 
     def start(self, x: torch.Tensor) -> Before:
         """What is before attention."""

@@ -1,4 +1,4 @@
-"""Behaviour of modules, tried on tiny inputs: does what takes a module's place do what the module does?
+"""Probes of modules, tried on tiny inputs: does what takes a module's place do what the module does?
 
 A probe is a module of the same class and attributes with tiny parameters and submodules in place of its own, so that
 nothing is computed at the model's size and models on the meta device can be tried.

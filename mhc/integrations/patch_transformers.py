@@ -1,4 +1,4 @@
-"""mhc.patch: fused kernels for the hyper-connections of transformers' models, in place, and mhc.unpatch.
+"""The patch of transformers' models (`mhc.patch`, `mhc.unpatch`): fused kernels for their hyper-connections, in place.
 
 Modules are known by their parameters and submodules and by what they compute on tiny inputs, not by the version of
 transformers, which is not imported here.
@@ -11,7 +11,7 @@ import logging
 from torch import nn
 
 from mhc.checks import check_problem
-from mhc.integrations import behaviour
+from mhc.integrations import probes
 from mhc.integrations.patched_class import Patched, check_restorable, patched_class, restore
 from mhc.integrations.transformers_connections import (
     Connection,
@@ -151,14 +151,14 @@ def _layer(name: str, layer: nn.Module, plan: Plan) -> type[Layer] | None:
     connections, streams = plan[layer.attn_hc], layer.attn_hc.hc_mult  # type: ignore[index, union-attr]
     if set(PARTS) == dict(layer.named_children()).keys():
         for mixin in LAYERS:
-            if behaviour.same_layer(layer, mixin, connections, streams):  # type: ignore[arg-type]
+            if probes.same_layer(layer, mixin, connections, streams):  # type: ignore[arg-type]
                 return mixin
     LOG.warning("%s: %s.forward is not one that mhc.patch knows: its mix of streams stays", name, type(layer).__name__)
     return None
 
 
 def _check_behaviour(name: str, module: nn.Module, mixin: type[Patched], streams: int) -> None:
-    if different := behaviour.same_behaviour(module, mixin, streams):
+    if different := probes.same_behaviour(module, mixin, streams):
         raise BadInput(
             f"{name} must compute a map of transformers' DeepSeek-V4, GLM-5.3 or Hunyuan-V4, got {different} from "
             f"{type(module).__name__}: leave it unpatched"
