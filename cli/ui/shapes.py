@@ -56,7 +56,9 @@ class Shapes:
         if fused:
             yield f"{', '.join(fused)}: a sublayer of it reads the streams through {whose}"
         if parts:
-            yield f"{', '.join(parts)}: what a boundary consists of, and what runs where that is faster"
+            why = "of what is before the first sublayer and after the last one"
+            why = why if model.identity else "what a boundary consists of, and what runs where that is faster"
+            yield f"{', '.join(parts)}: {why}"
         yield (
             f"eps {model.eps:g}, hc_eps {model.hc_eps:g}, post_scale {model.post_scale:g}: arguments of a call, "
             "the same kernels serve all values"

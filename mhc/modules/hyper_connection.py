@@ -101,6 +101,7 @@ class HyperConnection(nn.Module):
         if mode != "mhc" and (hc_eps, post_scale) != (0.0, functional.POST_SCALE):
             text = f"got {hc_eps} and {post_scale} with mode {mode}: leave them out"
             raise BadInput(f"hc_eps and post_scale are for mode mhc, {text}")
+        manifold = IDENTITY_MANIFOLD if manifold is manifolds.identity_of else manifold
         self.width, self.streams, self.sublayer = width, streams, sublayer
         self.mode, self.manifold, self.init, self.dynamic = mode, manifold, init, dynamic
         self.dropout, self.rounds, self.eps, self.hc_eps, self.post_scale = dropout, rounds, eps, hc_eps, post_scale

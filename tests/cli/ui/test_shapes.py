@@ -65,7 +65,8 @@ def test_a_model_without_a_dtype_takes_that_of_the_option() -> None:
 def test_a_model_whose_res_is_the_identity_has_ops_of_its_own() -> None:
     found = shapes("hunyuan-v4", None, None, None, None)
     assert found.ops == ["aggregate", "merge_identity", "pre_identity", "step_identity"]
-    first, _dtype, fused, *_ = found.reasons()
+    first, _dtype, fused, parts, _scalars = found.reasons()
+    assert parts == "aggregate, merge_identity: of what is before the first sublayer and after the last one"
     assert "4 streams of width 6144, res is the identity (" in first
     assert fused.startswith("pre_identity, step_identity: a sublayer of it reads the streams through its own pre")
 

@@ -120,6 +120,15 @@ def test_a_stack_may_mix_in_some_blocks_only(single_pass):
         torch.testing.assert_close(found, nn.Sequential(*blocks)(x), rtol=1e-5, atol=1e-5)
 
 
+def test_its_function_is_the_same_as_its_name():
+    named, given = block(), block(manifold=mhc.manifolds.identity_of)
+    given.load_state_dict(named.state_dict())
+    given.sublayer.load_state_dict(named.sublayer.state_dict())
+    x = torch.randn(5, N, WIDTH)
+    assert given.fused
+    assert torch.equal(given(x), named(x))
+
+
 def test_watchers_see_the_identity():
     model = nn.Sequential(block(), block(manifold="sinkhorn"))
     with mhc.diagnostics.Watch(model) as watch:
