@@ -11,6 +11,8 @@ PACK := build/kernels.mhcpack
 # What ends a layer, and a whole one: torch compiles these in a minute or two. `mhc-tune bench` alone compares everything.
 COMPARED := $(foreach op,merge layer,--op $(op)) --direction both \
 	$(foreach impl,tuned default eager compile,--impl $(impl))
+# What the paper's mHC runs; single pass and the identity are other models.
+TUNED := $(foreach op,aggregate merge coefficients project pre step,--op $(op))
 PROBLEM := --target auto --streams 4 --width 1280 --tokens 2048 --dtype bfloat16 --dtype float32
 
 # On a machine with an NVIDIA GPU: tests, tunes and measures, the most telling first; the same command goes on.
@@ -34,7 +36,7 @@ export NEXT
 tune: export MHC_TUNE_CACHE := $(CURDIR)/$(CACHE)
 tune: .venv/installed
 	@mkdir -p build
-	$(BIN)/mhc-tune tune $(PROBLEM) --seconds 110 --cache $(CACHE) --json > build/tune.json
+	$(BIN)/mhc-tune tune $(PROBLEM) $(TUNED) --seconds 110 --cache $(CACHE) --json > build/tune.json
 	$(BIN)/mhc-tune export $(PACK) --cache $(CACHE)
 	$(BIN)/mhc-tune bench $(PROBLEM) $(COMPARED) --cache $(CACHE) --json > build/bench.json
 	@if $(BIN)/python -c 'import matplotlib' 2> /dev/null; then \
