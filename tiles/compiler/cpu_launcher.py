@@ -52,6 +52,9 @@ extern "C" int32_t {ENTRY}(void **tensors, const float *scalars, int64_t tokens,
     const int64_t first = tokens * slice / slices, last = tokens * (slice + 1) / slices;
     failed |= {kernel}(
         {call});
+#if defined(__SSE2__)
+    _mm_sfence();  // what went past the caches is there for other threads
+#endif
   }}
   return failed;
 }}

@@ -1,4 +1,5 @@
-"""The C++ functions that CPU programs call: low-precision storage, the exponential, and register blocks of products.
+"""The C++ functions that CPU programs call: low-precision storage, stores past the caches, the exponential, and
+register blocks of products.
 
 Storage and exponential are C++ and not TileLang because bfloat16 and float16 have no C type on TileLang's CPU target,
 and because TVM's simplifier takes minutes over the same bit manipulations written as expressions. They are branch-free,
@@ -13,6 +14,9 @@ PRELUDE = r"""
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 extern "C" {  // TileLang declares what it calls with C linkage
 
@@ -21,41 +25,59 @@ static inline float mhc_float(uint32_t bits) { float value; memcpy(&value, &bits
 
 static inline float mhc_load_bfloat16(uint16_t stored) { return mhc_float((uint32_t)stored << 16); }
 
-// A NaN is replaced: rounding could carry its mantissa into the sign.
-static inline uint16_t mhc_store_bfloat16(float value) {
-  const uint32_t bits = mhc_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+// Rounded in the upper half. A NaN is replaced: rounding could carry its mantissa into the sign.
+static inline uint32_t mhc_bits_bfloat16(float value) {
+  const uint32_t bits = mhc_bits(value), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return value != value ? 0x7fc00000u : rounded;
 }
+static inline uint16_t mhc_store_bfloat16(float value) { return (uint16_t)(mhc_bits_bfloat16(value) >> 16); }
 
 // The same value in a float, and how such a float is stored: vectors stay 32 bits wide where nothing is stored.
-static inline float mhc_round_bfloat16(float value) {
-  const uint32_t bits = mhc_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-  return mhc_float((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : rounded);
-}
+static inline float mhc_round_bfloat16(float value) { return mhc_float(mhc_bits_bfloat16(value) & 0xffff0000u); }
 static inline uint16_t mhc_narrow_bfloat16(float rounded) { return (uint16_t)(mhc_bits(rounded) >> 16); }
 
 // Moves the exponent from bias 15 to 127; subtracting 2^-14 turns the implicit one of a subnormal back into a zero.
-static inline float mhc_load_float16(uint16_t stored) {
-  const uint32_t moved = (uint32_t)(stored & 0x7fffu) << 13, exponent = moved & 0x0f800000u;
+static inline float mhc_widen_float16(uint32_t stored) {
+  const uint32_t moved = (stored & 0x7fffu) << 13, exponent = moved & 0x0f800000u;
   const uint32_t rebiased = moved + (112u << 23);
   const uint32_t special = exponent == 0x0f800000u ? rebiased + (112u << 23) : rebiased;
   const uint32_t subnormal = mhc_bits(mhc_float(rebiased + (1u << 23)) - mhc_float(113u << 23));
-  return mhc_float((exponent == 0 ? subnormal : special) | (uint32_t)(stored & 0x8000u) << 16);
+  return mhc_float((exponent == 0 ? subnormal : special) | (stored & 0x8000u) << 16);
 }
+static inline float mhc_load_float16(uint16_t stored) { return mhc_widen_float16(stored); }
 
 // Adding 0.5 lets the addition itself round a value that becomes subnormal.
-static inline uint16_t mhc_store_float16(float value) {
+static inline uint32_t mhc_bits_float16(float value) {
   const uint32_t bits = mhc_bits(value), magnitude = bits & 0x7fffffffu;
   const uint32_t subnormal = mhc_bits(mhc_float(magnitude) + 0.5f) - (126u << 23);
   const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
   const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  return (uint16_t)((magnitude >= (143u << 23) ? special : finite) | ((bits >> 16) & 0x8000u));
+  return (magnitude >= (143u << 23) ? special : finite) | ((bits >> 16) & 0x8000u);
 }
+static inline uint16_t mhc_store_float16(float value) { return (uint16_t)mhc_bits_float16(value); }
 static inline float mhc_round_float16(float value) { return mhc_load_float16(mhc_store_float16(value)); }
 static inline uint16_t mhc_narrow_float16(float rounded) { return mhc_store_float16(rounded); }
+
+// Two neighbouring elements in one word, so that vectors of them stay 32 bits wide: `which` is 0 for the first.
+static inline uint32_t mhc_load_pair(uint16_t *first) { uint32_t pair; memcpy(&pair, first, 4); return pair; }
+static inline int32_t mhc_store_pair(uint16_t *first, uint32_t pair) { memcpy(first, &pair, 4); return 0; }
+static inline float mhc_of_pair_bfloat16(uint32_t pair, int32_t which) {
+  return mhc_float(which ? pair & 0xffff0000u : pair << 16);
+}
+static inline float mhc_of_pair_float16(uint32_t pair, int32_t which) {
+  return mhc_widen_float16(which ? pair >> 16 : pair & 0xffffu);
+}
+static inline uint32_t mhc_pair_bfloat16(float first, float second) {
+  return mhc_bits_bfloat16(first) >> 16 | (mhc_bits_bfloat16(second) & 0xffff0000u);
+}
+static inline uint32_t mhc_pair_float16(float first, float second) {
+  return mhc_bits_float16(first) | mhc_bits_float16(second) << 16;
+}
+static inline uint32_t mhc_narrow_pair_bfloat16(float first, float second) {
+  return mhc_bits(first) >> 16 | mhc_bits(second);
+}
+static inline uint32_t mhc_narrow_pair_float16(float first, float second) { return mhc_pair_float16(first, second); }
 
 // e^value for value <= 0: 2^k p(r) with value = k ln 2 + r and |r| <= ln(2)/2; p is Taylor to r^7, relative error
 // under 2e-7. ln 2 is split so that k times its first part is exact. Values under -87 give e^-87.
@@ -133,11 +155,11 @@ MHC_OWN_REGISTERS int32_t mhc_add_dots(float *sums, int32_t sums_row, float *a, 
 
 // Brings in the cache lines of `count` elements. It may name memory that is not there.
 MHC_INLINE int32_t mhc_prefetch_float32(float *first, int32_t count) {
-  for (int32_t i = 0; i < count; i += 16) __builtin_prefetch(first + i);
+  for (int32_t i = 0; i < count; i += 16) __builtin_prefetch(first + i, 0, 2);
   return 0;
 }
 MHC_INLINE int32_t mhc_prefetch_uint16(uint16_t *first, int32_t count) {
-  for (int32_t i = 0; i < count; i += 32) __builtin_prefetch(first + i);
+  for (int32_t i = 0; i < count; i += 32) __builtin_prefetch(first + i, 0, 2);
   return 0;
 }
 
@@ -147,6 +169,50 @@ static inline float mhc_dot_sum(float *sum) {
   return total;
 }
 
+}  // extern "C"
+
+#define MHC_LINE 64  // bytes of a cache line
+
+// One cache line to memory past the caches, which would read it first. Where a processor has no such stores, as usual.
+MHC_INLINE void mhc_stream_line(void *line, const void *from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i *)line, _mm512_loadu_si512(from));
+#elif defined(__AVX__)
+  const __m256i *vectors = (const __m256i *)from;
+  for (int32_t v = 0; v < 2; ++v) _mm256_stream_si256((__m256i *)line + v, _mm256_loadu_si256(vectors + v));
+#elif defined(__SSE2__)
+  const __m128i *vectors = (const __m128i *)from;
+  for (int32_t v = 0; v < 4; ++v) _mm_stream_si128((__m128i *)line + v, _mm_loadu_si128(vectors + v));
+#else
+  memcpy(line, from, MHC_LINE);
+#endif
+}
+
+// `count` bytes: whole cache lines past the caches, what is beside them as usual.
+MHC_INLINE int32_t mhc_stream(uint8_t *to, const uint8_t *from, int32_t count) {
+  const int32_t beside = -(uintptr_t)to & (MHC_LINE - 1);
+  int32_t c = beside < count ? beside : count;
+  memcpy(to, from, c);
+  for (; c + MHC_LINE <= count; c += MHC_LINE) mhc_stream_line(to + c, from + c);
+  memcpy(to + c, from + c, count - c);
+  return 0;
+}
+
+extern "C" {
+MHC_INLINE int32_t mhc_copy_float32(float *to, float *from, int32_t count) {
+  memcpy(to, from, 4 * (size_t)count);
+  return 0;
+}
+MHC_INLINE int32_t mhc_copy_uint16(uint16_t *to, uint16_t *from, int32_t count) {
+  memcpy(to, from, 2 * (size_t)count);
+  return 0;
+}
+MHC_INLINE int32_t mhc_stream_float32(float *to, float *from, int32_t count) {
+  return mhc_stream((uint8_t *)to, (uint8_t *)from, 4 * count);
+}
+MHC_INLINE int32_t mhc_stream_uint16(uint16_t *to, uint16_t *from, int32_t count) {
+  return mhc_stream((uint8_t *)to, (uint8_t *)from, 2 * count);
+}
 }  // extern "C"
 
 // One block of columns, `vectors` wide: out[i] += Σ_j a[i][j] b[j].
@@ -182,8 +248,8 @@ MHC_INLINE int32_t mhc_product_blocks(float *out, int32_t out_row, const float *
 
 // out[i] += Σ_{j < count} a[i][j] b[j] over `width` columns, a multiple of 8.
 extern "C" {
-MHC_INLINE int32_t mhc_add_product(float *out, int32_t out_row, float *a, int32_t a_row, int32_t a_column, float *b,
-                                   int32_t b_row, int32_t rows, int32_t count, int32_t width) {
+MHC_OWN_REGISTERS int32_t mhc_add_product(float *out, int32_t out_row, float *a, int32_t a_row, int32_t a_column,
+                                          float *b, int32_t b_row, int32_t rows, int32_t count, int32_t width) {
 #define MHC_FROM(lanes, vectors) \
   mhc_product_blocks<lanes, vectors>(out, out_row, a, a_row, a_column, b, b_row, rows, count, c, width)
   int32_t c = 0;

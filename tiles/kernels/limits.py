@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tiles.kernels.spec import DTYPE_BYTES, Problem
 from tiles.lang.storage import OWNED_REGISTERS
 from tiles.target import Target, compute_capability
 
@@ -28,6 +29,24 @@ REGISTER_BLOCK = 8
 
 FEW_REGISTERS = ("x86-64", "x86-64-v2", "x86-64-v3")
 """CPU targets with 16 vector registers; others have 32."""
+
+
+PAST_CACHES = 16 * 1024 * 1024
+"""Bytes of results from which on a CPU's cores may store them past their caches: what reads them next would find little
+of them there."""
+
+
+def nontemporal_choices(problem: Problem, rows: int, target: Target) -> tuple[int, ...]:
+    """Whether results of so many rows of the width a token may go past a CPU's caches: the usual choice first."""
+    nbytes = problem.tokens * rows * problem.width * DTYPE_BYTES[problem.dtype]
+    return (1, 0) if target.kind == "cpu" and nbytes >= PAST_CACHES else (0,)
+
+
+def why_bad_nontemporal(nontemporal: int, target: Target) -> str | None:
+    """The rule for stores past the caches, or None where it holds."""
+    if nontemporal == 0 or (nontemporal == 1 and target.kind == "cpu"):
+        return None
+    return f"nontemporal must be 0, or 1 on a CPU, got {nontemporal} on {target}: choose 0"
 
 
 def dots_block(target: Target) -> tuple[int, int]:

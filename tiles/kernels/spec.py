@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from typing import Any, Literal, get_type_hints
 
@@ -237,10 +237,13 @@ class KernelSpec:
         return f"{self.op}.{self.direction}"
 
     def schedule_from(self, values: Mapping[str, Any]) -> Any:
-        """The schedule with these field values; raises `BadInput` when names or types do not fit."""
+        """The schedule with these field values; raises `BadInput` when names or types do not fit.
+
+        Records from before a field was added lack it: its default is the value that they were measured with.
+        """
         for kind in self.schedules:
-            fields = _field_types(kind)
-            if set(values) == set(fields):
+            types = _field_types(kind)
+            if set(types) - _with_default(kind) <= set(values) <= set(types):
                 break
         else:
             names = min(
@@ -252,14 +255,19 @@ class KernelSpec:
                 "tune this kernel again"
             )
         for name, value in values.items():
-            if type(value) is not fields[name]:
+            if type(value) is not types[name]:
                 raise BadInput(
-                    f"{self.name}: {name} must be of type {fields[name].__name__}, got {value!r}: tune it again"
+                    f"{self.name}: {name} must be of type {types[name].__name__}, got {value!r}: tune it again"
                 )
         return kind(**values)
 
 
 _field_types = cache(get_type_hints)
+
+
+@cache
+def _with_default(kind: type) -> frozenset[str]:
+    return frozenset(field.name for field in fields(kind) if field.default is not MISSING)
 
 
 @dataclass(frozen=True)

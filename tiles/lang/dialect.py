@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, Protocol
 
 import tilelang.language as T
 
-from tiles.lang.rows import CpuRow, CudaRow, Row
+from tiles.lang.rows import CopiedRow, CudaRow, ElementRow, NontemporalRow, PairRow, Row
 from tiles.lang.storage import DOT_LANES, OWNED_REGISTERS
 from tiles.lang.values import Buffer, Expr
 from tiles.target import Target, compute_capability
@@ -60,8 +61,12 @@ class Dialect(Protocol):
     def reciprocal(self, value: Expr) -> Expr:
         """1 / value to about float32's precision, for values far from float32's limits."""
 
-    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> Row:
-        """`width` elements of a tensor's row for a parallel loop; `copied` where it reads what it also writes."""
+    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False, nontemporal: bool = False) -> Row:
+        """`width` elements of a tensor's row for a parallel loop; `copied` where it reads what it also writes,
+        `nontemporal` where it only writes, and a CPU's caches have better use than to hold that."""
+
+    def packed(self, dtype: str) -> int:
+        """Elements of a row that an iteration takes: where it is 2, they are indexed by (pair, 0 or 1)."""
 
     def partial_index(self, *indices: Expr) -> tuple[Expr, ...]:
         """Where iteration `indices` of a parallel loop finds its part of an accumulator."""
@@ -145,8 +150,14 @@ class Cpu:
     def reciprocal(self, value: Expr) -> Expr:
         return T.float32(1) / value
 
-    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> Row:
-        return CpuRow(self, tensor, dtype, width, copied)
+    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False, nontemporal: bool = False) -> Row:
+        row: Callable[[Buffer], Row] = ElementRow if dtype == "float32" else partial(PairRow, dtype=dtype)
+        if nontemporal:
+            return NontemporalRow(row, tensor, width)
+        return CopiedRow(row, tensor, width) if copied else row(tensor)
+
+    def packed(self, dtype: str) -> int:
+        return 1 if dtype == "float32" else 2
 
     def partial_index(self, *indices: Expr) -> tuple[Expr, ...]:
         return (0,)
@@ -244,8 +255,11 @@ class Cuda:
     def reciprocal(self, value: Expr) -> Expr:
         return T.fast_rcp(value)
 
-    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> Row:
+    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False, nontemporal: bool = False) -> Row:
         return CudaRow(tensor, dtype, width)
+
+    def packed(self, dtype: str) -> int:
+        return 1
 
     def partial_index(self, *indices: Expr) -> tuple[Expr, ...]:
         return indices

@@ -157,9 +157,10 @@ def test_a_kernel_allocates_the_scratch_that_it_states(spec, n, width):
     target, problem = TARGETS[0], problem_of(spec, n, width)
     schedule = spec.default(problem, target)
     source = generate_source(spec, problem, schedule, target)
-    arrays = [int(size) for size in re.findall(r"^\s+float \w+\[(\d+)\];", source, flags=re.MULTILINE)]
+    arrays = re.findall(r"^\s+(float|uint16_t) \w+\[(\d+)\];", source, flags=re.MULTILINE)
     # Arrays of one element are variables.
-    assert 4 * sum(size for size in arrays if size > 1) == spec.scratch(problem, schedule, target)
+    held = sum({"float": 4, "uint16_t": 2}[kind] * int(size) for kind, size in arrays if int(size) > 1)
+    assert held == spec.scratch(problem, schedule, target)
     assert "alloc(" not in source
 
 
@@ -209,7 +210,14 @@ def test_inputs_and_reference_have_the_shapes_of_the_arguments(spec):
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"block_width": 8}, {"block_width": "8", "threads": 0}, {"block_width": True, "threads": 0}]
+    "values",
+    [
+        {},
+        {"block_width": 8},
+        {"block_width": 8, "nontemporal": 0},
+        {"block_width": "8", "threads": 0},
+        {"block_width": True, "threads": 0},
+    ],
 )
 def test_a_schedule_of_wrong_names_or_types_is_refused(values):
     with pytest.raises(BadInput, match=r"tune (it|this kernel) again"):

@@ -10,10 +10,10 @@ from typing import Any
 
 import tilelang.language as T
 
-from tiles.kernels.apply.columns import Columns
 from tiles.kernels.apply.schedule import ApplySchedule
 from tiles.kernels.apply.signature import aggregate_arguments
 from tiles.kernels.spec import Problem
+from tiles.lang.columns import Columns
 from tiles.lang.dialect import Dialect
 from tiles.lang.program import program
 from tiles.lang.values import Buffer, Expr, bind
@@ -25,15 +25,17 @@ class Aggregate:
     With `threads`, each of so many CUDA threads has neighbouring columns to itself (`columns.Columns`).
     """
 
-    def __init__(self, problem: Problem, block: int, dialect: Dialect, threads: int = 0) -> None:
+    def __init__(
+        self, problem: Problem, block: int, dialect: Dialect, threads: int = 0, *, nontemporal: bool = False
+    ) -> None:
         n, width = problem.streams, problem.width
         self.streams = streams = tuple(range(n))
-        columns = Columns(block, problem.dtype, dialect, threads)
+        columns = Columns(block, problem.dtype, dialect, threads, nontemporal=nontemporal)
 
         @T.macro
         def aggregate(x: Buffer, u: Buffer, token: Expr, pre: Sequence[Expr]) -> None:
             """u_c = Σ_i pre_i x_ic."""
-            state, mixed = [columns.row(x) for _ in streams], columns.row(u)
+            state, mixed = [columns.row(x) for _ in streams], columns.result(u)
             for chunk in T.serial(width // block):
                 for i in streams:
                     state[i].load(token, i * width + chunk * block)
@@ -52,7 +54,7 @@ class Aggregate:
             is given."""
             state, upper = [columns.row(x) for _ in streams], columns.row(du)
             more = [] if f is None else [columns.row(f)]
-            state_grads = [] if dx is None else [columns.row(dx) for _ in streams]
+            state_grads = [] if dx is None else [columns.result(dx) for _ in streams]
             sums = [columns.sums() for _ in (*state, *more)]
             for chunk in T.serial(width // block):
                 for i in streams:
@@ -108,9 +110,15 @@ def put_column(tensor: Buffer, column: Expr, row: Expr, value: Expr) -> None:
     tensor[row, column] = value
 
 
+def aggregate_of(problem: Problem, schedule: ApplySchedule, dialect: Dialect) -> Aggregate:
+    """The macros for a schedule."""
+    nontemporal = bool(schedule.nontemporal)
+    return Aggregate(problem, schedule.block_width, dialect, schedule.threads, nontemporal=nontemporal)
+
+
 def aggregate_forward(problem: Problem, schedule: ApplySchedule, dialect: Dialect) -> Any:
     """u_c = Σ_i pre_i x_ic."""
-    macros = Aggregate(problem, schedule.block_width, dialect, schedule.threads)
+    macros = aggregate_of(problem, schedule, dialect)
 
     @program(aggregate_arguments(problem), dialect)
     def aggregate_forward(p: Any) -> None:
@@ -122,7 +130,7 @@ def aggregate_forward(problem: Problem, schedule: ApplySchedule, dialect: Dialec
 
 def aggregate_backward(problem: Problem, schedule: ApplySchedule, dialect: Dialect) -> Any:
     """dx_ic = pre_i du_c;  dpre_i = Σ_c du_c x_ic."""
-    macros = Aggregate(problem, schedule.block_width, dialect, schedule.threads)
+    macros = aggregate_of(problem, schedule, dialect)
 
     @program(aggregate_arguments(problem), dialect)
     def aggregate_backward(p: Any) -> None:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import tilelang.language as T
 
 from tiles.kernels.apply.aggregate import put_column
-from tiles.kernels.apply.columns import Columns
 from tiles.kernels.apply.schedule import GROUP, ApplySchedule, in_groups
 from tiles.kernels.apply.signature import merge_arguments
 from tiles.kernels.spec import Problem
+from tiles.lang.columns import Columns
 from tiles.lang.dialect import Dialect
 from tiles.lang.program import program
 from tiles.lang.rows import Row
@@ -51,20 +51,30 @@ class Merge:
     """
 
     def __init__(
-        self, problem: Problem, block: int, dialect: Dialect, threads: int = 0, group: int | None = None
+        self,
+        problem: Problem,
+        block: int,
+        dialect: Dialect,
+        threads: int = 0,
+        group: int | None = None,
+        *,
+        nontemporal: bool = False,
     ) -> None:
         n, width = problem.streams, problem.width
         streams, self._held, self._mixes = tuple(range(n)), group is None, problem.mixes
-        columns = Columns(block, problem.dtype, dialect, threads)
+        columns = Columns(block, problem.dtype, dialect, threads, nontemporal=nontemporal)
         outputs, members, held = (1, tuple(range(min(group, n))), False) if group else (n, streams, True)
         members = members if problem.mixes else ()
 
         def rows(buffer: Buffer, count: int = n, copied: bool = False) -> list[Row]:
             return [columns.row(buffer, copied=copied) for _ in range(count)]
 
+        def results(buffer: Buffer, count: int = n) -> list[Row]:
+            return [columns.result(buffer) for _ in range(count)]
+
         def walked(tensors: Any, count: int) -> tuple[list[Row], list[Row]]:
             """So many streams of x and dx."""
-            return (rows(tensors.x, count), rows(tensors.dx, count)) if count else ([], [])
+            return (rows(tensors.x, count), results(tensors.dx, count)) if count else ([], [])
 
         def load(parts: Sequence[Row], of: Sequence[Expr], token: Expr, column: Expr) -> None:
             for part, i in zip(parts, of, strict=True):
@@ -73,7 +83,7 @@ class Merge:
         @T.macro
         def merge(x: Buffer, f: Buffer, out: Buffer, token: Expr, weights: Any) -> None:
             """out_i of one token."""
-            state, sublayer, mixed = rows(x), columns.row(f), rows(out, outputs)
+            state, sublayer, mixed = rows(x), columns.row(f), results(out, outputs)
             for chunk in T.serial(width // block):
                 load(state, streams, token, chunk * block)
                 sublayer.load(token, chunk * block)
@@ -96,7 +106,7 @@ class Merge:
         ) -> None:
             """out_i of one token, and in the same pass dpre_i = Σ_c du_c out_ic, into dpre [n, T]."""
             sums = [columns.sums() for _ in streams]
-            state, sublayer, upper, mixed = rows(x), columns.row(f), columns.row(du), rows(out)
+            state, sublayer, upper, mixed = rows(x), columns.row(f), columns.row(du), results(out)
             post, res = weights.outputs(0, n)
             for chunk in T.serial(width // block):
                 load(state, streams, token, chunk * block)
@@ -138,7 +148,7 @@ class Merge:
             post_sums = [columns.sums() for _ in streams] if of_f else []
             upper, (state, state_grads) = rows(tensors.g, copied=problem.mixes), walked(tensors, len(members))
             if of_f:
-                sublayer, sublayer_grads, post = columns.row(tensors.f), columns.row(tensors.df), weights.gates()
+                sublayer, sublayer_grads, post = columns.row(tensors.f), columns.result(tensors.df), weights.gates()
             group, res = weights.inputs(first, members)
             for chunk in T.serial(width // block):
                 load(upper, streams, token, chunk * block)
@@ -246,7 +256,8 @@ class _Unread(NamedTuple):
 def merge_of(problem: Problem, schedule: ApplySchedule, dialect: Dialect) -> Merge:
     """The macros for a schedule: in groups where a CUDA thread could not hold n² weights."""
     group = GROUP if in_groups(problem, schedule) else None
-    return Merge(problem, schedule.block_width, dialect, schedule.threads, group)
+    nontemporal = bool(schedule.nontemporal)
+    return Merge(problem, schedule.block_width, dialect, schedule.threads, group, nontemporal=nontemporal)
 
 
 def merge_forward(problem: Problem, schedule: ApplySchedule, dialect: Dialect) -> Any:

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tiles.kernels.limits import MAX_ACCUMULATORS, divisors, why_bad_threads, why_not_divisor, why_too_much_scratch
+from tiles.kernels.limits import (
+    MAX_ACCUMULATORS,
+    divisors,
+    nontemporal_choices,
+    why_bad_nontemporal,
+    why_bad_threads,
+    why_not_divisor,
+    why_too_much_scratch,
+)
 from tiles.kernels.spec import DTYPE_BYTES, Problem
 from tiles.target import Target
 
 STAGED_BYTES = 32 * 1024
-"""What merge's backward keeps of a token's gradients at a time: most of an L1 cache."""
+"""What is kept aside of a token's rows at a time: most of an L1 cache."""
 
 THREADS = (32, 64, 96, 128, 160, 192, 256, 320)
 """CUDA threads a block to choose from: those that are no power of two suit widths such as 2560 = 320 × 8."""
@@ -34,19 +42,24 @@ class ApplySchedule:
 
     block_width: columns in one parallel loop, a divisor of the width; all streams of a block are handled together.
     threads: CUDA threads a block; 0 on a CPU.
+    nontemporal: 1 where a CPU stores streams and sublayer inputs past its caches.
     """
 
     block_width: int
     threads: int
+    nontemporal: int = 0
 
 
 def default(problem: Problem, target: Target) -> ApplySchedule:
-    """On a CPU the whole row, or what L1 holds of it where gradients are copied; on CUDA as many threads as a row keeps
-    busy with the longest vectors that the registers take. A backward needs most of them: there, few threads make room
-    for other blocks, whose loads are under way while one adds up."""
+    """On a CPU the whole row, or what L1 holds of it where rows are kept aside; on CUDA as many threads as a row
+    keeps busy with the longest vectors that the registers take. A backward needs most of them: there, few threads make
+    room for other blocks, whose loads are under way while one adds up."""
     if target.kind == "cpu":
-        most = max(8, STAGED_BYTES // (4 * problem.streams)) if stages_grads(problem) else problem.width
-        return ApplySchedule(problem.width if problem.width <= most else divisors(problem.width, 8, most)[-1], 0)
+        nontemporal = _nontemporal(problem, target)[0]
+        row_bytes = DTYPE_BYTES[problem.dtype] * staged_rows(problem, nontemporal)
+        most = max(8, STAGED_BYTES // row_bytes) if row_bytes else problem.width
+        whole = problem.width <= most
+        return ApplySchedule(problem.width if whole else divisors(problem.width, 8, most)[-1], 0, nontemporal)
     most = BACKWARD_THREADS[problem.tokens > FEW_TOKENS] if problem.direction == "backward" else THREADS[-1]
     for lanes in (lanes for lanes in (8, 4, 2, 1) if lanes * DTYPE_BYTES[problem.dtype] <= VECTOR_BYTES):
         for threads in (count for count in reversed(THREADS) if count <= most and problem.width % (lanes * count) == 0):
@@ -60,9 +73,13 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
     """Column blocks that divide the width, and thread counts on CUDA."""
     blocks = {*divisors(problem.width, 32, 2048), default(problem, target).block_width}
     if target.kind == "cpu":
-        return {"block_width": tuple(sorted({*blocks, problem.width})), "threads": (0,)}
+        return {
+            "block_width": tuple(sorted({*blocks, problem.width})),
+            "threads": (0,),
+            "nontemporal": tuple(sorted(_nontemporal(problem, target))),
+        }
     vectors = {lanes * threads for lanes in (4, 8) for threads in THREADS if problem.width % (lanes * threads) == 0}
-    return {"block_width": tuple(sorted(blocks | vectors)), "threads": THREADS}
+    return {"block_width": tuple(sorted(blocks | vectors)), "threads": THREADS, "nontemporal": (0,)}
 
 
 def why_invalid(problem: Problem, schedule: ApplySchedule, target: Target) -> str | None:
@@ -70,6 +87,7 @@ def why_invalid(problem: Problem, schedule: ApplySchedule, target: Target) -> st
     why = why_bad_threads(schedule.threads, target) or why_not_divisor(
         "block_width", schedule.block_width, problem.width
     )
+    why = why or why_bad_nontemporal(schedule.nontemporal, target)
     why = why or why_too_much_scratch(scratch(problem, schedule, target), target)
     if why or target.kind == "cpu" or schedule == default(problem, target):
         return why
@@ -88,7 +106,31 @@ def _why_not_cuda(problem: Problem, schedule: ApplySchedule) -> str | None:
 
 def scratch(problem: Problem, schedule: ApplySchedule, target: Target) -> int:
     """Bytes of scratch."""
-    return 4 * problem.streams * schedule.block_width if target.kind == "cpu" and stages_grads(problem) else 0
+    if target.kind != "cpu":
+        return 0
+    return DTYPE_BYTES[problem.dtype] * staged_rows(problem, schedule.nontemporal) * schedule.block_width
+
+
+def staged_rows(problem: Problem, nontemporal: int) -> int:
+    """Rows of a token's block of columns that a CPU keeps aside: results that go past the caches, or a copy of
+    gradients that it reads where it may write in their place."""
+    if nontemporal:
+        return _results(problem)
+    return problem.streams if stages_grads(problem) else 0
+
+
+def _results(problem: Problem) -> int:
+    """Rows of the width that a token's results have."""
+    backward, aggregate = problem.direction == "backward", problem.base_op == "aggregate"
+    if aggregate:
+        return problem.streams if backward else 1
+    if backward and not problem.mixes:
+        return 1
+    return problem.streams + backward
+
+
+def _nontemporal(problem: Problem, target: Target) -> tuple[int, ...]:
+    return nontemporal_choices(problem, _results(problem), target)
 
 
 def stages_grads(problem: Problem) -> bool:

@@ -6,6 +6,7 @@ kept on the side for that: what a later step needs again it reads from the tenso
 stream i of a token begins at column i·C.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ def pre_forward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
         assert isinstance(dialect, Cuda)
         return chain_programs.pre_forward(problem, schedule, dialect)
     assert isinstance(dialect, Cpu)
-    block, before = schedule.block_tokens, _Forward(problem, schedule, dialect)
+    block, before = schedule.block_tokens, _Forward(problem, schedule, dialect, lambda p: (p.x,), 0)
 
     @program(signature.pre(problem), dialect)
     def pre_forward(p: Any) -> None:
@@ -48,7 +49,8 @@ def step_forward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
         assert isinstance(dialect, Cuda)
         return (merged_programs if schedule.merged else chain_programs).step_forward(problem, schedule, dialect)
     assert isinstance(dialect, Cpu)
-    block, before = schedule.block_tokens, _Forward(problem, schedule, dialect)
+    block = schedule.block_tokens
+    before = _Forward(problem, schedule, dialect, lambda p: (p.x, p.f), block)
     mixed = Merge(problem, schedule.row_width, dialect)
 
     @program(signature.step(problem), dialect)
@@ -126,8 +128,11 @@ def step_backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any
 class _Forward:
     """The macro for a block of tokens before a sublayer: project, coefficients, aggregate."""
 
-    def __init__(self, problem: Problem, schedule: FusedSchedule, dialect: Cpu) -> None:
-        project = projection(problem, schedule, dialect)
+    def __init__(
+        self, problem: Problem, schedule: FusedSchedule, dialect: Cpu, soon: Callable[[Any], Any], ahead: int
+    ) -> None:
+        """See `projection` for `soon` and `ahead`; 0 is the next register block."""
+        project = projection(problem, schedule, dialect, soon, ahead or schedule.register_tokens)
         coefficients = gates.Forward(problem, schedule.block_tokens, dialect)
         apply = Aggregate(problem, schedule.row_width, dialect)
         rows = schedule.register_tokens

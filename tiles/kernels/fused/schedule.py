@@ -120,4 +120,5 @@ def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
         held = coefficients.forward_scratch(problem, schedule.block_tokens, target) + forward_scratch(problem, schedule)
     else:
         held = coefficients.backward_scratch(problem, schedule.block_tokens, target) + backward_scratch(schedule)
-    return 4 * (held + (problem.streams * schedule.row_width if stages_grads(problem) else 0))
+    copied = problem.streams * schedule.row_width if stages_grads(problem) else 0
+    return 4 * held + DTYPE_BYTES[problem.dtype] * copied

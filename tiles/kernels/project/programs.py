@@ -5,7 +5,7 @@ Here are those for a CPU, in register blocks; `tensor_core_programs` has those f
 a token begins at column i·C. Tokens past the end are clamped to the last one and never stored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tilelang.language as T
@@ -15,9 +15,13 @@ from tiles.kernels.project.schedule import BackwardSchedule, ForwardSchedule, Sc
 from tiles.kernels.project.signature import arguments
 from tiles.kernels.project.tensor_core_schedule import TiledSchedule
 from tiles.kernels.spec import Problem
+from tiles.lang.columns import Columns
 from tiles.lang.dialect import Cpu, Cuda, Dialect, View
 from tiles.lang.program import program
 from tiles.lang.values import Buffer, Expr, as_value, bind, token_range, variable
+
+LINE = 32
+"""Columns that are brought in together: a cache line of 16-bit elements."""
 
 
 def forward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
@@ -27,7 +31,7 @@ def forward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
         return tensor_core_programs.forward(problem, schedule, dialect)
     assert isinstance(schedule, ForwardSchedule)
     assert isinstance(dialect, Cpu)
-    project = projection(problem, schedule, dialect)
+    project = projection(problem, schedule, dialect, lambda p: (p.x,), schedule.register_tokens)
 
     @program(arguments(problem), dialect)
     def project_forward(p: Any) -> None:
@@ -37,11 +41,18 @@ def forward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
     return project_forward
 
 
-def projection(problem: Problem, schedule: Any, dialect: Cpu) -> Any:
-    """The macro that projects one register block of tokens, start..start + register_tokens as far as below `last`."""
+def projection(
+    problem: Problem, schedule: Any, dialect: Cpu, soon: Callable[[Any], tuple[Buffer, ...]], ahead: int
+) -> Any:
+    """The macro that projects one register block of tokens, start..start + register_tokens as far as below `last`.
+
+    Meanwhile it brings in what is read next: the same part of the rows, `ahead` tokens later, of the tensors `soon`.
+    """
     fan_in, outputs, width = problem.fan_in, problem.outputs, schedule.block_width
     rows = tuple(range(schedule.register_tokens))
     groups = output_groups(outputs, schedule.register_outputs)
+
+    prefetch = prefetch_of(problem, width, groups, dialect)
 
     @T.macro
     def add_group(dots: Buffer, staged: Buffer, phi: Buffer, chunk: Expr, k: Expr, size: int) -> None:
@@ -63,8 +74,10 @@ def projection(problem: Problem, schedule: Any, dialect: Cpu) -> Any:
                     staged[t, index] = value
                     squares[t][at] += value * value
             for g in T.serial(groups.whole):
+                prefetch(soon(p), [token[t] + ahead for t in rows], chunk * width, g)
                 add_group(dots, staged, p.phi, chunk, g * groups.size, groups.size)
             if groups.rest > 0:
+                prefetch(soon(p), [token[t] + ahead for t in rows], chunk * width, groups.whole)
                 add_group(dots, staged, p.phi, chunk, groups.whole * groups.size, groups.rest)
         for t in rows:
             if start + t < last:
@@ -83,7 +96,8 @@ def backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
     assert isinstance(schedule, BackwardSchedule)
     assert isinstance(dialect, Cpu)
     outputs, block, width = problem.outputs, schedule.block_tokens, schedule.block_width
-    columns, dx_dphi_tile = problem.fan_in // schedule.column_groups, gradients(problem, schedule, dialect)
+    columns = problem.fan_in // schedule.column_groups
+    dx_dphi_tile = gradients(problem, schedule, dialect, nontemporal=bool(schedule.nontemporal))
 
     @program(arguments(problem), dialect)
     def project_backward(p: Any) -> None:
@@ -107,9 +121,9 @@ def backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
     return project_backward
 
 
-def gradients(problem: Problem, schedule: Any, dialect: Cpu) -> Any:
+def gradients(problem: Problem, schedule: Any, dialect: Cpu, *, nontemporal: bool = False) -> Any:
     """The macro for a block of tokens and columns: dphi += dzᵀ·x̄ and dx̄ = dz·phi + 2 x̄ ds + others, of x, phi, dx and
-    dphi.
+    dphi. `nontemporal`: dx goes past the caches.
 
     dz comes as `factors` [N, block_tokens], ds as `slope` [block_tokens]. `others`, where given, makes an expression
     from (token in the block, token, index).
@@ -117,6 +131,7 @@ def gradients(problem: Problem, schedule: Any, dialect: Cpu) -> Any:
     outputs, width, dtype = problem.outputs, schedule.block_width, problem.dtype
     rows = tuple(range(schedule.register_tokens))
     groups = output_groups(outputs, schedule.register_outputs)
+    columns = Columns(width, dtype, dialect, nontemporal=nontemporal)
 
     @T.macro
     def add_group(
@@ -138,6 +153,7 @@ def gradients(problem: Problem, schedule: Any, dialect: Cpu) -> Any:
         also: tuple[Buffer, ...],
     ) -> None:
         staged, grads = dialect.scratch(schedule.block_tokens, width), dialect.scratch(len(rows), width)
+        result = columns.result(p.dx)
         count = variable(T.min(schedule.block_tokens, last - start))
         for t in T.serial(count):
             dialect.prefetch((p.x, p.dx, *also), start + t, column + width, width)
@@ -159,8 +175,11 @@ def gradients(problem: Problem, schedule: Any, dialect: Cpu) -> Any:
             )
             for t in rows:
                 if r * len(rows) + t < count:
-                    for index in dialect.parallel(width):
-                        p.dx[start + token[t], column + index] = dialect.store(grads[t, index], dtype)
+                    result.store_at(start + token[t], column)
+                    for outer in columns.outer():
+                        for inner in columns.inner():
+                            result.put(columns.index(outer, inner), grads[t, columns.place(outer, inner)])
+                    result.flush()
 
     return dx_dphi_tile
 
@@ -171,6 +190,20 @@ class Groups(NamedTuple):
     size: int
     whole: int
     rest: int
+
+
+def prefetch_of(problem: Problem, width: int, groups: Groups, dialect: Cpu) -> Any:
+    """A function that brings in, before one of the calls that go through `groups`, its piece of `width` columns of the
+    streams from `column` on: of each of these tensors, as far as a row of it is as long as the streams'."""
+    piece = -(-width // (groups.whole + (groups.rest > 0)) // LINE) * LINE
+
+    def prefetch(tensors: Sequence[Buffer], tokens: Sequence[Expr], column: Expr, call: Expr) -> None:
+        for token in tokens:
+            for tensor in tensors:
+                share = problem.fan_in // int(tensor.shape[1])
+                dialect.prefetch((tensor,), token, (column + call * piece) // share, -(-piece // share))
+
+    return prefetch
 
 
 def output_groups(outputs: int, size: int) -> Groups:

@@ -9,6 +9,8 @@ from typing import Any
 from tiles.kernels.limits import (
     divisors,
     dots_block,
+    nontemporal_choices,
+    why_bad_nontemporal,
     why_bad_register_block,
     why_bad_threads,
     why_not_divisor,
@@ -18,7 +20,7 @@ from tiles.kernels.limits import (
 )
 from tiles.kernels.project import tensor_core_schedule
 from tiles.kernels.project.tensor_core_schedule import TiledSchedule
-from tiles.kernels.spec import Problem
+from tiles.kernels.spec import DTYPE_BYTES, Problem
 from tiles.lang.storage import DOT_LANES
 from tiles.target import Target
 
@@ -48,6 +50,7 @@ class BackwardSchedule:
     block_width: columns in a block; a divisor of nC / column_groups.
     column_groups: parts of the columns, each swept over all tokens by itself.
     threads: 0; the launcher cuts slices.
+    nontemporal: 1 where dx is stored past the caches.
     """
 
     block_tokens: int
@@ -56,6 +59,7 @@ class BackwardSchedule:
     block_width: int
     column_groups: int
     threads: int
+    nontemporal: int = 0
 
 
 OnCpu = ForwardSchedule | BackwardSchedule
@@ -69,7 +73,8 @@ def default(problem: Problem, target: Target) -> Schedule:
     if problem.direction == "forward":
         tokens, outputs = dots_block(target)
         return ForwardSchedule(tokens, outputs, divisors(problem.fan_in, 64, 640)[-1], 0)
-    return BackwardSchedule(48, 6, 6, divisors(problem.fan_in, 8, 64)[-1], 1, 0)
+    nontemporal = nontemporal_choices(problem, problem.streams, target)[0]
+    return BackwardSchedule(48, 6, 6, divisors(problem.fan_in, 8, 64)[-1], 1, 0, nontemporal)
 
 
 def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
@@ -94,6 +99,7 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
         "block_width": tuple(sorted(widths)),
         "column_groups": (1, 2, 4, 8),
         "threads": (0,),
+        "nontemporal": tuple(sorted(nontemporal_choices(problem, problem.streams, target))),
     }
 
 
@@ -121,7 +127,8 @@ def _why_invalid_backward(problem: Problem, schedule: BackwardSchedule, target: 
     if schedule.column_groups < 1 or problem.fan_in % schedule.column_groups:
         return f"column_groups must divide nC = {problem.fan_in}, got {schedule.column_groups}: choose 1"
     return (
-        why_not_multiple("block_tokens", schedule.block_tokens, schedule.register_tokens)
+        why_bad_nontemporal(schedule.nontemporal, target)
+        or why_not_multiple("block_tokens", schedule.block_tokens, schedule.register_tokens)
         or why_not_divisor("block_width", schedule.block_width, problem.fan_in // schedule.column_groups)
         or why_too_much_scratch(scratch(problem, schedule, target), target)
     )
@@ -133,7 +140,8 @@ def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
         return tensor_core_schedule.scratch(problem, schedule)
     if isinstance(schedule, ForwardSchedule):
         return 4 * forward_scratch(problem, schedule)
-    return 4 * ((problem.outputs + 1) * schedule.block_tokens + backward_scratch(schedule))
+    results = schedule.nontemporal * DTYPE_BYTES[problem.dtype] * schedule.block_width
+    return 4 * ((problem.outputs + 1) * schedule.block_tokens + backward_scratch(schedule)) + results
 
 
 def forward_scratch(problem: Problem, schedule: Any) -> int:

@@ -15,12 +15,14 @@ from tiles.kernels.coefficients import gates
 from tiles.kernels.fused.chain_schedule import ChainSchedule
 from tiles.kernels.fused.signature import next_maps
 from tiles.kernels.limits import divisors
-from tiles.kernels.project.programs import output_groups
+from tiles.kernels.project.programs import output_groups, prefetch_of
 from tiles.kernels.single_pass import cuda_programs, signature
 from tiles.kernels.single_pass.schedule import Schedule, SinglePassSchedule, tile_row
 from tiles.kernels.spec import Problem
+from tiles.lang.columns import Columns
 from tiles.lang.dialect import Cpu, Cuda, Dialect, View
 from tiles.lang.program import program
+from tiles.lang.rows import Row
 from tiles.lang.values import Buffer, Expr, as_value, bind, token_range, variable
 
 DOTS_WIDTH = 640
@@ -106,14 +108,23 @@ class _Tile:
         n, dtype, width = problem.streams, problem.dtype, schedule.block_width
         self.streams = streams = tuple(range(n))
         self.groups = output_groups(problem.outputs, schedule.register_outputs)
+        columns = Columns(width, dtype, dialect, nontemporal=bool(schedule.nontemporal))
 
         def place(i: Expr, column: Expr) -> Expr:
             return i * problem.width + column
 
-        def x_next(p: Any, res: Any, post: Any, token: Expr, column: Expr) -> list[Expr]:
+        def load(p: Any, token: Expr, column: Expr) -> tuple[list[Row], Row]:
+            """The rows of x and f, from a token's column on."""
+            state, sublayer = [columns.row(p.x) for _ in streams], columns.row(p.f)
+            for i in streams:
+                state[i].load(token, place(i, column))
+            sublayer.load(token, column)
+            return state, sublayer
+
+        def x_next(given: tuple[list[Row], Row], res: Any, post: Any, index: Any) -> list[Expr]:
             """x' of one column of a token, rounded to the streams' dtype."""
-            values = [bind(dialect.load(p.x[token, place(j, column)], dtype)) for j in streams]
-            added = bind(dialect.load(p.f[token, column], dtype))
+            state, sublayer = given
+            values, added = [row.get(index) for row in state], sublayer.get(index)
             return [bind(dialect.rounded(merged(res, values, post, added, i), dtype)) for i in streams]
 
         @T.macro
@@ -123,7 +134,8 @@ class _Tile:
                 dialect.prefetch(tuple(streams_of), token, place(i, column + width), width)
             dialect.prefetch(tuple(rows_of), token, column + width, width)
 
-        self.place, self.x_next, self.prefetch, self._mixes = place, x_next, prefetch, problem.mixes
+        self.columns, self.place, self.load, self.x_next = columns, place, load, x_next
+        self.prefetch, self._mixes = prefetch, problem.mixes
 
     def weights(self, p: Any, token: Expr) -> tuple[list[Expr], list[Expr], Matrix]:
         """pre, post and res of a token."""
@@ -138,23 +150,30 @@ class _Forward(_Tile):
 
     def __init__(self, problem: Problem, schedule: SinglePassSchedule, dialect: Cpu) -> None:
         super().__init__(problem, schedule, dialect)
-        streams, groups, width, dtype = self.streams, self.groups, schedule.block_width, problem.dtype
+        streams, groups, width = self.streams, self.groups, schedule.block_width
         rows, dots_width = schedule.register_tokens, divisors(width, 8, DOTS_WIDTH)[-1]
-        parts = width // dots_width
+        parts, columns = width // dots_width, self.columns
+        prefetch = prefetch_of(problem, dots_width, groups, dialect)
 
         @T.macro
         def merge(p: Any, staged: Buffer, squares: Buffer, token: Expr, column: Expr, row: Expr) -> None:
             """x' and u' of a token's columns, into `staged` as well; their squares are added to squares[row]."""
             pre, post, res = self.weights(p, token)
-            self.prefetch((p.x,), (p.f,), token, column)
-            total = dialect.accumulator(width)
-            for index in dialect.parallel(width):
-                values = self.x_next(p, res, post, token, column + index)
-                for i in streams:
-                    p.x_next[token, self.place(i, column + index)] = dialect.store_rounded(values[i], dtype)
-                    staged[row, i * width + index] = values[i]
-                    total[0] += values[i] * values[i]
-                p.u[token, column + index] = dialect.store(weighted(pre, values), dtype)
+            total, given = dialect.accumulator(width), self.load(p, token, column)
+            mixed, gathered = [columns.result(p.x_next) for _ in streams], columns.row(p.u)
+            for i in streams:
+                mixed[i].store_at(token, self.place(i, column))
+            gathered.store_at(token, column)
+            for outer in columns.outer():
+                for inner in columns.inner():
+                    values = self.x_next(given, res, post, columns.index(outer, inner))
+                    for i in streams:
+                        mixed[i].put(columns.index(outer, inner), values[i], rounded=True)
+                        staged[row, i * width + columns.place(outer, inner)] = values[i]
+                        total[0] += values[i] * values[i]
+                    gathered.put(columns.index(outer, inner), weighted(pre, values))
+            for i in streams:
+                mixed[i].flush()
             squares[row] = squares[row] + total[0]
 
         @T.macro
@@ -165,14 +184,16 @@ class _Forward(_Tile):
             dialect.add_dots(sums, values, View(phi, (k, column), (0, 1)), rows, size, dots_width)
 
         @T.macro
-        def project(phi: Buffer, staged: Buffer, dots: Buffer, column: Expr) -> None:
-            """Add the staged columns' products with phi to the sums."""
+        def project(p: Any, staged: Buffer, dots: Buffer, start: Expr, column: Expr) -> None:
+            """Add the staged columns' products with phi to the sums, and bring in those of the next tokens."""
             for part in T.serial(problem.streams * parts):
                 within, at = part * dots_width, self.place(part // parts, column) + part % parts * dots_width
                 for g in T.serial(groups.whole):
-                    add_group(dots, staged, phi, within, at, g * groups.size, groups.size)
+                    prefetch((p.x, p.f), [start + rows + t for t in range(rows)], at, g)
+                    add_group(dots, staged, p.phi, within, at, g * groups.size, groups.size)
                 if groups.rest > 0:
-                    add_group(dots, staged, phi, within, at, groups.whole * groups.size, groups.rest)
+                    prefetch((p.x, p.f), [start + rows + t for t in range(rows)], at, groups.whole)
+                    add_group(dots, staged, p.phi, within, at, groups.whole * groups.size, groups.rest)
 
         @T.macro
         def run(p: Any, start: Expr, last: Expr) -> None:
@@ -183,7 +204,7 @@ class _Forward(_Tile):
             for chunk in T.serial(problem.width // width):
                 for t in T.serial(rows):
                     merge(p, staged, squares, variable(T.min(start + t, last - 1)), chunk * width, t)
-                project(p.phi, staged, dots, chunk * width)
+                project(p, staged, dots, start, chunk * width)
             for t in T.serial(T.min(rows, last - start)):
                 p.s[start + t] = squares[t]
                 for k in dialect.parallel(problem.outputs):
@@ -199,6 +220,7 @@ class _Backward(_Tile):
         super().__init__(problem, schedule, dialect)
         streams, groups, width, dtype = self.streams, self.groups, schedule.block_width, problem.dtype
         n, block, rows = problem.streams, schedule.block_tokens, schedule.register_tokens
+        columns = self.columns
 
         @T.macro
         def load_grads(held: Any, p: Any, start: Expr, last: Expr) -> None:
@@ -224,13 +246,21 @@ class _Backward(_Tile):
             """x' of a token's columns, into `staged`, and their part of dpre."""
             _pre, post, res = self.weights(p, token)
             self.prefetch((p.x, p.dx_next), (p.f, p.du), token, column)
-            totals = [dialect.accumulator(width) for _ in streams]
-            for index in dialect.parallel(width):
-                values = self.x_next(p, res, post, token, column + index)
-                grad = bind(dialect.load(p.du[token, column + index], dtype))
-                for i in streams:
-                    staged[row, i * width + index] = values[i]
-                    totals[i][0] += grad * values[i]
+            totals, given, upper = (
+                [dialect.accumulator(width) for _ in streams],
+                self.load(p, token, column),
+                columns.row(p.du),
+            )
+            upper.load(token, column)
+            for outer in columns.outer():
+                for inner in columns.inner():
+                    values, grad = (
+                        self.x_next(given, res, post, columns.index(outer, inner)),
+                        upper.get(columns.index(outer, inner)),
+                    )
+                    for i in streams:
+                        staged[row, i * width + columns.place(outer, inner)] = values[i]
+                        totals[i][0] += grad * values[i]
             for i in streams:
                 sums[row, i] = sums[row, i] + totals[i][0]
 
@@ -312,15 +342,23 @@ class _Backward(_Tile):
             """dx and df of a token's columns, and their part of dpost and dres, from its row of g. Sums have loops of
             their own: those of all streams would not fit the registers."""
             _pre, post, res = self.weights(p, token)
-            for index in dialect.parallel(width):
-                upper = [bind(grads[row, i * width + index]) for i in streams]
-                p.df[token, column + index] = dialect.store(weighted(post, upper), dtype)
-                for j in streams:
-                    p.dx[token, self.place(j, column + index)] = dialect.store(merged_back(res, upper, j), dtype)
             add_dots(p.f, column, grads, sums, token, row, place, n, 1)
             if problem.mixes:
                 for j in streams:
                     add_dots(p.x, self.place(j, column), grads, sums, token, row, place, 2 * n + j, n)
+            state_grads, sublayer_grads = [columns.result(p.dx) for _ in streams], columns.result(p.df)
+            for j in streams:
+                state_grads[j].store_at(token, self.place(j, column))
+            sublayer_grads.store_at(token, column)
+            for outer in columns.outer():
+                for inner in columns.inner():
+                    at = columns.place(outer, inner)
+                    upper = [bind(grads[row, i * width + at]) for i in streams]
+                    sublayer_grads.put(columns.index(outer, inner), weighted(post, upper))
+                    for j in streams:
+                        state_grads[j].put(columns.index(outer, inner), merged_back(res, upper, j))
+            for result in (*state_grads, sublayer_grads):
+                result.flush()
 
         @T.macro
         def store_sums(p: Any, sums: Buffer, token: Expr, row: Expr) -> None:

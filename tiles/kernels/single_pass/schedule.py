@@ -11,13 +11,15 @@ from tiles.kernels.fused.chain_schedule import ChainSchedule
 from tiles.kernels.limits import (
     divisors,
     dots_block,
+    nontemporal_choices,
+    why_bad_nontemporal,
     why_bad_register_block,
     why_not_divisor,
     why_not_multiple,
     why_too_many_dots,
     why_too_much_scratch,
 )
-from tiles.kernels.spec import Problem
+from tiles.kernels.spec import DTYPE_BYTES, Problem
 from tiles.lang.storage import DOT_LANES
 from tiles.target import Target
 
@@ -30,12 +32,14 @@ class SinglePassSchedule:
         columns and one addition to dphi.
     register_tokens, register_outputs: register blocks of project; register_tokens divides block_tokens.
     block_width: columns of each stream that a row is taken by; a divisor of C.
+    nontemporal: 1 where x' (backward dx and df) is stored past the caches.
     """
 
     block_tokens: int
     register_tokens: int
     register_outputs: int
     block_width: int
+    nontemporal: int = 0
 
 
 Schedule = SinglePassSchedule | ChainSchedule
@@ -64,7 +68,8 @@ def default(problem: Problem, target: Target) -> Schedule:
     else:
         blocks, columns = (8, FEW_COLUMNS[problem.dtype]) if few else (4, MANY_COLUMNS)
     width = divisors(problem.width, 8, columns)[-1]
-    return _fitting(problem, target, SinglePassSchedule(tokens * blocks, tokens, outputs, width))
+    nontemporal = nontemporal_choices(problem, problem.streams, target)[0]
+    return _fitting(problem, target, SinglePassSchedule(tokens * blocks, tokens, outputs, width, nontemporal))
 
 
 def _fitting(problem: Problem, target: Target, schedule: SinglePassSchedule) -> SinglePassSchedule:
@@ -92,6 +97,7 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
         "register_tokens": tuple(sorted({2, 3, 4, 6, 8, usual.register_tokens})),
         "register_outputs": (2, 3, 4, 5, 6, 8),
         "block_width": tuple(sorted({*divisors(problem.width, 32, 1280), usual.block_width})),
+        "nontemporal": tuple(sorted(nontemporal_choices(problem, problem.streams, target))),
     }
 
 
@@ -103,7 +109,8 @@ def why_invalid(problem: Problem, schedule: Schedule, target: Target) -> str | N
         return chain_schedule.why_invalid(problem, schedule, target)
     tokens, outputs = schedule.register_tokens, schedule.register_outputs
     return (
-        why_bad_register_block(tokens, outputs)
+        why_bad_nontemporal(schedule.nontemporal, target)
+        or why_bad_register_block(tokens, outputs)
         or why_not_multiple("block_tokens", schedule.block_tokens, tokens)
         or why_not_divisor("block_width", schedule.block_width, problem.width)
         or (why_too_many_dots(tokens * outputs, target) if problem.direction == "forward" else None)
@@ -118,10 +125,17 @@ def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
     tokens, rows = schedule.block_tokens, schedule.register_tokens
     row = tile_row(problem, schedule)
     if problem.direction == "forward":
+        results = _results_scratch(problem, schedule, problem.streams)
         held = rows * (problem.outputs * DOT_LANES + 1 + row)
-        return 4 * (coefficients.forward_scratch(problem, tokens, target) + held)
+        return 4 * (coefficients.forward_scratch(problem, tokens, target) + held) + results
+    results = _results_scratch(problem, schedule, problem.streams + 1)
     held = tokens * problem.outputs + (tokens + rows + problem.outputs) * row
-    return 4 * (coefficients.backward_scratch(problem, tokens, target) + held)
+    return 4 * (coefficients.backward_scratch(problem, tokens, target) + held) + results
+
+
+def _results_scratch(problem: Problem, schedule: SinglePassSchedule, rows: int) -> int:
+    """Bytes of results that are kept before they go past the caches."""
+    return schedule.nontemporal * rows * schedule.block_width * DTYPE_BYTES[problem.dtype]
 
 
 def tile_row(problem: Problem, schedule: SinglePassSchedule) -> int:

@@ -19,17 +19,28 @@ class Columns:
     With `threads`, each of so many CUDA threads has block / threads neighbouring columns: it moves them as one vector,
     and adds up in one register what it sums over them (`sums`, added to at `dialect.partial_index(outer)`). Columns
     that threads cannot share evenly, as narrow rows have them, are left to a parallel loop.
+
+    With `nontemporal`, a CPU stores `result` rows past its caches; they are not read again then.
     """
 
-    def __init__(self, block: int, dtype: str, dialect: Dialect, threads: int = 0) -> None:
-        self._block, self._dtype, self._dialect = block, dtype, dialect
+    def __init__(
+        self, block: int, dtype: str, dialect: Dialect, threads: int = 0, *, nontemporal: bool = False
+    ) -> None:
+        self._block, self._dtype, self._dialect, self._nontemporal = block, dtype, dialect, nontemporal
         self._threads = 0 if threads and block % threads else threads
+        self._packed = dialect.packed(dtype)
 
     def row(self, tensor: Buffer, *, copied: bool = False) -> Row:
         """See `Dialect.row`."""
         if self._threads:
             return ThreadRow(tensor, self._dtype, self._threads, self._block // self._threads)
-        return self._dialect.row(tensor, self._dtype, self._block, copied=copied)
+        return self._dialect.row(tensor, self._dtype, self._block, copied=copied and not self._nontemporal)
+
+    def result(self, tensor: Buffer) -> Row:
+        """A row that is written."""
+        if self._threads:
+            return self.row(tensor)
+        return self._dialect.row(tensor, self._dtype, self._block, nontemporal=self._nontemporal)
 
     def sums(self) -> Buffer:
         """An accumulator of sums over columns."""
@@ -37,15 +48,19 @@ class Columns:
 
     def outer(self) -> Any:
         """The outer loop."""
-        return self._dialect.parallel(self._threads or self._block)
+        return self._dialect.parallel(self._threads or self._block // self._packed)
 
     def inner(self) -> Any:
         """The inner loop."""
-        return T.unroll(self._block // self._threads) if self._threads else T.serial(1)
+        return T.unroll(self._block // self._threads) if self._threads else tuple(range(self._packed))
 
     def index(self, outer: Expr, inner: Expr) -> Any:
         """Where a row finds the column of both loops' variables."""
-        return (outer, inner) if self._threads else outer + inner
+        return (outer, inner) if self._threads or self._packed > 1 else outer + inner
+
+    def place(self, outer: Expr, inner: Expr) -> Expr:
+        """Which of the block's columns that is, on a CPU."""
+        return outer * self._packed + inner
 
 
 class ThreadRow:
@@ -68,7 +83,7 @@ class ThreadRow:
         """See `Row`."""
         return bind(T.cast(self._held[index], "float32"))
 
-    def put(self, index: Any, value: Expr) -> None:
+    def put(self, index: Any, value: Expr, *, rounded: bool = False) -> None:
         """See `Row`."""
         _put(self._held, index, T.cast(value, self._dtype))
 
