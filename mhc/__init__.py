@@ -4,12 +4,13 @@ Modules: `HyperConnection`, several of them in a `HyperConnectionStack` or, with
 `expand_streams` and `reduce_streams` or `StreamHead`; `wrap` puts them into an existing transformer.
 Models of transformers that have them: `patch` runs them on our kernels, `unpatch` undoes it.
 Ops: `mhc.functional`.
-Kernels: `load_kernels` loads a cache folder or pack, `kernel_report` says which kernels run and why.
+Kernels: `load_kernels` loads a cache folder or pack, `kernel_report` says which kernels run and why, `batch_invariant`
+makes a token's results independent of its batch.
 """
 
 from mhc import converters, diagnostics, functional, manifolds
 from mhc.dispatch.kernel_report import KernelReport
-from mhc.dispatch.kernels import Kernels, active, kernel_report, load_kernels, using
+from mhc.dispatch.kernels import Kernels, active, batch_invariant, kernel_report, load_kernels, using
 from mhc.integrations.patch_transformers import patch, unpatch
 from mhc.integrations.wrap import wrap
 from mhc.modules.hyper_connection import HyperConnection
@@ -27,6 +28,7 @@ __all__ = [
     "Kernels",
     "StreamHead",
     "active",
+    "batch_invariant",
     "converters",
     "diagnostics",
     "expand_streams",

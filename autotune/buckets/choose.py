@@ -27,7 +27,7 @@ from autotune.tuner import TuneResult
 from tiles.cache.cache import KernelCache, Key, Record
 from tiles.compiler.compile import Artifact
 from tiles.kernels.registry import kernel_spec
-from tiles.kernels.spec import Problem
+from tiles.kernels.spec import EVERY_TOKENS, Problem
 from tiles.target import Device
 
 MAX_SLOWDOWN = 1.02
@@ -112,6 +112,7 @@ def choose_schedules(
     workers: Workers,
     *,
     seed: int = 0,
+    batch_invariant: bool = False,
     on_event: Callable[[Event], None] | None = None,
 ) -> tuple[Record, ...]:
     """Choose few schedules for tuned problems that differ in tokens only, and rewrite their records; returns these.
@@ -121,12 +122,16 @@ def choose_schedules(
     beyond the noise. Nothing is done for one bucket, or where the choice was made before; an interrupted choice is made
     again from the same candidates.
 
+    With `batch_invariant`, one more record is written and returned, for every token count: of the candidates that run
+    on all buckets, the one that is slowed down least in the mean.
+
     Raises:
         TuneFailed: a default fails, so that kernels cannot be compared.
         BadInput: the disk is full.
     """
     started, buckets = time.monotonic(), _buckets(results, device)
-    if len(buckets) < 2 or _chosen_before(buckets):
+    served = not batch_invariant or _covers(cache.get(replace(buckets[0].key, tokens=EVERY_TOKENS)), buckets)
+    if served and (len(buckets) < 2 or _chosen_before(buckets)):
         return tuple(bucket.tuned.record for bucket in buckets)
     report, problems = on_event or (lambda event: None), tuple(bucket.problem for bucket in buckets)
     schedules = _candidates(buckets)
@@ -142,6 +147,12 @@ def choose_schedules(
         writer.put(bucket, schedules[int(name)], compiled[name], each, name)
         for bucket, each, name in zip(buckets, measured, chosen, strict=True)
     )
+    if batch_invariant:
+        every = _least_slowed(measured)
+        at = len(buckets) // 2
+        bucket = replace(buckets[at], key=replace(buckets[at].key, tokens=EVERY_TOKENS))
+        written = writer.put(bucket, schedules[int(every)], compiled[every], measured[at], every)
+        records = (*records, written)
     worst = max(each.slowdowns()[name] for each, name in zip(measured, chosen, strict=True))
     report(BucketSchedulesChosen(problems, records, worst, time.monotonic() - started))
     return records
@@ -159,9 +170,21 @@ def _buckets(results: Mapping[Problem, TuneResult], device: Device) -> list[_Buc
 
 def _chosen_before(buckets: Sequence[_Bucket]) -> bool:
     """Whether all records were written by one choice, for at least these buckets."""
-    marks = {str(bucket.tuned.record.provenance.get(BUCKETS, "")) for bucket in buckets}
-    chosen = marks.pop().split()
-    return not marks and {str(bucket.key.tokens) for bucket in buckets} <= set(chosen)
+    marks = {bucket.tuned.record.provenance.get(BUCKETS) for bucket in buckets}
+    return len(marks) == 1 and _covers(buckets[0].tuned.record, buckets)
+
+
+def _covers(record: Record | None, buckets: Sequence[_Bucket]) -> bool:
+    """Whether the record was written by a choice for at least these buckets."""
+    chosen = str(record.provenance.get(BUCKETS, "")).split() if record else []
+    return {str(bucket.key.tokens) for bucket in buckets} <= set(chosen)
+
+
+def _least_slowed(measured: Sequence[BucketMeasurement]) -> str:
+    """Of the candidates that run on all buckets (the defaults do), the one with the least mean slowdown."""
+    slowdowns = [each.slowdowns() for each in measured]
+    common = set(slowdowns[0]).intersection(*slowdowns)
+    return min(sorted(common, key=int), key=lambda name: statistics.fmean(of[name] for of in slowdowns))
 
 
 def _candidates(buckets: Sequence[_Bucket]) -> list[dict[str, Any]]:

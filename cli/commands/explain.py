@@ -18,7 +18,7 @@ from mhc.dispatch.kernels import Kernels
 from mhc.dispatch.resolve import Explanation, Resolver
 from tiles.cache.cache import token_bucket
 from tiles.errors import BadInput
-from tiles.kernels.spec import Direction, Problem
+from tiles.kernels.spec import EVERY_TOKENS, Direction, Problem
 from tiles.target import detect_device
 
 T = TypeVar("T")
@@ -46,6 +46,10 @@ def explain(
     dtype: Annotated[str | None, typer.Option("--dtype", help=options.DTYPE_HELP, show_default="bfloat16")] = None,
     cache: options.CacheOption = None,
     trust_binaries: options.TrustOption = False,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option("--batch-invariant", help="Explain what runs for every token count; see mhc.batch_invariant."),
+    ] = False,
     json: options.JsonOption = False,
 ) -> None:
     """Show which kernel would run for a problem on this machine, and why the other candidates would not.
@@ -59,7 +63,7 @@ def explain(
     op = op or (wanted.model.boundary if wanted.model else "merge")
     shape = wanted.streams[0], wanted.widths[0], wanted.dtypes[0]
     problem = Problem(op, cast(Direction, direction), *shape, tokens, wanted.rounds)
-    problem = replace(problem, tokens=token_bucket(tokens))
+    problem = replace(problem, tokens=EVERY_TOKENS if batch_invariant else token_bucket(tokens))
     if cache is not None:
         path = existing_cache(cache).folder
     resolver = _resolver(path, trust_binaries)

@@ -54,6 +54,13 @@ def tune(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Random seed of the search.")] = 0,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant",
+            help="Also choose one schedule for every token count, the best over the given; see mhc.batch_invariant.",
+        ),
+    ] = False,
     json: options.JsonOption = False,
 ) -> None:
     """Tune all kernels, forward and backward, at the given shapes on this device.
@@ -74,7 +81,7 @@ def tune(
     say(f"tuning {len(todo)} kernels on {device_text(device)}, {torch.get_num_threads()} threads")
     with stdout_to_stderr(json):
         run = _Run(todo, device, kernels)
-        run.go(trials=trials, seconds=seconds, storage=storage, seed=seed)
+        run.go(trials=trials, seconds=seconds, storage=storage, seed=seed, batch_invariant=batch_invariant)
     if json:
         show_json(run.as_dict())
     else:
@@ -103,7 +110,9 @@ class _Run:
         self.interrupted = False
         self.roofline: Roofline | None = None
 
-    def go(self, *, trials: int, seconds: float | None, storage: str | None, seed: int) -> None:
+    def go(
+        self, *, trials: int, seconds: float | None, storage: str | None, seed: int, batch_invariant: bool = False
+    ) -> None:
         """Tune one problem after another; the time left of `seconds` is shared evenly by the problems left."""
         deadline = None if seconds is None else time.monotonic() + seconds
         settings: dict[str, Any] = {"trials": trials, "storage": storage, "seed": seed}
@@ -116,7 +125,7 @@ class _Run:
 
                 settings |= {"on_event": on_event, "workers": workers, "advice": shipped_records()}
                 for group in group_by_tokens(self.todo):
-                    self._tune_buckets(group, deadline, settings)
+                    self._tune_buckets(group, deadline, settings, batch_invariant)
         except KeyboardInterrupt:
             self.interrupted = True
 
@@ -125,7 +134,9 @@ class _Run:
         left = (deadline - time.monotonic()) / (len(self.todo) - self.started)
         return max(0.0, left - statistics.median(self.beside or [0.0]))
 
-    def _tune_buckets(self, group: list[Problem], deadline: float | None, settings: dict[str, Any]) -> None:
+    def _tune_buckets(
+        self, group: list[Problem], deadline: float | None, settings: dict[str, Any], batch_invariant: bool
+    ) -> None:
         """Tune problems that differ in tokens only, then choose a few schedules for all of them."""
         results: dict[Problem, TuneResult] = {}
         for problem in group:
@@ -137,10 +148,10 @@ class _Run:
                 results[problem] = tune_kernel(problem, self.device, self.cache, **settings)
             except TuneFailed as error:
                 self._record_failure(problem, error)
-        if len(results) > 1:
+        if len(results) > 1 or (results and batch_invariant):
             try:
                 shared = {name: settings[name] for name in ("workers", "seed", "on_event")}
-                choose_schedules(results, self.device, self.cache, **shared)
+                choose_schedules(results, self.device, self.cache, batch_invariant=batch_invariant, **shared)
             except TuneFailed as error:
                 self._record_failure(group[0], error)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, fields
 from typing import Literal
 
-from tiles.kernels.spec import Direction
+from tiles.kernels.spec import EVERY_TOKENS, Direction
 
 Runs = Literal["tuned", "recompiled", "shipped", "default", "separate", "reference"]
 
@@ -17,7 +17,7 @@ class Row:
     `runs` is `tuned` (a tuned kernel), `recompiled` (a stored schedule compiled here, as its own binary may not be
     loaded), `shipped` (a schedule of this package), `default` (the default schedule), `separate` (a fused op run as
     separate kernels, which have rows of their own) or `reference` (torch). `tokens` is the token bucket, the next power
-    of two; `why` is one sentence.
+    of two, or `EVERY_TOKENS` with batch invariance; `why` is one sentence.
     """
 
     op: str
@@ -40,7 +40,8 @@ class KernelReport(tuple[Row, ...]):
     def __str__(self) -> str:
         if not self:
             return "no mhc op has run yet"
-        lines = [[field.name for field in fields(Row)], *([str(value) for value in astuple(row)] for row in self)]
+        cells_of = [["every" if value == EVERY_TOKENS else str(value) for value in astuple(row)] for row in self]
+        lines = [[field.name for field in fields(Row)], *cells_of]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         cells = ((cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
         return "\n".join("  ".join(line).rstrip() for line in cells)

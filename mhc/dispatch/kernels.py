@@ -18,7 +18,7 @@ from mhc.dispatch.resolve import Resolved, Resolver
 from tiles.cache.cache import KernelCache, default_folder, token_bucket
 from tiles.errors import BadInput
 from tiles.kernels.reference_inputs import DTYPES
-from tiles.kernels.spec import Direction, Problem
+from tiles.kernels.spec import EVERY_TOKENS, Direction, Problem
 from tiles.pack.pack import Pack
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -28,21 +28,26 @@ class Kernels:
     """The kernels that the ops of `mhc.functional` run; safe to use from several threads.
 
     Constructors: `from_path` (a cache folder or a pack), `defaults`, `reference`. With `fused=False`, pre and step run
-    as separate kernels, also where the tuner found the fused ones to be faster.
+    as separate kernels, also where the tuner found the fused ones to be faster. With `batch_invariant`, one schedule
+    serves every token count (`batch_invariant`).
     """
 
-    def __init__(self, resolver: Resolver) -> None:
-        self.resolver = resolver
+    def __init__(self, resolver: Resolver, *, batch_invariant: bool = False) -> None:
+        self.resolver, self.batch_invariant = resolver, batch_invariant
+        self._batch_invariant_form: Kernels | None = self if batch_invariant else None
         self._resolved: dict[tuple[Any, ...], Resolved] = {}
         self._lock = threading.Lock()
 
     @classmethod
-    def from_path(cls, path: str | Path, *, fused: bool = True, trust_binaries: bool = False) -> Kernels:
-        """Kernels of a cache folder or `.mhcpack`; raises `BadInput` where it is missing, damaged or empty.
+    def from_path(
+        cls, path: str | Path, *, fused: bool = True, trust_binaries: bool = False, batch_invariant: bool = False
+    ) -> Kernels:
+        """Kernels of a cache folder or `.mhcpack`; raises `BadInput` where it is missing, damaged or empty, or has no
+        kernels for `batch_invariant`.
 
         Binaries that are not trusted (see `mhc-tune keys`) need `trust_binaries`; else their schedules are compiled.
         """
-        return cls(_open(Path(path), fused, trust_binaries))
+        return cls(_open(Path(path), fused, trust_binaries, batch_invariant), batch_invariant=batch_invariant)
 
     @classmethod
     def from_default_folder(cls) -> Kernels:
@@ -70,8 +75,15 @@ class Kernels:
         self, op: str, direction: Direction, streams: int, width: int, rounds: int, first: torch.Tensor
     ) -> Resolved:
         """The kernel for inputs that begin with `first`; a dictionary hit once it is resolved."""
-        key = (op, direction, streams, width, rounds, first.dtype, first.device, token_bucket(first.shape[0]))
+        tokens = EVERY_TOKENS if self.batch_invariant else token_bucket(first.shape[0])
+        key = (op, direction, streams, width, rounds, first.dtype, first.device, tokens)
         return self._resolved.get(key) or self._resolve(key)
+
+    def batch_invariant_form(self) -> Kernels:
+        """The same kernels, with one schedule for every token count."""
+        if self._batch_invariant_form is None:
+            self._batch_invariant_form = Kernels(self.resolver, batch_invariant=True)
+        return self._batch_invariant_form
 
     def report(self) -> KernelReport:
         """One row for every op, direction, shape and device that has run."""
@@ -101,7 +113,7 @@ class Kernels:
 
 
 @gc_paused()
-def _open(path: Path, fused: bool, trust_binaries: bool) -> Resolver:
+def _open(path: Path, fused: bool, trust_binaries: bool, batch_invariant: bool) -> Resolver:
     """A resolver of a cache folder's or pack's kernels; raises `BadInput`."""
     path = path.absolute()  # binaries are loaded later, perhaps from another working directory
     source = KernelCache(path, lazy=True) if path.is_dir() else Pack(path, lazy=True)
@@ -109,6 +121,13 @@ def _open(path: Path, fused: bool, trust_binaries: bool) -> Resolver:
     resolver = Resolver(source, compiles=True, fused=fused, without_code=without_code, path=path)
     if not resolver.stored_records():
         raise BadInput(f"kernels must come from a folder or pack that holds some, got {path}: run `mhc-tune tune`")
+    if batch_invariant:
+        resolver.records = [record for record in resolver.stored_records() if record.key.tokens == EVERY_TOKENS]
+        if not resolver.records:
+            raise BadInput(
+                f"batch_invariant must have kernels that were tuned for every token count, got none in {path}: run "
+                "`mhc-tune tune --batch-invariant`"
+            )
     return resolver
 
 
@@ -140,7 +159,21 @@ def using(kernels: Kernels) -> Iterator[Kernels]:
         _Process.active = before
 
 
-def load_kernels(path: str | Path, trust_binaries: bool = False) -> Kernels:
+@contextmanager
+def batch_invariant() -> Iterator[Kernels]:
+    """Batch invariance in the whole process inside the block: what an op gives a token does not depend on what else is
+    in the batch, nor on how many threads there are.
+
+    One schedule of each op, for a device, n, width and dtype, then serves every token count: one that was tuned for it
+    (`mhc-tune tune --batch-invariant`), else that of the largest token count that was tuned, else a default. Results of
+    the forward and gradients of streams, sublayers and coefficients have the same bits for a token alone and among
+    others. Gradients of parameters are sums over tokens: their bits depend on the batch and on the threads.
+    """
+    with using(active().batch_invariant_form()) as kernels:
+        yield kernels
+
+
+def load_kernels(path: str | Path, trust_binaries: bool = False, batch_invariant: bool = False) -> Kernels:
     """Run the tuned kernels of a cache folder or `.mhcpack` from now on, in the whole process.
 
     Args:
@@ -148,24 +181,26 @@ def load_kernels(path: str | Path, trust_binaries: bool = False) -> Kernels:
         trust_binaries: load binaries that are not trusted too: those of a pack that is signed neither by you nor by a
             key of `mhc-tune keys`, or of a folder that others may write to. Without it, their schedules are compiled
             here, where there is a compiler.
+        batch_invariant: run one schedule for every token count, of those that were tuned for that, from now on (see
+            `mhc.batch_invariant`).
 
     With torch.distributed initialised this is a collective on the default group: all ranks call it, each with a path
     that it can read, and all run the kernels of rank 0's path. A rank whose path lacks a binary of rank 0 compiles rank
     0's schedule. So equal devices with equal compilers and thread counts give equal bits. If it is called before
     `init_process_group`, or never, every rank chooses by itself, which is logged once.
 
-    Raises `BadInput` (a `ValueError`) with one line where the file is missing, damaged or of another format version;
-    with several ranks, on all of them.
+    Raises `BadInput` (a `ValueError`) with one line where the file is missing, damaged, of another format version or
+    without kernels for batch invariance; with several ranks, on all of them.
     """
     if not ranks.is_distributed():
-        _Process.active = Kernels.from_path(path, trust_binaries=trust_binaries)
+        _Process.active = Kernels.from_path(path, trust_binaries=trust_binaries, batch_invariant=batch_invariant)
         return _Process.active
     found: Resolver | BadInput
     try:
-        found = _open(Path(path), fused=True, trust_binaries=trust_binaries)
+        found = _open(Path(path), True, trust_binaries, batch_invariant)
     except Exception as error:  # the other ranks wait for this one
         found = error if isinstance(error, BadInput) else BadInput(f"{path}: {type(error).__name__}: {error}")
-    _Process.active = Kernels(ranks.adopt_rank0_records(found))
+    _Process.active = Kernels(ranks.adopt_rank0_records(found), batch_invariant=batch_invariant)
     return _Process.active
 
 

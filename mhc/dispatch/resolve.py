@@ -27,13 +27,16 @@ from tiles.cache.shipped import shipped_records
 from tiles.compiler import compile as compiler
 from tiles.errors import first_line
 from tiles.kernels.registry import kernel_spec
-from tiles.kernels.spec import PAPER_ROUNDS, Problem, Run
+from tiles.kernels.spec import EVERY_TOKENS, PAPER_ROUNDS, Problem, Run
 from tiles.runtime.loaded_kernel import LoadedKernel, LoadError, run_reference
 from tiles.target import Device, detect_device
 
 log = logging.getLogger("mhc")
 
 Call = Callable[..., tuple[torch.Tensor, ...]]
+
+USUAL_TOKENS = 256
+"""The token count whose default schedule serves every batch, where nothing was tuned for that."""
 
 
 class RecordSource(Protocol):
@@ -157,7 +160,8 @@ class Resolver:
                 yield tuned_candidate(tuned)
             for shipped in stored_candidates(shipped_records(), problem, here, "it comes without code"):
                 yield shipped_candidate(shipped)
-        schedule = kernel_spec(problem.op, problem.direction).default(problem, here.target)
+        usual = replace(problem, tokens=USUAL_TOKENS) if problem.tokens == EVERY_TOKENS else problem
+        schedule = kernel_spec(problem.op, problem.direction).default(usual, here.target)
         yield KernelCandidate("default", "default schedule, not tuned", schedule=asdict(schedule), folder="defaults")
         yield KernelCandidate("reference", "no kernel serves")
 
@@ -241,6 +245,7 @@ class Resolver:
         """Log once each reason why a stored kernel was skipped, and each kind of fallback with its remedy."""
         if candidate.runs == "reference" and candidate.why != REFERENCE_REQUESTED:
             remedy = "" if self.without_code or candidate.why == why else f". {self.remedy(problem)}"
+            remedy += ". Its bits depend on the batch" if problem.tokens == EVERY_TOKENS else ""
             self.warn_once(why, f"{problem.describe()} runs the slow torch reference: {why}{remedy}")
             return
         for reason in skipped:
@@ -263,10 +268,9 @@ class Resolver:
         rounds = kernel_spec(problem.op, problem.direction).canonical(problem).rounds
         if rounds != PAPER_ROUNDS:
             return f"For a faster one: mhc-tune tune --model with a config.json that has {rounds} Sinkhorn rounds"
-        command = (
-            f"mhc-tune tune --streams {problem.streams} --width {problem.width} --tokens {problem.tokens} "
-            f"--dtype {problem.dtype}"
-        )
+        every = problem.tokens == EVERY_TOKENS
+        tokens = "--batch-invariant --tokens 1 --tokens 2048" if every else f"--tokens {problem.tokens}"
+        command = f"mhc-tune tune --streams {problem.streams} --width {problem.width} {tokens} --dtype {problem.dtype}"
         command += "" if problem.mixes else f" --op {problem.op}"
         if self.path is not None and self.path.is_dir() and self.path != default_folder():
             command += f" --cache {shlex.quote(str(self.path))}"

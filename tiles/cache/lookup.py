@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from tiles.cache.record import Key
 from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_spec
-from tiles.kernels.spec import Problem
+from tiles.kernels.spec import EVERY_TOKENS, Problem
 from tiles.target import Device, why_cannot_run
 
 Match = Literal["exact", "nearest bucket", "sibling device"]
@@ -103,13 +103,22 @@ def _why_invalid(values: Mapping[str, Any], problem: Problem, device: Device) ->
 
 
 def _match(found: Key, wanted: Key) -> tuple[Match, str]:
+    tuned = f"tuned for {_count(found.tokens)}"
     if (found.device, found.tokens) == (wanted.device, wanted.tokens):
-        return "exact", f"tuned for {found.tokens} tokens on this device, {found.device.name}"
+        return "exact", f"{tuned} on this device, {found.device.name}"
     if found.device == wanted.device:
-        why = f"tuned for {found.tokens} tokens on this device, the nearest to the {wanted.tokens} wanted"
-        return "nearest bucket", why
+        wish = "one for every token count" if wanted.tokens == EVERY_TOKENS else f"the {wanted.tokens} wanted"
+        return "nearest bucket", f"{tuned} on this device, the nearest to {wish}"
     why = (
-        f"tuned for {found.tokens} tokens on {found.device.name} ({found.device.arch}), for the {wanted.tokens} tokens "
-        f"wanted on this device, {wanted.device.name} ({wanted.device.arch})"
+        f"{tuned} on {found.device.name} ({found.device.arch}), for {_wanted(wanted.tokens)} "
+        f"on this device, {wanted.device.name} ({wanted.device.arch})"
     )
     return "sibling device", why
+
+
+def _wanted(tokens: int) -> str:
+    return "every token count" if tokens == EVERY_TOKENS else f"the {tokens} tokens wanted"
+
+
+def _count(tokens: int) -> str:
+    return "every token count" if tokens == EVERY_TOKENS else f"{tokens} tokens"

@@ -25,6 +25,9 @@ MAX_STREAMS = 16
 MAX_WIDTH = 2**17
 MAX_TOKENS = 2**40
 """Bytes of any tensor then stay within 64 bits."""
+EVERY_TOKENS = MAX_TOKENS
+"""The count that stands for all of them: of schedules that serve every batch, so that a token's bits do not depend on
+what else is in it."""
 WIDTH_MULTIPLE = 8
 MAX_ROUNDS = 100
 PAPER_ROUNDS = 20
@@ -94,7 +97,8 @@ class Problem:
 
     def describe(self) -> str:
         """One line for people, e.g. `merge forward n=4 C=1280 bfloat16 T=2048`."""
-        return f"{self.op} {self.direction} n={self.streams} C={self.width} {self.dtype} T={self.tokens}"
+        tokens = "every" if self.tokens == EVERY_TOKENS else self.tokens
+        return f"{self.op} {self.direction} n={self.streams} C={self.width} {self.dtype} T={tokens}"
 
 
 def why_bad_streams(streams: int) -> str | None:
@@ -243,13 +247,12 @@ class KernelSpec:
         """
         for kind in self.schedules:
             types = _field_types(kind)
-            if set(types) - _with_default(kind) <= set(values) <= set(types):
+            if _needed(kind) <= set(values) <= set(types):
                 break
         else:
-            names = min(
-                (set(_field_types(kind)) for kind in self.schedules), key=lambda names: len(names ^ set(values))
-            )
-            unknown, missing = reprlib.repr(sorted(set(values) - names)), reprlib.repr(sorted(names - set(values)))
+            kind = min(self.schedules, key=lambda kind: len(_needed(kind) ^ set(values)))
+            unknown = reprlib.repr(sorted(set(values) - set(_field_types(kind))))
+            missing = reprlib.repr(sorted(_needed(kind) - set(values)))
             raise BadInput(
                 f"a schedule of {self.name} must have its fields, got unknown {unknown}, missing {missing}: "
                 "tune this kernel again"
@@ -266,8 +269,8 @@ _field_types = cache(get_type_hints)
 
 
 @cache
-def _with_default(kind: type) -> frozenset[str]:
-    return frozenset(field.name for field in fields(kind) if field.default is not MISSING)
+def _needed(kind: type) -> frozenset[str]:
+    return frozenset(field.name for field in fields(kind) if field.default is MISSING)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tiles.cache.record import check_schedule
 from tiles.errors import BadInput
 from tiles.kernels.apply.schedule import ApplySchedule
 from tiles.kernels.registry import kernel_specs
-from tiles.kernels.spec import Problem, Separate
+from tiles.kernels.spec import EVERY_TOKENS, Problem, Separate
 from tiles.runtime.loaded_kernel import LoadedKernel
 from tiles.target import detect_device
 
@@ -196,6 +196,29 @@ def test_one_schedule_covers_all_buckets_where_it_is_within_two_percent(cache):
     assert isinstance(done, BucketSchedulesChosen)
     assert (done.problems, done.records, done.schedules) == (BUCKETS, records, 1)
     assert done.worst == pytest.approx(1.015, abs=0.003)
+
+
+def test_batch_invariance_takes_the_schedule_that_is_slowed_down_least_in_the_mean(cache):
+    """Each bucket keeps its own schedule beside it; a choice that was made is not made again."""
+    workers = Workers({64: 8, 256: 16, 1024: 16}, step=0.1)
+    results = tuned(cache, workers)
+    *own, every = choose_schedules(results, toy.DEVICE, cache, workers, batch_invariant=True)
+    assert blocks(own) == [8, 16, 16]
+    assert (every.key.tokens, every.schedule["block"]) == (EVERY_TOKENS, 16)
+    assert every == cache.get(every.key)
+    assert every.measurement["tuned_ms"] == pytest.approx(4, rel=0.002), "that of the middle bucket"
+    workers.compared.clear()
+    again = {problem: replace(result, record=cache.get(result.record.key)) for problem, result in results.items()}
+    choose_schedules(again, toy.DEVICE, cache, workers, batch_invariant=True)
+    assert not workers.compared
+
+
+def test_batch_invariance_needs_one_token_count_only(cache):
+    workers = Workers({256: 16}, step=0.1)
+    results = tuned(cache, workers, problems=(MIDDLE,))
+    own, every = choose_schedules(results, toy.DEVICE, cache, workers, batch_invariant=True)
+    assert blocks([own, every]) == [16, 16]
+    assert every.key.tokens == EVERY_TOKENS
 
 
 def test_records_say_what_was_measured_in_their_bucket(cache):

@@ -40,6 +40,7 @@ class Buckets:
         self.options: dict[str, Any] = {}
         self.fails = False
         self.worst = 1.0123
+        self.batch_invariant = False
 
     def tune(self, problem: Problem, device: Device, cache: KernelCache, **options: Any) -> TuneResult:
         self.order.append(problem)
@@ -56,8 +57,10 @@ class Buckets:
         workers: Any,
         *,
         seed: int,
+        batch_invariant: bool,
         on_event: Callable[[Any], None],
     ) -> tuple[Record, ...]:
+        self.batch_invariant = batch_invariant
         if self.fails:
             raise TuneFailed("the schedules cannot be compared: no")
         self.served.append(tuple(results))
@@ -102,6 +105,14 @@ def test_buckets_are_tuned_from_the_median_and_then_served_together(buckets: Buc
     )
     assert "block=2" in result.stdout
     assert "block=1" not in result.stdout
+
+
+def test_batch_invariance_is_passed_on_for_one_token_count_too(buckets: Buckets, tmp_path: Path) -> None:
+    assert run(tmp_path, "--tokens", "32", "--batch-invariant").exit_code == 0
+    assert [len(group) for group in buckets.served] == [1, 1]
+    assert buckets.batch_invariant
+    assert run(tmp_path, "--tokens", "32", "--tokens", "64").exit_code == 0
+    assert not buckets.batch_invariant
 
 
 def test_a_default_that_nothing_beats_beyond_the_noise_may_be_further_from_the_best(
