@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PARTS = {
     "tiles": ("errors", "folders", "target", "lang", "kernels", "compiler", "runtime", "cache", "pack"),
-    "autotune": (*("measuring", "processes", "search", "study", "events", "recorded", "decision", "tuner", "buckets"),),
+    "autotune": (*("measuring", "processes", "search", "study", "events", "decision", "recorded", "tuner", "buckets"),),
     "mhc": (
         *("checks", "dispatch", "functional", "manifolds", "modules", "converters", "diagnostics", "distributed"),
         *("integrations", "__init__", "examples"),

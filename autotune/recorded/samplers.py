@@ -47,9 +47,26 @@ def tpe(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
 
 def gp(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
     """Optuna's Gaussian process with its defaults, on the same integers. Raises `BadInput` without SciPy."""
-    if find_spec("scipy") is None:
-        raise BadInput("Optuna's GPSampler needs SciPy, which is not installed: pip install scipy")
+    _needs_scipy()
     return _optuna_search(GPSampler(seed=seed), space, trials, seed)
+
+
+def gp_pool(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
+    """`gp` with each proposal moved to the nearest member that was not tried: like ours it repeats none."""
+    _needs_scipy()
+    distributions, pool = _ordinal(space), space.pool
+    study, left = _study(GPSampler(seed=seed)), set(range(len(pool)))
+    asked: list[int | None] = []
+    while left and len(asked) < trials:
+        trial = study.ask(dict(distributions))
+        study.tell(trial, state=TrialState.FAIL)  # of which the sampler takes no notice: what was tried is added
+        at = pool.nearest(_values(space, trial.params), left)[0] if asked else start(space, seed)
+        left.remove(at)
+        asked.append(at)
+        if (ms := space.ms[at]) is not None:
+            params = _params(space, at)
+            study.add_trial(optuna.trial.create_trial(params=params, distributions=dict(distributions), value=ms))
+    return asked
 
 
 def random_search(space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
@@ -95,25 +112,53 @@ def neighbours(pool: Pool, member: int) -> list[int]:
     return [other for other in found if other is not None]
 
 
-SAMPLERS: Mapping[str, Search] = {"ours": ours, "tpe": tpe, "random": random_search, "local": hill_climbing, "gp": gp}
+SAMPLERS: Mapping[str, Search] = {
+    "ours": ours,
+    "tpe": tpe,
+    "random": random_search,
+    "local": hill_climbing,
+    "gp": gp,
+    "gp-pool": gp_pool,
+}
 
 
 def _optuna_search(sampler: BaseSampler, space: RecordedSpace, trials: int, seed: int) -> list[int | None]:
-    study, pool = _study(sampler), space.pool
-    ordinal = {name: _is_number(values) for name, values in pool.space.items()}
-    distributions: dict[str, BaseDistribution] = {
-        name: IntDistribution(0, len(values) - 1) if ordinal[name] else CategoricalDistribution(values)
-        for name, values in pool.space.items()
-    }
-    first = pool.values(start(space, seed))
-    study.enqueue_trial({name: pool.space[name].index(first[name]) if ordinal[name] else first[name] for name in first})
+    study, distributions = _study(sampler), _ordinal(space)
+    study.enqueue_trial(_params(space, start(space, seed)))
     asked = []
     for _ in range(trials):
         trial = study.ask(dict(distributions))
-        values = {name: pool.space[name][step] if ordinal[name] else step for name, step in trial.params.items()}
-        asked.append(pool.member(values))
+        asked.append(space.pool.member(_values(space, trial.params)))
         _tell(study, trial, space, asked[-1])
     return asked
+
+
+def _needs_scipy() -> None:
+    if find_spec("scipy") is None:
+        raise BadInput("Optuna's GPSampler needs SciPy, which is not installed: pip install scipy")
+
+
+def _ordinal(space: RecordedSpace) -> dict[str, BaseDistribution]:
+    """The tunables as Optuna's own samplers take them best: numbers by their rank."""
+    return {
+        name: IntDistribution(0, len(values) - 1) if _is_number(values) else CategoricalDistribution(values)
+        for name, values in space.pool.space.items()
+    }
+
+
+def _values(space: RecordedSpace, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The tunables that `_ordinal` parameters stand for."""
+    tunables = space.pool.space
+    return {name: tunables[name][at] if _is_number(tunables[name]) else at for name, at in params.items()}
+
+
+def _params(space: RecordedSpace, member: int) -> dict[str, Any]:
+    """The `_ordinal` parameters of a member."""
+    tunables = space.pool.space
+    return {
+        name: tunables[name].index(value) if _is_number(tunables[name]) else value
+        for name, value in space.pool.values(member).items()
+    }
 
 
 def _is_number(values: tuple[Any, ...]) -> bool:

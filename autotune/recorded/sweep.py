@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from autotune.decision.shootout import shootout
 from autotune.measuring.timing import paired_ratio
 from autotune.processes.tasks import DEFAULT, TUNED
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Workers
+from autotune.recorded.confirmation import confirmed, contenders, spread
+from autotune.recorded.findings import Findings, Line
 from autotune.recorded.spaces import RecordedSpace, write_space
 from autotune.search.pool import Pool, enumerate_pool
 from autotune.search.tuning_case import source_digest
@@ -25,9 +26,6 @@ from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import KernelSpec, Problem
 from tiles.target import Device
-
-Line = dict[str, Any]
-"""The finding of one member: `reason`, or `ratio`, `default_ms`, `low`, `high`, `rounds` and `source`."""
 
 
 def record(
@@ -42,7 +40,8 @@ def record(
 
     Members are timed against the default schedule in interleaved rounds, those of equal generated code once. A member's
     milliseconds are the default's median over the whole sweep divided by the paired ratio, which cancels the machine's
-    drift. Findings are appended to `out`.part one by one; the same call resumes from there.
+    drift. Then the fastest meet again in longer rounds side by side, which replace their timings, until the fastest of
+    all is a confirmed one (`confirmation`). Findings are kept in `out`.part at once; the same call resumes from there.
 
     Raises:
         BadInput: `out` is there already or cannot be written, or its part was begun for something else.
@@ -62,10 +61,11 @@ def record(
         raise BadInput(f"a recorded space must go to a new file, {out} exists: move it away or choose another name")
     part = out.with_name(f"{out.name}.part")
     try:
-        with _open_findings(part, {"pool": pool.digest, **about}) as file:
-            found = _read_findings(file, pool)
-            _Sweep(problem, spec, pool, device, workers, file, found, on_member or (lambda *_: None)).run()
-        space = _space(problem, pool, found, about)
+        with Findings(part, {"pool": pool.digest, **about}, len(pool)) as found:
+            sweep = _Sweep(problem, spec, pool, device, workers, found, on_member or (lambda *_: None))
+            sweep.run()
+            sweep.confirm()
+        space = _space(problem, pool, found.of, about)
         write_space(space, out)
         part.unlink()
     except OSError as error:
@@ -74,47 +74,6 @@ def record(
             "mend it, then run the same command again"
         ) from error
     return space
-
-
-def _open_findings(part: Path, header: Mapping[str, Any]) -> IO[bytes]:
-    """Open the file of findings behind its header, and cut off a partial last line."""
-    first = json.dumps(header).encode() + b"\n"
-    file = part.open("a+b")
-    try:
-        file.seek(0)
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-        if b"\n" not in content:
-            file.write(first)
-            _flush(file)
-        elif not content.startswith(first):
-            raise BadInput(
-                f"{part} must belong to this sweep, it is of another problem, device, pool, thread count or "
-                "version: move it away to begin anew"
-            )
-        file.seek(len(first))
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-def _read_findings(file: IO[bytes], pool: Pool) -> dict[int, Line]:
-    found = {}
-    for line in file:
-        try:
-            said = json.loads(line)
-            found[range(len(pool))[said.pop("member")]] = said
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
-            raise BadInput(
-                f"{file.name} must hold one finding a line, got {line[:40]!r}: move it away to begin anew"
-            ) from error
-    return found
-
-
-def _flush(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 class _Sweep:
@@ -127,30 +86,55 @@ class _Sweep:
         pool: Pool,
         device: Device,
         workers: Workers,
-        file: IO[bytes],
-        found: dict[int, Line],
+        found: Findings,
         on_member: Callable[[int, int, int], None],
     ) -> None:
         self.problem, self.spec, self.pool, self.device = problem, spec, pool, device
-        self.workers, self.file, self.found, self.on_member = workers, file, found, on_member
-        self.by_source = {said["source"]: said for said in found.values() if "source" in said}
+        self.workers, self.found, self.on_member = workers, found, on_member
+        self.by_source = found.by_source()
 
     def run(self) -> None:
         """Measure what is missing, the default first."""
         pool = self.pool
         left = [pool.default, *(member for member in range(len(pool)) if member != pool.default)]
-        left = [member for member in left if member not in self.found]
+        left = [member for member in left if member not in self.found.of]
         self._report_progress()
         if not left:
             return
-        default = self._compile([pool.default])[0]
-        if isinstance(default, TaskFailed):
-            raise default
+        default = self._default()
         together = self.workers.compilers
         for first in range(0, len(left), together):
             members = left[first : first + together]
             for member, built in zip(members, self._compile(members), strict=True):
-                self._append(member, self._evaluate(member, built, default))
+                self.found.keep({member: self._evaluate(member, built, default)})
+                self._report_progress()
+
+    def confirm(self) -> None:
+        """Time the fastest members again, side by side, until the fastest of all is confirmed."""
+        while members := contenders(self.found.of):
+            self.found.keep(self._meeting(members))
+            self._report_progress()
+
+    def _meeting(self, members: Sequence[int]) -> dict[int, Line]:
+        """New findings of all members whose code is that of one of `members`."""
+        default = str(self.pool.default)
+        built = {str(member): made for member, made in zip(members, self._compile(members), strict=True)}
+        binaries = {default: self._default().binary}
+        binaries |= {name: made.binary for name, made in built.items() if isinstance(made, Artifact)}
+        # They were verified by the code of an earlier call, perhaps: here they are verified on other inputs.
+        times = shootout(self.problem, binaries, default, list(binaries), self.workers, len(self.pool))
+        said: dict[str, Line] = {}
+        for member in members:
+            name, source = str(member), self.found.of[member]["source"]
+            failed = {"reason": "fails when it meets the fastest again"}
+            said[source] = confirmed(times, default, name, source) if name in times else failed
+        return {member: said[line["source"]] for member, line in self.found.of.items() if line.get("source") in said}
+
+    def _default(self) -> Artifact:
+        built = self._compile([self.pool.default])[0]
+        if isinstance(built, TaskFailed):
+            raise built
+        return built
 
     def _compile(self, members: Sequence[int]) -> list[Artifact | TaskFailed]:
         schedules = [self.spec.schedule_from(self.pool.values(member)) for member in members]
@@ -170,26 +154,18 @@ class _Sweep:
     def _time(self, member: int, built: Artifact, default: Artifact, source: str) -> Line:
         times = self.workers.assess(self.problem, built.binary, default.binary, member)
         tuned = times[TUNED]
-        low, middle, high = statistics.quantiles(tuned, n=4, method="inclusive")
         self.by_source[source] = {
             "ratio": 1.0 if member == self.pool.default else paired_ratio(times[DEFAULT], tuned).median,
             "default_ms": statistics.median(times[DEFAULT]),
-            "low": low / middle,
-            "high": high / middle,
+            **spread(tuned),
             "rounds": len(tuned),
             "source": source,
         }
         return self.by_source[source]
 
-    def _append(self, member: int, said: Line) -> None:
-        self.file.write(json.dumps({"member": member, **said}).encode() + b"\n")
-        _flush(self.file)
-        self.found[member] = said
-        self._report_progress()
-
     def _report_progress(self) -> None:
-        failed = sum("reason" in said for said in self.found.values())
-        self.on_member(len(self.found), failed, len(self.pool))
+        failed = sum("reason" in said for said in self.found.of.values())
+        self.on_member(len(self.found.of), failed, len(self.pool))
 
 
 def _space(problem: Problem, pool: Pool, found: Mapping[int, Line], about: Mapping[str, Any]) -> RecordedSpace:
@@ -204,7 +180,12 @@ def _space(problem: Problem, pool: Pool, found: Mapping[int, Line], about: Mappi
         has_default=True,
         spread=tuple((said["low"], said["high"]) if "ratio" in said else None for said in lines),
         sources=tuple(said.get("source") for said in lines),
-        about={**about, "rounds": min(said["rounds"] for said in timed), "made": provenance(commit=_commit())},
+        about={
+            **about,
+            "rounds": min(said["rounds"] for said in timed),
+            "confirmed": [member for member, said in enumerate(lines) if said.get("confirmed")],
+            "made": provenance(commit=_commit()),
+        },
     )
 
 

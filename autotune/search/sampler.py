@@ -109,6 +109,9 @@ class PoolSampler(BaseSampler):
         if running:
             model = model.with_pending(x[running])
         mean, deviation = model.predict(x[candidates])
+        # What is not measured has a nugget of its own to be won: without it a rugged valley looks known as soon as some
+        # of its members are, and the search leaves it for where nothing is known.
+        deviation = numpy.sqrt(deviation**2 + model.nugget)
         acquisition = expected_improvement(mean, deviation, float(values.min()))
         if failed:
             known = [*measured, *failed]

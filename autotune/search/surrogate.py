@@ -8,7 +8,9 @@ feature.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy
@@ -23,10 +25,6 @@ STEPS = 30
 
 MAX_FITTED = 200
 """Observations that the parameters are fitted to; predictions use all."""
-
-# Log-normal priors of the parameters, as (mean, deviation) of the logarithm. Features span [0, 1] and values have unit
-# variance, so one choice serves all pools: 1/length² around e, a signal of variance 1, noise far below it.
-INVERSE_SQUARED_LENGTH, SIGNAL, NOISE = (1.0, 1.0), (0.0, 1.0), (math.log(1e-3), 1.5)
 
 
 def encode(pool: Pool) -> Array:
@@ -89,14 +87,16 @@ def _standardized(values: Array) -> Array:
 class Surrogate:
     """A Gaussian process conditioned on values [n] at features [n, d].
 
-    `scale` [d] is 1/length scale of each feature; `signal` and `noise` are variances.
+    `scale` [d] is 1/length scale of each feature; `signal` and `nugget` are variances. The nugget is what is each
+    member's own: how its time differs from what its neighbours say, and the noise of the measurement (Gramacy and Lee
+    2012, "Cases for the nugget in modeling computer experiments").
     """
 
     features: Array
     values: Array
     scale: Array
     signal: float
-    noise: float
+    nugget: float
 
     @classmethod
     def fitted(cls, features: Array, values: Array) -> Surrogate:
@@ -112,12 +112,12 @@ class Surrogate:
         """The process conditioned on its own predictions for pending trials at `features` [m, d] (kriging believer)."""
         mean, _ = self.predict(features)
         together = numpy.concatenate([self.features, features]), numpy.concatenate([self.values, mean])
-        return Surrogate(*together, self.scale, self.signal, self.noise)
+        return Surrogate(*together, self.scale, self.signal, self.nugget)
 
     def predict(self, features: Array) -> tuple[Array, Array]:
-        """Mean [m] and standard deviation [m] of the signal at `features` [m, d]."""
+        """Mean [m] and standard deviation [m] of the signal, without the nugget, at `features` [m, d]."""
         own = self.signal * self.correlation(self.features, self.features)
-        own[numpy.diag_indices(len(own))] += self.noise
+        own[numpy.diag_indices(len(own))] += self.nugget
         inverse = numpy.linalg.inv(own)
         across = self.signal * self.correlation(features, self.features)
         variance = self.signal - ((across @ inverse) * across).sum(axis=1)
@@ -164,32 +164,59 @@ def _matern(squared: Array) -> Array:
 
 
 def _map_parameters(features: Array, values: Array) -> Array:
-    """Logarithms [d + 2] of the MAP parameters: inverse squared lengths, signal variance and noise variance.
+    """Logarithms [d + 2] of the MAP parameters: inverse squared lengths, variances of signal and nugget.
+
+    Of the two priors' maxima the higher one counts (Rasmussen and Williams, section 5.4.1, on such pairs).
+    """
+    apart = ((features[:, None] - features) ** 2).transpose(2, 0, 1).copy()
+    maxima = [
+        _minimum(partial(_negative_log_posterior, apart=apart, values=values, prior=prior), prior[:, 0])
+        for prior in _priors(len(apart))
+    ]
+    return min(maxima, key=lambda found: found[0])[1]
+
+
+def _priors(features: int) -> tuple[Array, Array]:
+    """Log-normal priors [d + 2, 2] of the parameters in a smooth space and in a rugged one: mean, deviation of the log.
+
+    Features span [0, 1] and values have unit variance, so one choice serves all pools. In a smooth space a member's
+    time follows from its neighbours': short lengths explain all differences, and the nugget is small. In a rugged one
+    they tell where the valley is, and its members differ by the nugget. There squared lengths grow with the number of
+    features, as squared distances do: with shorter ones nothing is known one step away from what was measured
+    (Hvarfner et al. 2024, "Vanilla Bayesian optimization performs great in high dimensions", section 4).
+    """
+
+    def prior(inverse_squared_length: float, nugget: float) -> Array:
+        return numpy.array([(inverse_squared_length, 1.0)] * features + [(0.0, 1.0), (math.log(nugget), 1.0)])
+
+    return prior(1.0, 1e-3), prior(0.3 - math.log(features), 0.05)
+
+
+def _minimum(function: Callable[[Array], tuple[float, Array]], start: Array) -> tuple[float, Array]:
+    """The least value and where, of a function that returns (value, gradient), from `start` downhill.
 
     Rprop (Riedmiller and Braun 1993): a step for each parameter, which grows while the gradient keeps its sign and
     halves when that changes; no line search, and always the same work.
     """
-    apart = ((features[:, None] - features) ** 2).transpose(2, 0, 1).copy()
-    prior = numpy.array([INVERSE_SQUARED_LENGTH] * len(apart) + [SIGNAL, NOISE])
-    at, step, before = prior[:, 0], numpy.full(len(prior), 0.3), numpy.zeros(len(prior))
+    at, step, before = start, numpy.full(len(start), 0.3), numpy.zeros(len(start))
     least, best = math.inf, at
     for _ in range(STEPS + 1):
-        loss, slope = _negative_log_posterior(at, apart, values, prior)
-        if loss < least:
-            least, best = loss, at
+        value, slope = function(at)
+        if value < least:
+            least, best = value, at
         turned = numpy.sign(slope * before)
         step = numpy.clip(step * numpy.array([0.5, 1.0, 1.3])[turned.astype(int) + 1], 1e-3, 1.0)
         at, before = at - numpy.sign(slope) * step, slope
-    return best
+    return least, best
 
 
 def _negative_log_posterior(at: Array, apart: Array, values: Array, prior: Array) -> tuple[float, Array]:
     """Minus the logarithm of the posterior density, up to a constant, and its gradient; `apart` is [d, n, n]."""
-    weights, signal, noise = numpy.exp(at[:-2]), math.exp(at[-2]), math.exp(at[-1])
+    weights, signal, nugget = numpy.exp(at[:-2]), math.exp(at[-2]), math.exp(at[-1])
     root = numpy.sqrt(5 * numpy.tensordot(weights, apart, 1))
     decay = numpy.exp(-root)
     covariance = signal * (1 + root + root**2 / 3) * decay
-    total = covariance + (noise + JITTER) * numpy.eye(len(values))
+    total = covariance + (nugget + JITTER) * numpy.eye(len(values))
     inverse = numpy.linalg.inv(total)
     solved = inverse @ values
     loss = values @ solved / 2 + numpy.linalg.slogdet(total)[1] / 2
@@ -200,7 +227,7 @@ def _negative_log_posterior(at: Array, apart: Array, values: Array, prior: Array
         [
             *(weights * numpy.tensordot(apart, by_squared, ((1, 2), (0, 1)))),
             (slope * covariance).sum(),
-            noise * numpy.trace(slope),
+            nugget * numpy.trace(slope),
         ]
     )
     off = (at - prior[:, 0]) / prior[:, 1]

@@ -25,7 +25,9 @@ def replay(
     ],
     sampler: Annotated[
         list[str],
-        typer.Option("--sampler", help=f"Sampler: {', '.join(SAMPLERS)}. May repeat.", show_default="all but gp"),
+        typer.Option(
+            "--sampler", help=f"Sampler: {', '.join(SAMPLERS)}. May repeat.", show_default="all but gp and gp-pool"
+        ),
     ] = DEFAULT_SAMPLERS,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Configurations to try, failing ones included.")] = 100,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Searches per file and sampler.")] = 25,

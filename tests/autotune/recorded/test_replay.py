@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import toy_space
+from optuna.samplers import RandomSampler
 
 from autotune.recorded import samplers
 from autotune.recorded.foreign import read_space
@@ -59,10 +60,25 @@ def test_ours_beats_the_others_on_a_bowl():
     assert rows["ours"]["duplicates"] == 0
 
 
-def test_optunas_gaussian_process_says_what_it_needs(monkeypatch):
+@pytest.mark.parametrize("sampler", ["gp", "gp-pool"])
+def test_optunas_gaussian_process_says_what_it_needs(monkeypatch, sampler):
     monkeypatch.setattr(samplers, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match="pip install scipy"):
-        replay(toy_space.bowl(), "gp", 12, seed=0)
+        replay(toy_space.bowl(), sampler, 12, seed=0)
+
+
+def test_optunas_gaussian_process_over_the_pool_tries_members_only_and_each_once(monkeypatch):
+    """Optuna's random sampler proposes in its place, so that SciPy is not needed."""
+    monkeypatch.setattr(samplers, "find_spec", lambda name: True)
+    monkeypatch.setattr(samplers, "GPSampler", RandomSampler)
+    space = toy_space.bowl()
+    run = replay(space, "gp-pool", 40, seed=3)
+    assert run.members[0] == space.pool.default
+    assert len(set(run.members)) == 40
+    assert None not in run.members
+    assert run.members != replay(space, "gp-pool", 40, seed=4).members
+    small = toy_space.bowl(sizes=(16, 256))
+    assert sorted(replay(small, "gp-pool", 1000, seed=0).members) == list(range(len(small.pool)))
 
 
 def test_neighbours_differ_in_one_tunable():

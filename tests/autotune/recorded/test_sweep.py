@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import toy
 
+from autotune.processes.tasks import TUNED
 from autotune.processes.worker import TaskFailed
 from autotune.recorded import sweep
 from autotune.recorded.foreign import read_space
@@ -80,8 +81,8 @@ def test_what_was_measured_is_kept_and_the_same_call_goes_on(tmp_path):
     assert not out.exists()
     part = tmp_path / "toy.json.gz.part"
     with part.open("ab") as file:
-        file.write(b'{"member": 33, "ra')  # kill -9 in the middle of a line
-    kept = {json.loads(line)["member"] for line in part.read_bytes().splitlines()[1:-1]}
+        file.write(b'{"33": {"ra')  # kill -9 in the middle of a line
+    kept = {member for line in part.read_bytes().splitlines()[1:-1] for member in json.loads(line)}
     second, told = toy.ToyWorkers(), []
     space = recorded(out, second, on_member=lambda *said: told.append(said))
     assert told[0][0] == len(kept) >= 9
@@ -114,7 +115,7 @@ def test_a_part_with_a_damaged_finding_is_refused(tmp_path):
         recorded(tmp_path / "toy.json.gz", workers)
     with (tmp_path / "toy.json.gz.part").open("ab") as file:
         file.write(b"[]\n")
-    with pytest.raises(BadInput, match="one finding a line"):
+    with pytest.raises(BadInput, match="findings by member on each line"):
         recorded(tmp_path / "toy.json.gz", toy.ToyWorkers())
 
 
@@ -126,3 +127,94 @@ def test_a_finished_file_and_a_folder_that_is_not_there_are_refused(tmp_path):
     assert out.read_bytes() == before
     with pytest.raises(BadInput, match="No such file or directory"):
         recorded(tmp_path / "none" / "toy.json.gz", toy.ToyWorkers())
+
+
+class LuckyWorkers(toy.ToyWorkers):
+    """The first timings of some members are off by a factor."""
+
+    def __init__(self, lucky, **options):
+        super().__init__(**options)
+        self.lucky = {toy.code(schedule): factor for schedule, factor in lucky.items()}
+
+    def assess(self, problem, tuned, default, seed):
+        times = super().assess(problem, tuned, default, seed)
+        factor = self.lucky.get(tuned.decode(), 1)
+        return {name: [ms * factor if name == TUNED else ms for ms in rounds] for name, rounds in times.items()}
+
+
+def time_of(space, schedule):
+    return space.ms[space.pool.member(vars(schedule))]
+
+
+def test_a_lucky_timing_does_not_stay_the_optimum(tmp_path):
+    """Two members look much faster than all others; that they are not shows one after the other."""
+    near = toy.ToySchedule(8, 1, True)
+    workers = LuckyWorkers({toy.ToySchedule(4, 2, False): 0.01, near: 0.1})
+    space = recorded(tmp_path / "toy.json.gz", workers)
+    assert space.pool.values(space.ms.index(space.optimum)) == vars(toy.BEST)
+    assert time_of(space, toy.ToySchedule(4, 2, False)) == pytest.approx(5.5, rel=0.03)
+    for packed in (True, False):  # the same code
+        assert time_of(space, replace(near, packed=packed)) == pytest.approx(5.5, rel=0.03)
+    default, *met = zip(*workers.compared, strict=True)
+    assert set(default) == {str(space.pool.default)}
+    assert len(met) == 1
+    assert len(workers.compared) == 3
+    assert space.about["confirmed"] == sorted(
+        space.pool.member(vars(schedule))
+        for schedule in (toy.ToySchedule(4, 2, False), near, replace(near, packed=False), toy.BEST)
+    )
+    assert read_space(tmp_path / "toy.json.gz") == space
+
+
+def test_the_fastest_within_the_noise_meet_side_by_side(tmp_path):
+    """All 28 codes are within 1 %: the 20 that looked fastest meet, verified again, and the default beside them."""
+    workers = toy.ToyWorkers(time=lambda schedule: 1 + schedule.block / 1e4)
+    space = recorded(tmp_path / "toy.json.gz", workers)
+    first = [int(name) for name in workers.compared[0]]
+    assert len(set(first) - {space.pool.default}) in (19, 20)
+    assert len({space.sources[member] for member in first}) == len(first)
+    assert len(workers.unverified) == sum(map(len, workers.compared))
+    assert space.ms.index(space.optimum) in space.about["confirmed"]
+
+
+def test_one_within_the_noise_of_the_fastest_meets_it_after_a_lucky_one_did(tmp_path):
+    """The best looks slower than the second here, and both much slower than the lucky one: all three are confirmed."""
+    second, lucky = replace(toy.BEST, packed=False), toy.ToySchedule(8, 2, True)
+    times = {toy.code(second): 1.02, toy.code(toy.BEST): 1.0}
+    workers = LuckyWorkers({toy.BEST: 1.04, lucky: 0.1}, time=lambda schedule: times.get(toy.code(schedule), 9.0))
+    space = recorded(tmp_path / "toy.json.gz", workers)
+    assert space.pool.values(space.ms.index(space.optimum)) == vars(toy.BEST)
+    assert space.about["confirmed"] == sorted(space.pool.member(vars(each)) for each in (second, toy.BEST, lucky))
+
+
+def test_a_meeting_that_is_interrupted_is_held_again(tmp_path):
+    out, first = tmp_path / "toy.json.gz", toy.ToyWorkers()
+    first.compare = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        recorded(out, first)
+    with (tmp_path / "toy.json.gz.part").open("ab") as file:
+        file.write(b'{"3": {"ratio": 9, "sou')  # kill -9 in the middle of its line
+    second = toy.ToyWorkers()
+    space = recorded(out, second)
+    assert second.assessed == []
+    assert len(second.compared) == 1
+    assert space.about["confirmed"] == [space.ms.index(space.optimum)]
+
+
+def interrupted(*given):
+    raise KeyboardInterrupt
+
+
+def test_what_fails_when_it_meets_the_fastest_is_a_failure(tmp_path):
+    workers, compare = toy.ToyWorkers(), toy.ToyWorkers().compare
+
+    def crashing(problem, binaries, unverified, seed):
+        if toy.code(toy.BEST).encode() in binaries.values():
+            raise TaskFailed("Crashed: signal 11")
+        return compare(problem, binaries, unverified, seed)
+
+    workers.compare = crashing
+    space = recorded(tmp_path / "toy.json.gz", workers)
+    assert space.reasons == {space.pool.member(vars(toy.BEST)): "fails when it meets the fastest again"}
+    assert time_of(space, toy.BEST) is None
+    assert space.optimum == pytest.approx(1.5, rel=0.03)

@@ -1,5 +1,6 @@
 """The sampler: its proposals, and that it beats random search."""
 
+import itertools
 import math
 import random
 import statistics
@@ -81,6 +82,30 @@ def test_neighbours_of_the_best_get_their_share():
     asked, _ = search(pool, lambda values: 0.5 if tuple(values.values()) == dip else 1.0, 40)
     close = [member for member in asked[10:] if sum(pool.members[member]) - sum(dip) <= 3]
     assert len(close) >= 4
+
+
+def rugged(values):
+    """A valley where a and b are on and c is off; within it and around it every member has a time of its own."""
+    own = random.Random(str(values)).random()
+    return own + (1.0 if values["a"] and values["b"] and not values["c"] else 1.5)
+
+
+def test_a_rugged_valley_is_not_left_because_some_of_its_members_are_slow():
+    space = {"x": tuple(range(12)), "y": tuple(range(6)), **dict.fromkeys("abcd", (False, True))}
+    pool = Pool(space, tuple(itertools.product(*(range(len(values)) for values in space.values()))), 0)
+    valley = {at for at, steps in enumerate(pool.members) if (steps[2], steps[3], steps[4]) == (1, 1, 0)}
+    around = [member for member in range(len(pool)) if member not in valley]
+    stayed = 0
+    for start in range(3):
+        draw = random.Random(start)
+        tried = draw.sample(sorted(valley), 12) + draw.sample(around, 20)
+        study = optuna.create_study()
+        for values in map(pool.values, tried):
+            given = {"params": values, "distributions": pool.distributions, "value": rugged(values)}
+            study.add_trial(optuna.trial.create_trial(**given))
+        asked, _ = search(pool, rugged, 20, study=study)
+        stayed += len(valley.intersection(asked[32:]))
+    assert stayed >= 51  # of 60; 12 % of the pool are in the valley
 
 
 def test_running_trials_and_failures_with_a_reason_are_not_asked_again_but_cut_short_ones_are():
@@ -211,6 +236,21 @@ def test_gradients_of_the_posterior_are_those_of_its_differences():
         above, _ = surrogate._negative_log_posterior(at + step, apart, y, prior)
         below, _ = surrogate._negative_log_posterior(at - step, apart, y, prior)
         assert gradient[which] == pytest.approx((above - below) / 2e-5, rel=1e-4, abs=1e-6)
+
+
+def _rows(kind):
+    """Features and values of 60 members of a plane; in the rugged one each has a share of its own."""
+    draw = numpy.random.default_rng(3)
+    x = draw.integers(0, 8, (60, 6)) / 7
+    y = x[:, 0] + x[:, 1] ** 2 + (0.4 * draw.standard_normal(60) if kind == "rugged" else 0)
+    return x, (y - y.mean()) / y.std()
+
+
+def test_the_nugget_is_what_neighbours_do_not_tell():
+    """A smooth space has next to none; in a rugged one it is a good part of the variance."""
+    smooth, rugged = (Surrogate.fitted(*_rows(kind)) for kind in ("smooth", "rugged"))
+    assert smooth.nugget < 0.005
+    assert 0.15 < rugged.nugget < 0.9
 
 
 def test_expected_improvement_is_the_mean_of_what_falls_below():

@@ -62,7 +62,7 @@ def test_replay_prints_one_json_object_that_the_figure_draws(file, tmp_path):
     ("arguments", "said"),
     [
         (["none.json"], "No such file"),
-        (["FILE", "--sampler", "best"], "sampler must be one of ours, tpe, random, local, gp, got best"),
+        (["FILE", "--sampler", "best"], "sampler must be one of ours, tpe, random, local, gp, gp-pool, got best"),
         (["FILE", "--trials", "0"], "--trials"),
         (["FILE", "--seeds", "0"], "--seeds"),
         ([], "FILE"),
