@@ -32,9 +32,8 @@ static inline uint32_t mhc_bits_bfloat16(float value) {
 }
 static inline uint16_t mhc_store_bfloat16(float value) { return (uint16_t)(mhc_bits_bfloat16(value) >> 16); }
 
-// The same value in a float, and how such a float is stored: vectors stay 32 bits wide where nothing is stored.
+// The same value in a float.
 static inline float mhc_round_bfloat16(float value) { return mhc_float(mhc_bits_bfloat16(value) & 0xffff0000u); }
-static inline uint16_t mhc_narrow_bfloat16(float rounded) { return (uint16_t)(mhc_bits(rounded) >> 16); }
 
 // Moves the exponent from bias 15 to 127; subtracting 2^-14 turns the implicit one of a subnormal back into a zero.
 static inline float mhc_widen_float16(uint32_t stored) {
@@ -57,7 +56,6 @@ static inline uint32_t mhc_bits_float16(float value) {
 }
 static inline uint16_t mhc_store_float16(float value) { return (uint16_t)mhc_bits_float16(value); }
 static inline float mhc_round_float16(float value) { return mhc_load_float16(mhc_store_float16(value)); }
-static inline uint16_t mhc_narrow_float16(float rounded) { return mhc_store_float16(rounded); }
 
 // Two neighbouring elements in one word, so that vectors of them stay 32 bits wide: `which` is 0 for the first.
 static inline uint32_t mhc_load_pair(uint16_t *first) { uint32_t pair; memcpy(&pair, first, 4); return pair; }

@@ -7,14 +7,14 @@ from typing import Any
 import tilelang.language as T
 
 from tiles.lang.dialect import Dialect
-from tiles.lang.rows import Row
+from tiles.lang.rows import ResultRow, SourceRow
 from tiles.lang.values import Buffer, Expr, bind
 
 
 class Columns:
     """Rows of `block` columns of `dtype`, and a loop nest over them.
 
-    The loop over `outer()` is outside, that over `inner()` inside; `index` names a column for `Row.get` and `Row.put`.
+    The loop over `outer()` is outside, that over `inner()` inside; `index` names a column for a row's `get` and `put`.
 
     With `threads`, each of so many CUDA threads has block / threads neighbouring columns: it moves them as one vector,
     and adds up in one register what it sums over them (`sums`, added to at `dialect.partial_index(outer)`). Columns
@@ -30,17 +30,17 @@ class Columns:
         self._threads = 0 if threads and block % threads else threads
         self._packed = dialect.packed(dtype)
 
-    def row(self, tensor: Buffer, *, copied: bool = False) -> Row:
+    def row(self, tensor: Buffer, *, copied: bool = False) -> SourceRow:
         """See `Dialect.row`."""
         if self._threads:
             return ThreadRow(tensor, self._dtype, self._threads, self._block // self._threads)
         return self._dialect.row(tensor, self._dtype, self._block, copied=copied and not self._nontemporal)
 
-    def result(self, tensor: Buffer) -> Row:
+    def result(self, tensor: Buffer) -> ResultRow:
         """A row that is written."""
         if self._threads:
-            return self.row(tensor)
-        return self._dialect.row(tensor, self._dtype, self._block, nontemporal=self._nontemporal)
+            return ThreadRow(tensor, self._dtype, self._threads, self._block // self._threads)
+        return self._dialect.result(tensor, self._dtype, self._block, nontemporal=self._nontemporal)
 
     def sums(self) -> Buffer:
         """An accumulator of sums over columns."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import tilelang.language as T
 
-from tiles.lang.rows import CopiedRow, CudaRow, ElementRow, NontemporalRow, PairRow, Row
+from tiles.lang.rows import CopiedRow, CudaRow, ElementRow, NontemporalRow, PairRow, ResultRow, Row, SourceRow
 from tiles.lang.storage import DOT_LANES, OWNED_REGISTERS
 from tiles.lang.values import Buffer, Expr
 from tiles.target import Target, compute_capability
@@ -61,9 +61,12 @@ class Dialect(Protocol):
     def reciprocal(self, value: Expr) -> Expr:
         """1 / value to about float32's precision, for values far from float32's limits."""
 
-    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False, nontemporal: bool = False) -> Row:
-        """`width` elements of a tensor's row for a parallel loop; `copied` where it reads what it also writes,
-        `nontemporal` where it only writes, and a CPU's caches have better use than to hold that."""
+    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> SourceRow:
+        """`width` elements of a tensor's row that a parallel loop reads; `copied` where it also writes there."""
+
+    def result(self, tensor: Buffer, dtype: str, width: int, *, nontemporal: bool = False) -> ResultRow:
+        """`width` elements of a tensor's row that a parallel loop writes; `nontemporal` where a CPU's caches have
+        better use than to hold them."""
 
     def packed(self, dtype: str) -> int:
         """Elements of a row that an iteration takes: where it is 2, they are indexed by (pair, 0 or 1)."""
@@ -150,11 +153,13 @@ class Cpu:
     def reciprocal(self, value: Expr) -> Expr:
         return T.float32(1) / value
 
-    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False, nontemporal: bool = False) -> Row:
-        row: Callable[[Buffer], Row] = ElementRow if dtype == "float32" else partial(PairRow, dtype=dtype)
-        if nontemporal:
-            return NontemporalRow(row, tensor, width)
+    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> SourceRow:
+        row = _row_in_place(dtype)
         return CopiedRow(row, tensor, width) if copied else row(tensor)
+
+    def result(self, tensor: Buffer, dtype: str, width: int, *, nontemporal: bool = False) -> ResultRow:
+        row = _row_in_place(dtype)
+        return NontemporalRow(row, tensor, width) if nontemporal else row(tensor)
 
     def packed(self, dtype: str) -> int:
         return 1 if dtype == "float32" else 2
@@ -182,10 +187,6 @@ class Cpu:
         """What `load` gives back of a value that is stored."""
         return value if dtype == "float32" else T.call_extern("float32", f"mhc_round_{dtype}", value)
 
-    def store_rounded(self, value: Expr, dtype: str) -> Expr:
-        """A value that is `rounded`, as it is stored."""
-        return value if dtype == "float32" else T.call_extern("uint16", f"mhc_narrow_{dtype}", value)
-
     def prefetch(self, tensors: tuple[Buffer, ...], row: Expr, column: Expr, count: int) -> Any:
         """Say that `count` elements of a row of each tensor are needed soon; they may lie past its end."""
         for tensor in dict.fromkeys(tensors):
@@ -211,6 +212,10 @@ class Cpu:
         """out[i, c] += Σ_{j < count} a[i, j] b[j, c]: a register block of a matrix product, c over `width`."""
         factors = a.pointer(), a.stride(0), a.stride(1)
         _call("mhc_add_product", out.pointer(), out.stride(0), *factors, b.pointer(), b.stride(0), rows, count, width)
+
+
+def _row_in_place(dtype: str) -> Callable[[Buffer], Row]:
+    return ElementRow if dtype == "float32" else partial(PairRow, dtype=dtype)
 
 
 class Cuda:
@@ -255,7 +260,10 @@ class Cuda:
     def reciprocal(self, value: Expr) -> Expr:
         return T.fast_rcp(value)
 
-    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False, nontemporal: bool = False) -> Row:
+    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> SourceRow:
+        return CudaRow(tensor, dtype, width)
+
+    def result(self, tensor: Buffer, dtype: str, width: int, *, nontemporal: bool = False) -> ResultRow:
         return CudaRow(tensor, dtype, width)
 
     def packed(self, dtype: str) -> int:

@@ -10,27 +10,38 @@ import tilelang.language as T
 from tiles.lang.values import Buffer, Expr, bind
 
 
-class Row(Protocol):
-    """Consecutive elements of one row of a tensor [rows, columns], as float32.
+class SourceRow(Protocol):
+    """Consecutive elements of one row of a tensor [rows, columns], as float32, which loops read.
 
-    On a CPU they are read and written where they are. A CUDA thread moves its share of them as vectors of up to 16
-    bytes, before and after the loop, and keeps it in registers.
+    On a CPU they are read where they are. A CUDA thread moves its share of them as vectors of up to 16 bytes, before
+    the loop, and keeps it in registers.
     """
 
     def load(self, row: Expr, column: Expr) -> None:
         """The next loop reads the elements from (row, column) on."""
 
+    def get(self, index: Any) -> Expr:
+        """An element."""
+
+
+class ResultRow(Protocol):
+    """The same of elements which loops write; a CUDA thread moves its share after the loop."""
+
     def store_at(self, row: Expr, column: Expr) -> None:
         """The next loop writes the elements from (row, column) on; `flush` comes after it."""
 
     def get(self, index: Any) -> Expr:
-        """An element."""
+        """An element that has been written."""
 
     def put(self, index: Any, value: Expr, *, rounded: bool = False) -> None:
         """Write an element; `rounded` where it is a value of the row's dtype already."""
 
     def flush(self) -> None:
         """All elements have been written."""
+
+
+class Row(SourceRow, ResultRow, Protocol):
+    """A row that loops may read and write."""
 
 
 class ElementRow:
@@ -96,8 +107,8 @@ class PairRow:
 
 
 class CopiedRow:
-    """A CPU's row that is read from a copy, since the loop writes where it reads: a C compiler does not vectorise such
-    a loop. `row` makes the row of the copy."""
+    """A CPU's `SourceRow` that is read from a copy, since the loop writes where it reads: a C compiler does not
+    vectorise such a loop. `row` makes the row of the copy."""
 
     def __init__(self, row: Callable[[Buffer], Row], tensor: Buffer, width: int) -> None:
         self._tensor, self._width = tensor, width
@@ -108,21 +119,12 @@ class CopiedRow:
         move("mhc_copy", self._tensor, (row, column), self._held, (0, 0), self._width)
         self._row.load(0, 0)
 
-    def store_at(self, row: Expr, column: Expr) -> None:
-        raise NotImplementedError("a row that is copied is only read")
-
     def get(self, index: Any) -> Expr:
         return self._row.get(index)
 
-    def put(self, index: Any, value: Expr, *, rounded: bool = False) -> None:
-        raise NotImplementedError("a row that is copied is only read")
-
-    def flush(self) -> None:
-        pass
-
 
 class NontemporalRow:
-    """A CPU's row that is only written: kept as it is stored, and moved past the caches when it is whole. `row` makes
+    """A CPU's `ResultRow` that is kept as it is stored, and moved past the caches when it is whole. `row` makes
     the row of what is kept."""
 
     def __init__(self, row: Callable[[Buffer], Row], tensor: Buffer, width: int) -> None:
@@ -130,9 +132,6 @@ class NontemporalRow:
         self._held = T.alloc_local((1, width), tensor.dtype)
         self._row = row(self._held)
         self._at: tuple[Expr, Expr] = (0, 0)
-
-    def load(self, row: Expr, column: Expr) -> None:
-        raise NotImplementedError("a row that goes past the caches is only written")
 
     def store_at(self, row: Expr, column: Expr) -> None:
         self._at = row, column

@@ -62,8 +62,8 @@ class Aggregate:
                 for row in more:
                     row.load(token, chunk * block)
                 upper.load(token, chunk * block)
-                for i, row in enumerate(state_grads):
-                    row.store_at(token, i * width + chunk * block)
+                for i, result in enumerate(state_grads):
+                    result.store_at(token, i * width + chunk * block)
                 for outer in columns.outer():
                     for inner in columns.inner():
                         at, column = dialect.partial_index(outer), columns.index(outer, inner)
@@ -72,8 +72,8 @@ class Aggregate:
                             sums[i][at] += grad * row.get(column)
                             if dx is not None:
                                 state_grads[i].put(column, pre[i] * grad)
-                for row in state_grads:
-                    row.flush()
+                for result in state_grads:
+                    result.flush()
             dialect.totals(sums, put)
 
         @T.macro

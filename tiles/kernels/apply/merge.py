@@ -17,7 +17,7 @@ from tiles.kernels.spec import Problem
 from tiles.lang.columns import Columns
 from tiles.lang.dialect import Dialect
 from tiles.lang.program import program
-from tiles.lang.rows import Row
+from tiles.lang.rows import ResultRow, SourceRow
 from tiles.lang.values import Buffer, Expr, bind
 
 Matrix = Sequence[Sequence[Expr]] | None
@@ -66,17 +66,17 @@ class Merge:
         outputs, members, held = (1, tuple(range(min(group, n))), False) if group else (n, streams, True)
         members = members if problem.mixes else ()
 
-        def rows(buffer: Buffer, count: int = n, copied: bool = False) -> list[Row]:
+        def rows(buffer: Buffer, count: int = n, copied: bool = False) -> list[SourceRow]:
             return [columns.row(buffer, copied=copied) for _ in range(count)]
 
-        def results(buffer: Buffer, count: int = n) -> list[Row]:
+        def results(buffer: Buffer, count: int = n) -> list[ResultRow]:
             return [columns.result(buffer) for _ in range(count)]
 
-        def walked(tensors: Any, count: int) -> tuple[list[Row], list[Row]]:
+        def walked(tensors: Any, count: int) -> tuple[list[SourceRow], list[ResultRow]]:
             """So many streams of x and dx."""
             return (rows(tensors.x, count), results(tensors.dx, count)) if count else ([], [])
 
-        def load(parts: Sequence[Row], of: Sequence[Expr], token: Expr, column: Expr) -> None:
+        def load(parts: Sequence[SourceRow], of: Sequence[Expr], token: Expr, column: Expr) -> None:
             for part, i in zip(parts, of, strict=True):
                 part.load(token, i * width + column)
 

@@ -22,7 +22,7 @@ from tiles.kernels.spec import Problem
 from tiles.lang.columns import Columns
 from tiles.lang.dialect import Cpu, Cuda, Dialect, View
 from tiles.lang.program import program
-from tiles.lang.rows import Row
+from tiles.lang.rows import SourceRow
 from tiles.lang.values import Buffer, Expr, as_value, bind, token_range, variable
 
 DOTS_WIDTH = 640
@@ -113,7 +113,7 @@ class _Tile:
         def place(i: Expr, column: Expr) -> Expr:
             return i * problem.width + column
 
-        def load(p: Any, token: Expr, column: Expr) -> tuple[list[Row], Row]:
+        def load(p: Any, token: Expr, column: Expr) -> tuple[list[SourceRow], SourceRow]:
             """The rows of x and f, from a token's column on."""
             state, sublayer = [columns.row(p.x) for _ in streams], columns.row(p.f)
             for i in streams:
@@ -121,7 +121,7 @@ class _Tile:
             sublayer.load(token, column)
             return state, sublayer
 
-        def x_next(given: tuple[list[Row], Row], res: Any, post: Any, index: Any) -> list[Expr]:
+        def x_next(given: tuple[list[SourceRow], SourceRow], res: Any, post: Any, index: Any) -> list[Expr]:
             """x' of one column of a token, rounded to the streams' dtype."""
             state, sublayer = given
             values, added = [row.get(index) for row in state], sublayer.get(index)
