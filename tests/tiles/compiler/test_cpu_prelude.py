@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import subprocess
 
 import pytest
@@ -23,7 +24,24 @@ extern "C" void rounded_first(float *values, uint16_t *stored, int64_t count) {
     mhc_store_pair(stored + i, mhc_narrow_pair_STORED(mhc_round_STORED(values[i]), mhc_round_STORED(values[i + 1])));
 }
 """
+SUMS = r"""
+extern "C" int32_t lanes() { return MHC_LANES; }
+template <int columns>
+void sums(float *lanes, float *total, int32_t count) {
+  for (int32_t t = 0; t < count; ++t)
+    for (int32_t k = 0; k < columns; ++k) total[t * columns + k] = mhc_dot_sum(lanes + (t * columns + k) * 16);
+}
+extern "C" void sums_3(float *lanes, float *total, int32_t count) { sums<3>(lanes, total, count); }
+extern "C" void sums_24(float *lanes, float *total, int32_t count) { sums<24>(lanes, total, count); }
+"""
 LOWER = (0, 1, 0x0FFF, 0x1000, 0x1001, 0x2000, 0x7FFF, 0x8000, 0x8001, 0xFFFF)
+
+
+def compiled(source, folder):
+    text, library = folder / "calls.cpp", folder / "calls.so"
+    text.write_text(source)
+    subprocess.run(["g++", *CPU_FLAGS, "-shared", "-march=native", str(text), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -31,14 +49,12 @@ def test_floats_are_rounded_as_torch_rounds_them(dtype, tmp_path):
     """All 65,536 upper halves, with the lower halves at which something changes: those of a bfloat16 only decide
     between down, even and up, and of a float16 they are the last 3 bits of its own and what is rounded off, and NaN is
     NaN with any of them."""
-    text, library = tmp_path / "calls.cpp", tmp_path / "calls.so"
-    text.write_text(PRELUDE + CALLS.replace("STORED", dtype))
-    subprocess.run(["g++", *CPU_FLAGS, "-shared", "-march=native", str(text), "-o", str(library)], check=True)
+    calls = compiled(PRELUDE + CALLS.replace("STORED", dtype), tmp_path)
     upper = torch.arange(2**16, dtype=torch.int64) << 16
     bits = torch.cat([upper + lower for lower in LOWER])
     values = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
     values = torch.cat([values, values.roll(1)])  # each as the first and as the second of a pair
-    wanted, calls = values.to(getattr(torch, dtype)), ctypes.CDLL(str(library))
+    wanted = values.to(getattr(torch, dtype))
     number = ~values.isnan()
     for how in ("one_by_one", "in_pairs", "rounded_first"):
         stored = torch.empty(len(values), dtype=torch.int16)
@@ -47,3 +63,19 @@ def test_floats_are_rounded_as_torch_rounds_them(dtype, tmp_path):
         )
         assert stored.view(wanted.dtype)[~number].isnan().all(), how
         assert torch.equal(stored[number], wanted.view(torch.int16)[number]), how
+
+
+def test_lanes_are_added_in_one_order_wherever_a_token_lies(tmp_path):
+    """In loops over any number of tokens, which compilers vectorise as they like."""
+    calls = compiled(PRELUDE + SUMS, tmp_path)
+    used = calls.lanes()
+    for columns, tokens in itertools.product((3, 24), (1, 2, 5, 6, 16, 17)):
+        lanes = torch.randn(tokens, columns, 16)
+        lanes[..., used:] = float("nan")
+        parts = lanes[..., :used].unflatten(-1, (-1, 4)).unbind(-2)
+        four = sum(parts[1:], parts[0])
+        wanted = (four[..., 0] + four[..., 2]) + (four[..., 1] + four[..., 3])
+        total = torch.full((tokens, columns), float("nan"))
+        run = getattr(calls, f"sums_{columns}")
+        run(ctypes.c_void_p(lanes.data_ptr()), ctypes.c_void_p(total.data_ptr()), ctypes.c_int32(tokens))
+        assert torch.equal(total, wanted), (columns, tokens)
