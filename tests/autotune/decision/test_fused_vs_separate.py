@@ -106,6 +106,7 @@ def test_separate_work_is_the_fused_kernels_work(spec):
         torch.testing.assert_close(actual, wanted[name])
 
 
+@pytest.mark.slow
 def test_a_real_fused_kernel_is_compared(tmp_path):
     problem = replace(PROBLEM, direction="forward")
     schedule = kernel_spec("pre", "forward").default(problem, DEVICE.target)

@@ -162,6 +162,7 @@ def trials_to(limit, members, seed, most=40):
     return most
 
 
+@pytest.mark.slow
 def test_where_the_optimum_moves_slowly_a_neighbour_saves_trials():
     wide = wide_pool()
     near = [wide.member({"a": 11, "b": 4, "c": 7})]

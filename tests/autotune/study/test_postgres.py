@@ -112,7 +112,8 @@ def toy_best():
     return {"block": toy.BEST.block, "unroll": toy.BEST.unroll, "packed": toy.BEST.packed}
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_workers_that_start_at_once_make_the_tables_once_and_share_the_trials(server, tmp_path, count):
     drop_tables(server)
     results = ended(*(start(server, tmp_path / str(worker), "--seed", str(worker)) for worker in range(count)))

@@ -70,6 +70,7 @@ def test_only_tuned_kernels_need_a_cache(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert "the kernel cache must hold tuned kernels, found none in" in done.stderr
 
 
+@pytest.mark.slow
 def test_all_ops_and_directions_are_the_default(bench_eagerly: Callable[..., Any]) -> None:
     result = bench_eagerly("--json")
     rows = json.loads(result.stdout)["results"]
@@ -229,6 +230,7 @@ def test_the_whole_run_is_described(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     }
 
 
+@pytest.mark.slow
 def test_a_models_ops_are_measured(bench_eagerly: Callable[..., Any], tmp_path: Path) -> None:
     write_config(tmp_path, hidden_size=8)
     result = bench_eagerly("--model", str(tmp_path), "--direction", "forward", "--json")

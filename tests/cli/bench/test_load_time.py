@@ -29,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache.folder
 
 
+@pytest.mark.slow
 def test_fresh_processes_load_a_pack_and_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_time, "PROCESSES", 1)
     skipped: list[str] = []

@@ -133,6 +133,7 @@ def test_a_folder_is_named_after_the_device() -> None:
     assert gpu.folder_name(DEVICE) == "nvidia-h100-80gb-hbm3"
 
 
+@pytest.mark.slow
 def test_the_command_runs_an_item_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On this machine's CPU, through a process of its own; plain torch alone, as compiling kernels takes long."""
     small = Item("bench", (2, 16, 8), timings=(Timing("aggregate", ("forward",), ("eager", "liger", "copy")),))

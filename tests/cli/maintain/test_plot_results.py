@@ -51,6 +51,7 @@ def test_every_op_with_a_kernel_is_scaled():
     assert set(plot_results.OPS) == set(OPS) - set(FUSED_PASSES)
 
 
+@pytest.mark.slow
 def test_scaling_measures_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(plot_results, "TOKENS", (8, 16))
     monkeypatch.setattr(plot_results, "WIDTHS", (16, 24))

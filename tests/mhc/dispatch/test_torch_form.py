@@ -158,8 +158,16 @@ NETS = {
 }
 
 
+SLOW = ("stack", "recompute", "single pass")
+"""Those of kernels that take long to compile."""
+
+
+def tiers(names):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+
+
 @pytest.mark.usefixtures("on_compiled")
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", tiers(NETS))
 def test_modules_second_derivatives(name):
     """Hessian-vector products by create_graph, against differences of the gradient."""
     net = NETS[name]()
@@ -180,7 +188,7 @@ def test_modules_second_derivatives(name):
 
 
 @pytest.mark.usefixtures("on_compiled")
-@pytest.mark.parametrize("name", [name for name in NETS if name != "tolerance"])
+@pytest.mark.parametrize("name", tiers(name for name in NETS if name != "tolerance"))
 def test_modules_under_transforms(name):
     """Per-sample gradients of the parameters, and forward mode."""
     net = NETS[name]()

@@ -162,7 +162,9 @@ def test_under_checkpointing_layers_are_not_joined(make, counted):
     assert counted(lambda: model(ids)) == {"pre": 3, "merge": 2, "step": 2}
 
 
-@pytest.mark.parametrize(("family", "ending"), [("deepseek_v4", ""), ("hy_v4", "_identity")])
+@pytest.mark.parametrize(
+    ("family", "ending"), [("deepseek_v4", ""), pytest.param("hy_v4", "_identity", marks=pytest.mark.slow)]
+)
 def test_a_step_of_training_runs_on_kernels_alone(make, on_compiled, family, ending):
     model, ids = make(family, hidden=16), batch()
     before = outcome(model, ids)

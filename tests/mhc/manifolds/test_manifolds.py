@@ -132,7 +132,9 @@ def test_gradients(name, n):
     assert torch.autograd.gradgradcheck(manifolds.named(name), logits, fast_mode=True)
 
 
-@pytest.mark.parametrize("name", ["permutations", "kronecker", "orthogonal", "identity"])
+@pytest.mark.parametrize(
+    "name", ["kronecker", "orthogonal", "identity", pytest.param("permutations", marks=pytest.mark.slow)]
+)
 def test_compiles_whole(name):
     """Into one graph, gradients included; a graph of its own for each name."""
     torch._dynamo.reset()

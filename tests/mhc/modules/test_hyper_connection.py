@@ -462,6 +462,7 @@ def loss_and_gradients(model, tokens, run):
     return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own import
 def test_a_model_of_every_kind_of_block_compiles_in_one_graph():
     torch._dynamo.reset()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from building import sample_of_sources
 from count_traffic import row
 from emulated import Emulated, generate
@@ -26,12 +27,12 @@ from emulation import Way
 from tiles.kernels.fused.chain_schedule import ChainSchedule
 from tiles.kernels.project.tensor_core_schedule import TiledSchedule
 from tiles.kernels.registry import kernel_specs
-from tiles.kernels.spec import Problem
+from tiles.kernels.spec import TOKENS, Problem
 from tiles.target import Target
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH: the emulator cannot be compiled")
 
-TOKENS = (0, 1, 37)
+COUNTS = (0, 1, 37)
 SAMPLE_SIZE = 6
 SAMPLE = int(os.environ.get("MHC_TUNE_SAMPLE") or sample_of_sources())
 
@@ -216,8 +217,31 @@ def kernels(tmp_path_factory, emulator):
 
 @pytest.mark.parametrize("case", tiers(FIXED), ids=str)
 def test_a_kernel_computes_the_reference_without_a_finding(kernels, case):
-    for tokens in TOKENS:
+    for tokens in COUNTS:
         kernels[case].check(tokens, seed=tokens)
+
+
+@pytest.mark.parametrize("case", tiers(FIXED), ids=str)
+def test_a_token_has_the_same_bits_alone_and_among_others(kernels, case):
+    """At another place of a tile, of a split and of a chunk; sums over tokens aside."""
+    kernel, tokens = kernels[case], 37
+    arguments = {argument.name: argument for argument in kernel.spec.arguments(kernel.problem)}
+    inputs = kernel.spec.inputs(kernel.problem, tokens, 0)
+
+    def run(first: int, count: int) -> dict[str, torch.Tensor]:
+        own = {
+            name: value[first : first + count].clone() if arguments[name].shape[:1] == (TOKENS,) else value
+            for name, value in inputs.items()
+        }
+        return kernel.run(own, count)
+
+    together = run(0, tokens)
+    owned = [name for name in together if arguments[name].shape[:1] == (TOKENS,)]
+    assert owned
+    for first, count in ((36, 1), (3, 1), (5, 9)):
+        some = run(first, count)
+        for name in owned:
+            assert torch.equal(some[name], together[name][first : first + count]), (name, first, count)
 
 
 @pytest.mark.slow

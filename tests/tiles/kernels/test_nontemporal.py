@@ -22,9 +22,9 @@ FAST = [
     ("merge", "forward", "bfloat16"),
     ("merge", "backward", "float32"),
     ("aggregate", "backward", "float16"),
-    ("project", "backward", "bfloat16"),
 ]
 SLOW = [
+    ("project", "backward", "bfloat16"),
     ("aggregate", "forward", "bfloat16"),
     ("merge", "backward", "bfloat16"),
     ("merge_identity", "forward", "float32"),
