@@ -54,8 +54,8 @@ class _PreWithResidual(torch.autograd.Function):
             with torch.enable_grad():  # x's view stays in x's graph
                 inputs = _flat(*given)
             settings, which = (*ctx.scalars, n, width, ctx.rounds), range(len(flat))
-            dx, *rest = torch_form.gradients(ctx.op, inputs, settings, flat, which)
-            return _in_order(dresidual if dx is None else dx.view(dresidual.shape) + dresidual, *rest)
+            dx, *of_rest = torch_form.gradients(ctx.op, inputs, settings, flat, which)
+            return _in_order(dresidual if dx is None else dx.view(dresidual.shape) + dresidual, *of_rest)
         # merge's gradient is written to: nothing else uses it, as the residual is for one op. But where res is the
         # identity, it is the gradient of x' itself; and a second backward through the graph may bring the same tensor,
         # which the first one has made its dx (a pipeline's backward: of the input, then of the weights).
@@ -97,8 +97,9 @@ def pre_with_residual(
     """
     given = (x, phi, alpha, bias)
     if not torch.is_grad_enabled() or needs_dispatcher((*given, norm_weight)):
-        scalars = {"eps": eps, "hc_eps": hc_eps, "post_scale": post_scale, "norm_eps": norm_eps}
-        return (*functional.pre(*given, rounds=rounds, norm_weight=norm_weight, **scalars), x)
+        scalars = {"eps": eps, "hc_eps": hc_eps, "post_scale": post_scale}
+        of_norm: dict[str, Any] = {"norm_weight": norm_weight, "norm_eps": norm_eps}
+        return (*functional.pre(*given, rounds=rounds, **scalars, **of_norm), x)
     *_shape, mixes = functional.check_pre(*given)
     norm = sublayer_norm(x, norm_weight, norm_eps)
     op = "pre" + norm.ending + ("" if mixes else IDENTITY)

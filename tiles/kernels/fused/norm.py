@@ -74,8 +74,9 @@ class Norm:
         @T.macro
         def store_factors(p: Any, kept: Any, row: Expr, squares: Expr, product: Expr) -> None:
             """r and slope of a token from Σ u² and Σ u·g."""
-            kept.scale[row] = inverse_root(squares, p.norm_eps)
-            kept.slope[row] = kept.scale[row] * kept.scale[row] * kept.scale[row] * product * T.float32(1 / width)
+            scale = bind(inverse_root(squares, p.norm_eps))
+            kept.scale[row] = scale
+            kept.slope[row] = scale * (scale * (scale * product * T.float32(1 / width)))  # r³ may be past float32
 
         @T.macro
         def dots(p: Any, kept: Any, token: Expr, row: Expr, pre: Buffer, dpre: Buffer) -> None:
