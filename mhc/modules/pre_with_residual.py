@@ -97,9 +97,9 @@ def pre_with_residual(
     """
     given = (x, phi, alpha, bias)
     if not torch.is_grad_enabled() or needs_dispatcher((*given, norm_weight)):
-        scalars = {"eps": eps, "hc_eps": hc_eps, "post_scale": post_scale}
-        of_norm: dict[str, Any] = {"norm_weight": norm_weight, "norm_eps": norm_eps}
-        return (*functional.pre(*given, rounds=rounds, **scalars, **of_norm), x)
+        named: dict[str, Any] = {"eps": eps, "hc_eps": hc_eps, "post_scale": post_scale}
+        named |= {"norm_weight": norm_weight, "norm_eps": norm_eps}
+        return (*functional.pre(*given, rounds=rounds, **named), x)
     *_shape, mixes = functional.check_pre(*given)
     norm = sublayer_norm(x, norm_weight, norm_eps)
     op = "pre" + norm.ending + ("" if mixes else IDENTITY)
