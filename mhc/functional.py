@@ -20,6 +20,7 @@ import torch
 
 from mhc.checks import check_problem, check_scalars, expect, stream_shape
 from mhc.dispatch.operators import call
+from mhc.sublayer_norm import NORM_EPS, sublayer_norm
 from tiles.errors import BadInput
 from tiles.kernels.spec import IDENTITY, PAPER_ROUNDS, WIDTH_MULTIPLE
 
@@ -115,7 +116,7 @@ def merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor | None, post: torc
     check_merge(x, f, res, post)
     n, width = x.shape[-2:]
     flat = x.reshape(-1, n, width), f.reshape(-1, width), *_flat_res(res, n), post.reshape(-1, n)
-    return call(_op("merge", res), *flat, n, width, ROUNDS).view(x.shape)
+    return call(_op("merge", res is not None), *flat, n, width, ROUNDS).view(x.shape)
 
 
 def check_merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor | None, post: torch.Tensor) -> torch.Size:
@@ -129,8 +130,8 @@ def check_merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor | None, post
     return leading
 
 
-def _op(base_op: str, res: torch.Tensor | None) -> str:
-    return base_op if res is not None else base_op + IDENTITY
+def _op(base_op: str, mixes: bool) -> str:
+    return base_op if mixes else base_op + IDENTITY
 
 
 def _flat_res(res: torch.Tensor | None, streams: int) -> tuple[torch.Tensor, ...]:
@@ -152,19 +153,26 @@ def pre(
     eps: float = EPS,
     hc_eps: float = 0.0,
     post_scale: float = POST_SCALE,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = NORM_EPS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Project, coefficients and aggregate, fused into one pass over x: everything before a sublayer.
 
     eps, hc_eps and post_scale are those of `coefficients`.
     x [..., n, C], phi [N, K], alpha [3], bias [N] -> u [..., C] in x's dtype, post [..., n], res [..., n, n] float32;
     with phi [2n, K], alpha [2] and bias [2n], res is None: the identity.
+
+    With norm_weight [C], u comes out normalised, as by `torch.nn.functional.rms_norm`: u·rsqrt(mean(u²) + norm_eps)·
+    norm_weight, without a pass of its own over u on a CPU. On CUDA torch's rms_norm follows the kernel, which moves 2C
+    elements a token more, and u is saved for the backward.
     """
     n, width, mixes = check_pre(x, phi, alpha, bias)
     check_scalars(hc_eps, post_scale)
-    op, leading = "pre" if mixes else "pre" + IDENTITY, x.shape[:-2]
-    results = call(op, x.reshape(-1, n, width), phi, alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
-    u, post, *res = results[:-2]
-    return u.view(*leading, width), post.view(*leading, n), _unflat_res(res, leading)
+    norm, leading = sublayer_norm(x, norm_weight, norm_eps), x.shape[:-2]
+    op, given = _op("pre" + norm.ending, mixes), (phi, alpha, bias, *norm.weight)
+    scalars = (eps, hc_eps, post_scale, *norm.eps)
+    u, post, *res = call(op, x.reshape(-1, n, width), *given, *scalars, n, width, rounds)[:-2]
+    return norm.apply(u.view(*leading, width)), post.view(*leading, n), _unflat_res(res, leading)
 
 
 def check_pre(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[int, int, bool]:
@@ -213,20 +221,24 @@ def step(
     eps: float = EPS,
     hc_eps: float = 0.0,
     post_scale: float = POST_SCALE,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = NORM_EPS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Merge with post and res, then `pre` of the next sublayer, fused into one pass over the streams.
 
     x [..., n, C], f [..., C], post [..., n], res [..., n, n]; phi [N, K], alpha [3] and bias [N] of the next sublayer
     -> x' like x, u' [..., C] in x's dtype, post' [..., n], res' [..., n, n] float32; res and res' are None together.
-    The backward recomputes x' from x and f.
+    The backward recomputes x' from x and f. With norm_weight [C], the next sublayer's, u' comes out normalised, as u of
+    `pre` does.
     """
     n, width, leading = _check_boundary(x, f, post, res, (phi, alpha, bias))
     check_scalars(hc_eps, post_scale)
+    norm = sublayer_norm(x, norm_weight, norm_eps)
     flat = x.reshape(-1, n, width), f.reshape(-1, width), post.reshape(-1, n), *_flat_res(res, n)
-    results = call(_op("step", res), *flat, phi, alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
-    x_next, u, post_next, *res_next = results[:-2]
+    op, given = _op("step" + norm.ending, res is not None), (*flat, phi, alpha, bias, *norm.weight)
+    x_next, u, post_next, *res_next = call(op, *given, eps, hc_eps, post_scale, *norm.eps, n, width, rounds)[:-2]
     maps = post_next.view(*leading, n), _unflat_res(res_next, leading)
-    return x_next.view(x.shape), u.view(*leading, width), *maps
+    return x_next.view(x.shape), norm.apply(u.view(*leading, width)), *maps
 
 
 def single_pass(
@@ -243,6 +255,8 @@ def single_pass(
     eps: float = EPS,
     hc_eps: float = 0.0,
     post_scale: float = POST_SCALE,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = NORM_EPS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """A boundary of single-pass mHC (DeepSeek-V4.1's report, equation 6): merge with post and res, u' = Σ_i pre_i x'_i,
     and the maps of x', in one pass over the streams.
@@ -250,14 +264,17 @@ def single_pass(
     pre, post and res come from the same maps, those of x; the next sublayer is fed through this pre, and the one after
     it through pre'. x [..., n, C], f [..., C], pre and post [..., n], res [..., n, n]; phi [N, K], alpha [3] and bias
     [N] of the next sublayer -> x' like x, u' [..., C] in x's dtype, pre' and post' [..., n], res' [..., n, n] float32;
-    res and res' are None together. The backward recomputes x' from x and f.
+    res and res' are None together. The backward recomputes x' from x and f. With norm_weight [C], the next sublayer's,
+    u' comes out normalised, as u of `pre` does.
     """
     n, width, leading = _check_boundary(x, f, post, res, (phi, alpha, bias))
     check_scalars(hc_eps, post_scale)
+    norm = sublayer_norm(x, norm_weight, norm_eps)
     expect("pre", pre, (*leading, n), torch.float32, x.device)
     gates = pre.reshape(-1, n), post.reshape(-1, n)
     flat = x.reshape(-1, n, width), f.reshape(-1, width), *gates, *_flat_res(res, n)
-    results = call(_op("single_pass", res), *flat, phi, alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
-    x_next, u, pre_next, post_next, *res_next = results[:-2]
+    op, given = _op("single_pass" + norm.ending, res is not None), (*flat, phi, alpha, bias, *norm.weight)
+    results = call(op, *given, eps, hc_eps, post_scale, *norm.eps, n, width, rounds)[:-2]
+    x_next, u, pre_next, post_next, *res_next = results
     maps = pre_next.view(*leading, n), post_next.view(*leading, n), _unflat_res(res_next, leading)
-    return x_next.view(x.shape), u.view(*leading, width), *maps
+    return x_next.view(x.shape), norm.apply(u.view(*leading, width)), *maps

@@ -15,8 +15,8 @@ PARTS = {
     "tiles": ("errors", "folders", "target", "lang", "kernels", "compiler", "runtime", "cache", "pack"),
     "autotune": (*("measuring", "processes", "search", "study", "events", "decision", "recorded", "tuner", "buckets"),),
     "mhc": (
-        *("checks", "dispatch", "functional", "manifolds", "modules", "converters", "diagnostics", "distributed"),
-        *("integrations", "__init__", "examples"),
+        *("checks", "sublayer_norm", "dispatch", "functional", "manifolds", "modules", "converters", "diagnostics"),
+        *("distributed", "integrations", "__init__", "examples"),
     ),
     "cli": ("ui", "report", "bench", "commands", "gpu", "maintain", "main"),
 }

@@ -38,7 +38,7 @@ DISTINCT_TOKENS = 251
 """Different tokens on a GPU; more repeat them. A prime, so that a kernel that reads a wrong block of tokens gives wrong
 results."""
 
-PARAMETERS = ("phi", "alpha", "bias")
+PARAMETERS = ("phi", "alpha", "bias", "norm_weight")
 """Inputs that all tokens share; every other input and every result has a row per token."""
 
 STACK_SCALE, STACK_POST_BIAS = 0.3, -3.0

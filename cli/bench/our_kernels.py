@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from cli.bench.cases import BenchCase
 from cli.bench.implementation import Implementation, is_correct
-from cli.bench.torch_composites import COMPOSITES, STACK_LAYERS, maps, single_pass, step
+from cli.bench.torch_composites import COMPOSITES, STACK_LAYERS, maps, pre_norm, single_pass, step
 from cli.bench.torch_ops import OpFunction
 from mhc import HyperConnection, HyperConnectionStack, functional
 from mhc.dispatch.candidates import KernelCandidate
@@ -34,6 +34,9 @@ KERNELS: Mapping[str, tuple[Callable[[Path], Kernels], Runs]] = {
 """Implementation -> (its kernels, from the cache folder; what must run under that name). A fused kernel may also run as
 separate kernels, where the tuner found those to be faster."""
 
+NORM_OUTSIDE = {("separate", "pre_norm"): "tuned"}
+"""What runs another implementation's kernels: of pre with a norm, `separate` is the tuned pre, then torch's norm."""
+
 OF_CACHE = frozenset(impl for impl, (_, runs) in KERNELS.items() if runs == "tuned")
 """Implementations whose kernels the cache folder holds."""
 
@@ -47,7 +50,7 @@ def implementations(
     """
     if impl == "separate" and case.op not in COMPOSITES:
         return
-    make, required = KERNELS[impl]
+    make, required = KERNELS[NORM_OUTSIDE.get((impl, case.op), impl)]
     kernels = make(folder)
     made = Implementation(impl, op_function(case, fused=impl != "separate"), "kernels", directions, kernels)
     if not is_correct(made, case, skipped):
@@ -157,6 +160,7 @@ def op_function(case: BenchCase, *, fused: bool = True) -> OpFunction:
         "aggregate": lambda *values: (functional.aggregate(*values),),
         "merge": lambda *values: (functional.merge(*values),),
         "pre": functional.pre,
+        "pre_norm": lambda *values: functional.pre(*values[:-1], norm_weight=values[-1]),
         "step": functional.step,
         "single_pass": functional.single_pass,
     }
@@ -164,6 +168,7 @@ def op_function(case: BenchCase, *, fused: bool = True) -> OpFunction:
         return ops[case.op]
     aggregate, merge = ops["aggregate"], ops["merge"]
     unfused = {
+        "pre_norm": pre_norm(functional.pre),
         "step": step(functional.pre, merge),
         "single_pass": single_pass(maps(ops["project"], ops["coefficients"]), aggregate, merge),
     }

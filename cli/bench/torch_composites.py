@@ -1,6 +1,7 @@
-"""Composites of the four single ops: pre, step, single_pass, layer (around an identity sublayer), a stack of layers.
+"""Composites of the four single ops: pre, the same with a norm, step, single_pass, layer (around an identity sublayer),
+a stack of layers.
 
-Their parameters are phi, alpha and bias of each layer in turn.
+Their parameters are phi, alpha and bias of each layer in turn; a norm's weight comes last.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from collections.abc import Mapping
 import torch
 
 from cli.bench.torch_ops import OpFunction, variants
+from mhc.sublayer_norm import NORM_EPS
 
 SINGLE_OPS = ("project", "coefficients", "aggregate", "merge")
-COMPOSITES = ("pre", "step", "single_pass", "layer", "stack")
+COMPOSITES = ("pre", "pre_norm", "step", "single_pass", "layer", "stack")
 
 STACK_LAYERS = 8
 
@@ -73,6 +75,7 @@ def composite(op: str, maps: OpFunction, aggregate: OpFunction, merge: OpFunctio
     one = layer(before, merge)
     return {
         "pre": before,
+        "pre_norm": pre_norm(before),
         "step": step(before, merge),
         "single_pass": single_pass(maps, aggregate, merge),
         "layer": one,
@@ -95,6 +98,17 @@ def pre(maps: OpFunction, aggregate: OpFunction) -> OpFunction:
     def run(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
         weights, post, res = maps(x, *parameters)
         return (*aggregate(x, weights), post, res)
+
+    return run
+
+
+def pre_norm(pre: OpFunction) -> OpFunction:
+    """The same, then torch's rms_norm of u: (x, *parameters, norm_weight) -> (u, post, res)."""
+
+    def run(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *of_maps, weight = parameters
+        u, *maps = pre(x, *of_maps)
+        return (torch.nn.functional.rms_norm(u, weight.shape, weight.to(u.dtype), NORM_EPS), *maps)
 
     return run
 

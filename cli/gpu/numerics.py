@@ -68,6 +68,7 @@ def result_names(case: BenchCase) -> list[str]:
         "coefficients": ["pre", "post", "res"],
         "aggregate": ["u"],
         "pre": ["u", "post", "res"],
+        "pre_norm": ["u", "post", "res"],
         "step": ["x", "u", "post", "res"],
         "single_pass": ["x", "u", "pre", "post", "res"],
     }

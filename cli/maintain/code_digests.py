@@ -71,6 +71,7 @@ def collect(out: Path) -> None:
         (Problem(spec.op, spec.direction, streams, width, dtype, tokens), target)
         for target in TARGETS
         for spec in kernel_specs().values()
+        if target.kind in spec.targets
         for streams in STREAMS
         for width, dtype, tokens in SHAPES
     ]

@@ -14,13 +14,14 @@ from cli.ui.model_config import known_models
 from tiles.cache.cache import KernelCache, default_folder
 from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_specs
-from tiles.kernels.spec import DTYPES, IDENTITY, PAPER_ROUNDS, Direction, Problem
+from tiles.kernels.spec import DTYPES, IDENTITY, NORM, PAPER_ROUNDS, Direction, Problem
 from tiles.pack.pack import Pack
 from tiles.target import Device, cuda_available, detect_device, parse_target, why_cannot_run
 
 KERNEL_OPS = list(dict.fromkeys(op for op, _ in kernel_specs()))
-MIXING_OPS = [op for op in KERNEL_OPS if not op.endswith(IDENTITY)]
-"""Those of maps that mix streams, as all models have them but Hunyuan-V4; what is worked on where no op is named."""
+MIXING_OPS = [op for op in KERNEL_OPS if not op.endswith(IDENTITY) and NORM not in op]
+"""Those of maps that mix streams, as all models have them but Hunyuan-V4, and of sublayers that have their norm inside;
+what is worked on where no op is named."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -60,7 +61,7 @@ DtypeOption = Annotated[
 ]
 OpOption = Annotated[
     list[str] | None,
-    typer.Option("--op", help=f"Op: {', '.join(KERNEL_OPS)}. May repeat.", show_default="all but *_identity"),
+    typer.Option("--op", help=f"Op: {', '.join(KERNEL_OPS)}. May repeat.", show_default="all but *_identity, *_norm"),
 ]
 CacheOption = Annotated[
     Path | None,

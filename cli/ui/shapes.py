@@ -9,12 +9,13 @@ from typing import TypeVar
 from cli.ui.model_config import ModelConfig, read_model
 from cli.ui.options import DEFAULT_DTYPE, DEFAULT_STREAMS, DEFAULT_WIDTH, KERNEL_OPS, check_choices, problems
 from tiles.errors import BadInput
-from tiles.kernels.spec import IDENTITY, PAPER_ROUNDS, Problem
+from tiles.kernels.spec import IDENTITY, NORM, PAPER_ROUNDS, Problem
 
 T = TypeVar("T", int, str)
 
-STEP = ("pre", "step", "layer", "stack", "pre" + IDENTITY, "step" + IDENTITY)
-SINGLE_PASS = ("single_pass", "single_pass" + IDENTITY)
+ENDINGS = ("", NORM, IDENTITY, NORM + IDENTITY)
+STEP = ("layer", "stack", *(op + ending for op in ("pre", "step") for ending in ENDINGS))
+SINGLE_PASS = tuple("single_pass" + ending for ending in ENDINGS)
 """Fused ops, and what bench makes of them, of the two ways in which a sublayer reads the streams."""
 SHARED = ("aggregate",)
 OF_IDENTITY = (*SHARED, *(op for op in KERNEL_OPS if op.endswith(IDENTITY)))
@@ -84,7 +85,7 @@ def shapes(
             list(streams or DEFAULT_STREAMS),
             list(widths or DEFAULT_WIDTH),
             list(dtypes or DEFAULT_DTYPE),
-            list(ops or usual),
+            list(ops or without_norm(usual)),
         )
     found = read_model(model)
     used = [op for op in offered if op in OF_IDENTITY] if found.identity else usual
@@ -99,10 +100,15 @@ def shapes(
         _agreed("--streams", streams, found.streams, found.name),
         _agreed("--width", widths, found.width, found.name),
         _agreed("--dtype", dtypes, found.dtype, found.name) if found.dtype else list(dtypes or DEFAULT_DTYPE),
-        list(ops or used),
+        list(ops or without_norm(used)),
         PAPER_ROUNDS if found.rounds is None else found.rounds,
         found,
     )
+
+
+def without_norm(ops: Sequence[str]) -> list[str]:
+    """Ops of sublayers that have their norm inside: what is worked on where no op is named."""
+    return [op for op in ops if NORM not in op]
 
 
 def _agreed(option: str, given: Sequence[T] | None, held: T, name: str) -> list[T]:

@@ -151,7 +151,11 @@ class Resolver:
         if device.type not in ("cpu", "cuda"):
             yield KernelCandidate("reference", f"this release has no kernels for {device.type} tensors")
             return
-        if not self.fused and kernel_spec(problem.op, problem.direction).separate:
+        spec = kernel_spec(problem.op, problem.direction)
+        if device.type not in spec.targets:
+            yield KernelCandidate("reference", f"{problem.op} has no kernel for {device.type} tensors")
+            return
+        if not self.fused and spec.separate:
             yield KernelCandidate("separate", "the separate kernels were asked for")
             return
         here = _fingerprint(device)
@@ -161,7 +165,7 @@ class Resolver:
             for shipped in stored_candidates(shipped_records(), problem, here, "it comes without code"):
                 yield shipped_candidate(shipped)
         usual = replace(problem, tokens=USUAL_TOKENS) if problem.tokens == EVERY_TOKENS else problem
-        schedule = kernel_spec(problem.op, problem.direction).default(usual, here.target)
+        schedule = spec.default(usual, here.target)
         yield KernelCandidate("default", "default schedule, not tuned", schedule=asdict(schedule), folder="defaults")
         yield KernelCandidate("reference", "no kernel serves")
 
@@ -271,7 +275,7 @@ class Resolver:
         every = problem.tokens == EVERY_TOKENS
         tokens = "--batch-invariant --tokens 1 --tokens 2048" if every else f"--tokens {problem.tokens}"
         command = f"mhc-tune tune --streams {problem.streams} --width {problem.width} {tokens} --dtype {problem.dtype}"
-        command += "" if problem.mixes else f" --op {problem.op}"
+        command += f" --op {problem.op}" if problem.normalises or not problem.mixes else ""
         if self.path is not None and self.path.is_dir() and self.path != default_folder():
             command += f" --cache {shlex.quote(str(self.path))}"
         export = ", and export it again" if self.path is not None and not self.path.is_dir() else ""

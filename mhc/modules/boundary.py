@@ -50,7 +50,7 @@ class StepBoundary:
     def start(self, block: HyperConnection, x: torch.Tensor) -> PreResult:
         """See `Boundary`."""
         if block.mode == "residual":
-            return PreResult(x.mean(-2), None, x)
+            return PreResult(block.normalised(x.mean(-2)), None, x)
         u, post, res, x = block.pre_with_residual(x)
         return PreResult(u, (post, res), x)
 
@@ -64,7 +64,7 @@ class StepBoundary:
         assert post is not None
         if next_block is None or not _joins(res, next_block):
             return functional.merge(before.x, f, res, post), None
-        parameters, settings = next_block.parameters_for_ops(), next_block.settings_for_ops()
+        parameters, settings = next_block.parameters_for_ops(), next_block.settings_with_norm()
         x, u, post, res = functional.step(before.x, f, post, res, *parameters, **settings)
         next_block.notify_watchers(post, res)
         return x, PreResult(u, (post, res), x)
@@ -87,7 +87,7 @@ class SinglePassBoundary:
         """See `Boundary`."""
         x_project, x_aggregate, x = grad_accumulating_views(x, 3)
         (pre, post, res), u = block.maps(x_project), functional.aggregate(x_aggregate, self.pre)
-        return PreResult(u, self._keep(block, pre, post, res), x)
+        return PreResult(block.normalised(u), self._keep(block, pre, post, res), x)
 
     def _keep(self, block: HyperConnection, pre: torch.Tensor, post: torch.Tensor, res: torch.Tensor | None) -> Maps:
         """The maps of a block, whose pre weighs the next streams."""
@@ -105,7 +105,7 @@ class SinglePassBoundary:
         assert post is not None
         if next_block is None or not _joins(res, next_block):
             return functional.merge(before.x, f, res, post), None
-        parameters, settings = next_block.parameters_for_ops(), next_block.settings_for_ops()
+        parameters, settings = next_block.parameters_for_ops(), next_block.settings_with_norm()
         x, u, pre, post, res = functional.single_pass(before.x, f, pre, post, res, *parameters, **settings)
         return x, PreResult(u, self._keep(next_block, pre, post, res), x)
 

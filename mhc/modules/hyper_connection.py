@@ -30,9 +30,10 @@ IDENTITY_MANIFOLD = "identity"
 class HyperConnection(nn.Module):
     """x [..., n, C] -> x' [..., n, C]: u = Σ_i pre_i x_i;  x'_i = Σ_j res_ij x_j + post_i sublayer(u).
 
-    The sublayer maps [..., C] to [..., C] and contains its own normalisation, as in a pre-norm network. Further
-    arguments of the block go to it. If it returns a tuple, the first element is its output, and the block returns
-    (x', *rest). With n equal streams, alpha = 0 and the initial bias, the connection is the residual h + sublayer(h).
+    The sublayer maps [..., C] to [..., C] and contains its own normalisation, as in a pre-norm network, or leaves it to
+    `norm`: then it gets norm(u). Further arguments of the block go to it. If it returns a tuple, the first element is
+    its output, and the block returns (x', *rest). With n equal streams, alpha = 0 and the initial bias, the connection
+    is the residual h + sublayer(h).
 
     Streams are float32, bfloat16 or float16; pre, post and res are float32, also under autocast and in a model that was
     cast. A sublayer may have another dtype than the streams under autocast; its output is cast to theirs.
@@ -40,6 +41,8 @@ class HyperConnection(nn.Module):
     Args:
         width, streams: C, a multiple of 8, and n in 1..16.
         sublayer: the module to connect.
+        norm: an `nn.RMSNorm` of the width, with a weight, for the sublayer's input. Where the block is `fused`, kernels
+            normalise u while they have it, and the norm's own forward (with hooks on it) does not run.
         mode: `mhc`, manifold-constrained (arXiv 2512.24880): pre and post are sigmoids, res is doubly stochastic;
             `hc`, unconstrained (arXiv 2409.19606): each is alpha · tanh(projection) + bias, where the projection sees
             all streams of a token at once, as mHC's does, and not each by itself;
@@ -57,9 +60,9 @@ class HyperConnection(nn.Module):
         post_scale: the factor of post's sigmoid. Both of mode `mhc` only.
 
     Parameters (float32; in `residual` none): phi [N, K], alpha [3] (pre, post, res) and bias [N], N packed
-    [pre | post | res row-major]. `state_dict` has these names, and the sublayer's under `sublayer`; loading one of
-    another shape or mode raises `BadInput`. `watchers` are called with the block and res [..., n, n], detached, in
-    every forward; copies of the block have none.
+    [pre | post | res row-major]. `state_dict` has these names, `norm.weight`, and the sublayer's under `sublayer`;
+    loading one of another shape or mode raises `BadInput`. `watchers` are called with the block and res [..., n, n],
+    detached, in every forward; copies of the block have none.
 
     Raises `BadInput` (a `ValueError`) for an unsupported shape, mode, manifold or init.
 
@@ -79,6 +82,7 @@ class HyperConnection(nn.Module):
         streams: int,
         sublayer: nn.Module,
         *,
+        norm: nn.RMSNorm | None = None,
         mode: Mode = "mhc",
         manifold: str | manifolds.Manifold = FUSED_MANIFOLD,
         init: Init = "paper",
@@ -92,6 +96,7 @@ class HyperConnection(nn.Module):
         super().__init__()
         check_problem(streams, width)
         check_scalars(hc_eps, post_scale)
+        _check_norm(norm, width)
         _check_choice("mode", mode, get_args(Mode))
         _check_choice("init", init, get_args(Init))
         if not 0 <= dropout < 1:
@@ -102,7 +107,7 @@ class HyperConnection(nn.Module):
             text = f"got {hc_eps} and {post_scale} with mode {mode}: leave them out"
             raise BadInput(f"hc_eps and post_scale are for mode mhc, {text}")
         manifold = IDENTITY_MANIFOLD if manifold is manifolds.identity_of else manifold
-        self.width, self.streams, self.sublayer = width, streams, sublayer
+        self.width, self.streams, self.sublayer, self.norm = width, streams, sublayer, norm
         self.mode, self.manifold, self.init, self.dynamic = mode, manifold, init, dynamic
         self.dropout, self.rounds, self.eps, self.hc_eps, self.post_scale = dropout, rounds, eps, hc_eps, post_scale
         self.watchers: list[Callable[[HyperConnection, torch.Tensor], None]] = []
@@ -135,7 +140,7 @@ class HyperConnection(nn.Module):
         """x [..., n, C] -> x' like x, or (x', *rest) if the sublayer returns more; it gets args and kwargs."""
         if self.mode == "residual":
             self._check(x)
-            f, rest = self.call_sublayer(x.mean(-2), *args, **kwargs)
+            f, rest = self.call_sublayer(self.normalised(x.mean(-2)), *args, **kwargs)
             x_next = x + f.unsqueeze(-2)
         else:
             u, post, res, x = self.pre_with_residual(x)
@@ -146,15 +151,15 @@ class HyperConnection(nn.Module):
     def pre_with_residual(
         self, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """u [..., C], post [..., n], res [..., n, n] or None (the identity), and x as the residual, for merge or step
-        only (`mhc.modules.pre_with_residual`)."""
+        """The sublayer's input [..., C], post [..., n], res [..., n, n] or None (the identity), and x as the residual,
+        for merge or step only (`mhc.modules.pre_with_residual`)."""
         self._check(x)
         if self.fused:
-            u, post, res, x = pre_with_residual(x, *self.parameters_for_ops(), **self.settings_for_ops())
+            u, post, res, x = pre_with_residual(x, *self.parameters_for_ops(), **self.settings_with_norm())
         else:
             x_project, x_aggregate, x = grad_accumulating_views(x, 3)
             pre, post, res = self.maps(x_project)
-            u = functional.aggregate(x_aggregate, pre)
+            u = self.normalised(functional.aggregate(x_aggregate, pre))
         self.notify_watchers(post, res)
         return u, post, res, x
 
@@ -216,6 +221,17 @@ class HyperConnection(nn.Module):
     def settings_for_ops(self) -> dict[str, Any]:
         """rounds, eps, hc_eps and post_scale, as `mhc.functional.pre` and `step` take them."""
         return {"rounds": self.rounds, "eps": self.eps, "hc_eps": self.hc_eps, "post_scale": self.post_scale}
+
+    def settings_with_norm(self) -> dict[str, Any]:
+        """The same, and norm_weight and norm_eps where there is a norm."""
+        if self.norm is None:
+            return self.settings_for_ops()
+        eps = torch.finfo(torch.float32).eps if self.norm.eps is None else self.norm.eps
+        return {**self.settings_for_ops(), "norm_weight": self.norm.weight, "norm_eps": eps}
+
+    def normalised(self, u: torch.Tensor) -> torch.Tensor:
+        """u [..., C] after the norm, where there is one; for where no kernel has done it."""
+        return u if self.norm is None else self.norm(u).to(u.dtype)
 
     def extra_repr(self) -> str:
         """The settings that `print` shows."""
@@ -281,6 +297,14 @@ class HyperConnection(nn.Module):
 def _all_rows(phi: torch.Tensor, streams: int) -> torch.Tensor:
     """phi [n² + 2n, K], which `project` takes: with zeros for the logits that there are not."""
     return nn.functional.pad(phi, (0, 0, 0, streams * streams + 2 * streams - len(phi)))
+
+
+def _check_norm(norm: nn.RMSNorm | None, width: int) -> None:
+    if norm is None or (isinstance(norm, nn.RMSNorm) and norm.normalized_shape == (width,) and norm.weight is not None):
+        return
+    raise BadInput(
+        f"norm must be an nn.RMSNorm of ({width},) with a weight, got {norm}: leave other norms in the sublayer"
+    )
 
 
 def _check_choice(name: str, value: Any, offered: tuple[str, ...]) -> None:

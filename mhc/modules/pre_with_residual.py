@@ -14,6 +14,7 @@ from mhc import functional
 from mhc.dispatch import torch_form
 from mhc.dispatch.kernels import active
 from mhc.dispatch.operators import needs_dispatcher
+from mhc.sublayer_norm import NORM_EPS, sublayer_norm
 from tiles.kernels.spec import IDENTITY
 
 
@@ -26,14 +27,16 @@ class _PreWithResidual(torch.autograd.Function):
         alpha: torch.Tensor,
         bias: torch.Tensor,
         rounds: int,
-        scalars: tuple[float, float, float],
+        scalars: tuple[float, ...],
         op: str,
+        *norm_weight: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """u, post, res where it is not the identity, and the residual."""
         n, width = x.shape[-2:]
         leading = x.shape[:-2]
-        u, *maps, z, s = active().run(op, "forward", n, width, rounds, (*_flat(x, phi, alpha, bias), *scalars))
-        ctx.save_for_backward(x, phi, alpha, bias, z, s)
+        given = (x, phi, alpha, bias, *norm_weight)
+        u, *maps, z, s = active().run(op, "forward", n, width, rounds, (*_flat(*given), *scalars))
+        ctx.save_for_backward(*given, z, s)
         ctx.rounds, ctx.scalars, ctx.op, ctx.backward_ran = rounds, scalars, op, False
         # No view in autograd's sense, which forbids a sublayer that begins in place to write to one of several views.
         u = u.view(*leading, width).detach()
@@ -51,8 +54,8 @@ class _PreWithResidual(torch.autograd.Function):
             with torch.enable_grad():  # x's view stays in x's graph
                 inputs = _flat(*given)
             settings, which = (*ctx.scalars, n, width, ctx.rounds), range(len(flat))
-            dx, *rest = torch_form.gradients(ctx.op, inputs, settings, flat, which)
-            return (dresidual if dx is None else dx.view(dresidual.shape) + dresidual, *rest, None, None, None)
+            dx, *of_rest = torch_form.gradients(ctx.op, inputs, settings, flat, which)
+            return _in_order(dresidual if dx is None else dx.view(dresidual.shape) + dresidual, *of_rest)
         # merge's gradient is written to: nothing else uses it, as the residual is for one op. But where res is the
         # identity, it is the gradient of x' itself; and a second backward through the graph may bring the same tensor,
         # which the first one has made its dx (a pipeline's backward: of the input, then of the weights).
@@ -60,8 +63,13 @@ class _PreWithResidual(torch.autograd.Function):
             dresidual = dresidual.clone()
         ctx.backward_ran = True
         taken = (*_flat(*given), z, s, *flat, *ctx.scalars, dresidual.view(tokens, n, width))
-        dx, dphi, dalpha, dbias = active().run(ctx.op, "backward", n, width, ctx.rounds, taken)
-        return dx.view(dresidual.shape), dphi, dalpha, dbias, None, None, None
+        dx, *rest = active().run(ctx.op, "backward", n, width, ctx.rounds, taken)
+        return _in_order(dx.view(dresidual.shape), *rest)
+
+
+def _in_order(*grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of x, phi, alpha, bias and, where there is one, the norm's weight, with none for the settings."""
+    return (*grads[:4], None, None, None, *grads[4:])
 
 
 def _flat(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -80,15 +88,21 @@ def pre_with_residual(
     eps: float,
     hc_eps: float,
     post_scale: float,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = NORM_EPS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """`mhc.functional.pre`, and x as the residual, for one op of `mhc.functional` only: its gradient is written to.
 
     Where torch's dispatcher is needed, the residual is x itself: a compiler plans the sum of gradients by itself.
     """
-    if not torch.is_grad_enabled() or needs_dispatcher((x, phi, alpha, bias)):
-        scalars = {"eps": eps, "hc_eps": hc_eps, "post_scale": post_scale}
-        return (*functional.pre(x, phi, alpha, bias, rounds=rounds, **scalars), x)
-    *_shape, mixes = functional.check_pre(x, phi, alpha, bias)
-    given = (x, phi, alpha, bias, rounds, (eps, hc_eps, post_scale), "pre" if mixes else "pre" + IDENTITY)
-    u, post, *res, residual = _PreWithResidual.apply(*given)  # type: ignore[no-untyped-call]
-    return u, post, res[0] if res else None, residual
+    given = (x, phi, alpha, bias)
+    if not torch.is_grad_enabled() or needs_dispatcher((*given, norm_weight)):
+        named: dict[str, Any] = {"eps": eps, "hc_eps": hc_eps, "post_scale": post_scale}
+        named |= {"norm_weight": norm_weight, "norm_eps": norm_eps}
+        return (*functional.pre(*given, rounds=rounds, **named), x)
+    *_shape, mixes = functional.check_pre(*given)
+    norm = sublayer_norm(x, norm_weight, norm_eps)
+    op = "pre" + norm.ending + ("" if mixes else IDENTITY)
+    settings = (rounds, (eps, hc_eps, post_scale, *norm.eps), op)
+    u, post, *res, residual = _PreWithResidual.apply(*given, *settings, *norm.weight)  # type: ignore[no-untyped-call]
+    return norm.apply(u), post, res[0] if res else None, residual

@@ -11,6 +11,8 @@ HC_EPS = Argument("hc_eps", (), "float32", "scalar")
 POST_SCALE = Argument("post_scale", (), "float32", "scalar")
 """The factor of post's sigmoid; 2 in the paper."""
 MAP_SCALARS = (EPS, HC_EPS, POST_SCALE)
+NORM_EPS = Argument("norm_eps", (), "float32", "scalar")
+"""Added to the mean square of the sublayer's input, where that is normalised."""
 PAPER_SCALARS = {"eps": 1e-6, "hc_eps": 0.0, "post_scale": 2.0}
 """Their values in the paper; its eps is not stated, this is DeepSeek-V4's."""
 
@@ -48,6 +50,16 @@ def projected(z: str, s: str, problem: Problem, role: Role) -> tuple[Argument, .
 def phi(name: str, problem: Problem, role: Role) -> Argument:
     """[N, K] float32."""
     return Argument(name, (problem.outputs, problem.fan_in), "float32", role)
+
+
+def scalars(problem: Problem) -> tuple[Argument, ...]:
+    """Those of the maps, and of the norm of the sublayer's input where there is one."""
+    return (*MAP_SCALARS, NORM_EPS) if problem.normalises else MAP_SCALARS
+
+
+def norm_weight(name: str, problem: Problem, role: Role) -> tuple[Argument, ...]:
+    """[C] float32, or its gradient, where the sublayer's input is normalised."""
+    return (Argument(name, (problem.width,), "float32", role),) if problem.normalises else ()
 
 
 def affine(alpha: str, bias: str, problem: Problem, role: Role) -> tuple[Argument, ...]:

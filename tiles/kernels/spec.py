@@ -33,6 +33,8 @@ MAX_ROUNDS = 100
 PAPER_ROUNDS = 20
 IDENTITY = "_identity"
 """The ending of ops whose res is the identity: streams are not mixed, and maps are pre and post alone."""
+NORM = "_norm"
+"""The ending, before `IDENTITY`, of ops that normalise the sublayer's input (RMSNorm)."""
 TOKENS = "tokens"
 """Leading dimension of an argument that has one row per token."""
 
@@ -71,9 +73,14 @@ class Problem:
         return not self.op.endswith(IDENTITY)
 
     @property
+    def normalises(self) -> bool:
+        """Whether the sublayer's input comes out normalised."""
+        return self.op.removesuffix(IDENTITY).endswith(NORM)
+
+    @property
     def base_op(self) -> str:
-        """The op without the ending `IDENTITY`."""
-        return self.op.removesuffix(IDENTITY)
+        """The op without the endings `NORM` and `IDENTITY`."""
+        return self.op.removesuffix(IDENTITY).removesuffix(NORM)
 
     @property
     def maps(self) -> int:
@@ -216,6 +223,7 @@ class KernelSpec:
         traffic: (problem, tokens) -> Traffic at the least that the op must move.
         tolerance: (problem, argument name) -> (rtol, atol) against the float64 reference, with its reason in code.
         canonical: problem -> the problem that decides the generated code (fields that do not matter are fixed).
+        targets: the kinds of target that it has programs for.
         separate: the same work by other kernels, which the tuner compares with; None where there is no such choice.
     """
 
@@ -233,6 +241,7 @@ class KernelSpec:
     traffic: Callable[[Problem, int], Traffic]
     tolerance: Callable[[Problem, str], tuple[float, float]]
     canonical: Callable[[Problem], Problem]
+    targets: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")
     separate: Separate | None = None
 
     @property

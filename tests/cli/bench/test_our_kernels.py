@@ -40,6 +40,8 @@ def test_our_form_of_every_op_computes_what_is_wanted(op: str, fused: bool) -> N
         ("separate", "stack", {"pre", "project", "coefficients", "aggregate", "merge"}),
         ("default", "layer", {"pre", "merge"}),
         ("separate", "layer", {"pre", "project", "coefficients", "aggregate", "merge"}),
+        ("default", "pre_norm", {"pre_norm"}),
+        ("separate", "pre_norm", {"pre"}),
         ("default", "step", {"step"}),
         ("separate", "step", {"pre", "project", "coefficients", "aggregate", "merge"}),
         ("default", "single_pass", {"single_pass"}),
@@ -49,10 +51,9 @@ def test_our_form_of_every_op_computes_what_is_wanted(op: str, fused: bool) -> N
 def test_fused_passes_run_where_the_name_says_so(
     impl: str, op: str, runs: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    fused = {"default": True, "separate": False}[impl]
-    kernels = Kernels.defaults(fused=fused)
+    kernels = Kernels.defaults(fused=impl == "default" or op == "pre_norm")
     monkeypatch.setattr(Resolver, "_compiled", _reference_in_its_place)
-    monkeypatch.setattr(our_kernels, "KERNELS", {impl: (lambda folder: kernels, "default")})
+    monkeypatch.setattr(our_kernels, "KERNELS", dict.fromkeys((impl, "tuned"), (lambda folder: kernels, "default")))
     case = make_case(op, *SHAPE, "float32", seed=1)
     assert len(list(our_kernels.implementations(impl, case, ("both",), tmp_path, skipped := []))) == 1, skipped
     assert {row.op for row in kernels.report()} == runs
@@ -88,7 +89,8 @@ def test_what_runs_the_reference_is_not_called_a_kernel(
 def test_separate_is_said_where_there_is_something_to_fuse_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(our_kernels, "KERNELS", {"separate": (lambda folder: Kernels.reference(), "reference")})
+    kernels = (lambda folder: Kernels.reference(), "reference")
+    monkeypatch.setattr(our_kernels, "KERNELS", {"separate": kernels, "tuned": kernels})
     timed = {
         op
         for op in OPS

@@ -48,7 +48,7 @@ def test_bytes_predict_the_gain_of_reading_x_once(op, direction, gain):
 
 
 def test_every_op_with_a_kernel_is_scaled():
-    assert set(plot_results.OPS) == set(OPS) - set(FUSED_PASSES)
+    assert set(plot_results.OPS) == set(OPS) - {*FUSED_PASSES, "pre_norm"}
 
 
 @pytest.mark.slow

@@ -71,6 +71,21 @@ def test_a_model_whose_res_is_the_identity_has_ops_of_its_own() -> None:
     assert fused.startswith("pre_identity, step_identity: a sublayer of it reads the streams through its own pre")
 
 
+@pytest.mark.parametrize(
+    ("name", "op", "other"),
+    [
+        ("glm-5.3-flash", "step_norm", "single_pass_norm"),
+        ("deepseek-v4.1-flash", "single_pass_norm", "pre_norm"),
+        ("hunyuan-v4", "pre_norm_identity", "pre_norm"),
+    ],
+)
+def test_ops_with_a_norm_are_taken_where_they_are_named(name: str, op: str, other: str) -> None:
+    assert not any("norm" in usual for usual in shapes(name, None, None, None, None).ops)
+    assert shapes(name, None, None, None, [op]).ops == [op]
+    with pytest.raises(BadInput, match=f"got {other}: choose"):
+        shapes(name, None, None, None, [other])
+
+
 def test_options_that_agree_with_the_model_are_taken() -> None:
     found = shapes("glm-5.3-flash", [4], [4096], ["bfloat16"], ["merge"])
     assert (found.ops, found.widths) == (["merge"], [4096])

@@ -29,9 +29,10 @@ from tiles.runtime.loaded_kernel import LoadedKernel
 from tiles.target import Target
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
+ON_CUDA = [kernel for kernel, spec in kernel_specs().items() if "cuda" in spec.targets]
 CASES = [
     (op, direction, arch)
-    for op, direction in kernel_specs()
+    for op, direction in ON_CUDA
     for arch in ARCHS
     if not op.endswith(IDENTITY) or arch == "sm_90a"  # parts of the others' texts
 ]
@@ -44,7 +45,7 @@ FAST = [
 ]
 TIERS = [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
-MATRIX = [(*kernel, n, arch) for kernel, n, arch in product(kernel_specs(), (1, 2, 4, 8, 16), ARCHS)]
+MATRIX = [(*kernel, n, arch) for kernel, n, arch in product(ON_CUDA, (1, 2, 4, 8, 16), ARCHS)]
 WIDTH = 2560
 SAMPLE_SIZE = 6
 SAMPLE = int(os.environ.get("MHC_TUNE_SAMPLE") or sample_of_sources())

@@ -32,6 +32,7 @@ from tiles.target import Target
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH: the emulator cannot be compiled")
 
+ON_CUDA = [kernel for kernel, spec in kernel_specs().items() if "cuda" in spec.targets]
 COUNTS = (0, 1, 37)
 SAMPLE_SIZE = 6
 SAMPLE = int(os.environ.get("MHC_TUNE_SAMPLE") or sample_of_sources())
@@ -177,7 +178,7 @@ def sample(number: int) -> list[Case]:
 
 
 def drawn(chance: random.Random) -> Case:
-    (op, direction), arch = chance.choice(list(kernel_specs())), chance.choice(("sm_80", "sm_90a", "sm_100a"))
+    (op, direction), arch = chance.choice(ON_CUDA), chance.choice(("sm_80", "sm_90a", "sm_100a"))
     n, width = chance.choice((1, 2, 3, 4, 8, 11, 16)), chance.choice((8, 64, 72, 128, 136, 256))
     made = case(op, direction, n, width, chance.choice(("float32", "float16", "bfloat16")), arch)
     spec, target = kernel_specs()[op, direction], Target("cuda", arch)

@@ -22,6 +22,14 @@ def test_sizes_follow_from_the_streams(streams):
     assert problem.outputs == streams**2 + 2 * streams
 
 
+@pytest.mark.parametrize("ending", ["", "_norm", "_identity", "_norm_identity"])
+def test_an_ops_endings_say_what_is_inside(ending):
+    problem = replace(PROBLEM, op="step" + ending)
+    assert problem.base_op == "step"
+    assert (problem.normalises, problem.mixes) == ("norm" in ending, "identity" not in ending)
+    assert problem.of("merge").op == ("merge" if problem.mixes else "merge_identity")
+
+
 def test_a_problem_reads_as_one_line():
     assert PROBLEM.describe() == "merge forward n=4 C=1280 bfloat16 T=2048"
 
@@ -94,10 +102,19 @@ def test_every_kernel_is_found_by_op_and_direction():
 
 def test_families_are_the_folders_and_both_directions_are_there():
     mixing = ("merge", "pre", "step", "single_pass")
+    normed = (f"{op}_norm{ending}" for op in mixing[1:] for ending in ("", "_identity"))
     assert [family.name for family in families()] == ["apply", "coefficients", "project", "fused", "single_pass"]
     assert set(kernel_specs()) == {
         (op, direction)
-        for op in ("project", "coefficients", "sinkhorn", "aggregate", *mixing, *(f"{op}_identity" for op in mixing))
+        for op in (
+            "project",
+            "coefficients",
+            "sinkhorn",
+            "aggregate",
+            *mixing,
+            *(f"{op}_identity" for op in mixing),
+            *normed,
+        )
         for direction in ("forward", "backward")
     }
 

@@ -124,7 +124,7 @@ class Backward:
 
     `scratch` allocates what they work on. A block of tokens: fill dpre, dpost [n, tokens] and, where res is not the
     identity, dres [n, n, tokens], then `run`; it leaves dz [N, tokens] and ds [tokens], which `store_logits` writes.
-    `clear` comes before the first block, `store` after the last.
+    `clear` comes before the first block, `store` after the last; `gates` gives pre ahead of `run`.
     """
 
     def __init__(self, problem: Problem, block: int, dialect: Dialect) -> None:
@@ -217,6 +217,7 @@ class Backward:
             add_threads(held.sums, outputs, len(groups), dalpha, split)
 
         self.clear, self.run, self.store_logits, self.store = clear, run, store_logits, store
+        self.gates = gates
 
     def scratch(self) -> BackwardScratch:
         """Allocate what the macros work on; call it inside the kernel."""

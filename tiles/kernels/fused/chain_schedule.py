@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from tiles.errors import BadInput
 from tiles.kernels.apply import schedule as apply
 from tiles.kernels.apply.schedule import ApplySchedule
 from tiles.kernels.coefficients import schedule as coefficients
@@ -88,7 +89,12 @@ def split_sums(problem: Problem, schedule: ChainSchedule) -> tuple[int, int]:
 
 
 def default(problem: Problem, target: Target) -> ChainSchedule:
-    """What project and the passes over rows take by themselves; few tokens for each block that adds up their sums."""
+    """What project and the passes over rows take by themselves; few tokens for each block that adds up their sums.
+
+    Raises `BadInput` for a norm of the sublayer's input, which no CUDA kernel has.
+    """
+    if why := _why_norm(problem):
+        raise BadInput(why)
     within = merged_schedule.usual(problem, target) if _merges(problem) else None
     part = within or tensor_core_schedule.default(problem, target, staged=_staged(problem))
     rows = _rows(problem, target)
@@ -98,6 +104,14 @@ def default(problem: Problem, target: Target) -> ChainSchedule:
     return ChainSchedule(
         **vars(part), coefficient_tokens=coefficient_tokens, **walk, chunk_tokens=0, merged=int(within is not None)
     )
+
+
+def _why_norm(problem: Problem) -> str | None:
+    """The rule that there is no norm here, or None where it holds."""
+    if not problem.normalises:
+        return None
+    plain = problem.of(problem.base_op).op
+    return f"ops with a norm must run on a CPU, got {problem.op} on CUDA: run {plain}, then torch's rms_norm"
 
 
 def _merges(problem: Problem) -> bool:
@@ -143,6 +157,8 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
 
 def why_invalid(problem: Problem, schedule: ChainSchedule, target: Target) -> str | None:
     """None, or the rule that the schedule breaks."""
+    if why := _why_norm(problem):
+        return why
     if schedule.merged not in (0, 1):
         return f"merged must be 0 or 1, got {schedule.merged}: choose 0"
     if schedule.merged:

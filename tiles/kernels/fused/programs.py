@@ -17,6 +17,7 @@ from tiles.kernels.apply.merge import Merge
 from tiles.kernels.coefficients import gates
 from tiles.kernels.fused import chain_programs, merged_programs, signature
 from tiles.kernels.fused.chain_schedule import ChainSchedule
+from tiles.kernels.fused.norm import Norm, NormScratch
 from tiles.kernels.fused.schedule import FusedSchedule, Schedule
 from tiles.kernels.project.programs import gradients, projection
 from tiles.kernels.spec import Problem
@@ -78,13 +79,14 @@ def pre_backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
     def pre_backward(p: Any) -> None:
         with dialect.kernel(p.splits, threads=schedule.threads) as split:
             held = after.coefficients.scratch()
-            after.clear(held, p.dphi, split)
+            after.clear(held, p, split)
+            normed = after.scratch()
             first, last, blocks = token_range(p.tokens, split, p.splits, schedule.block_tokens)
             for step in T.serial(blocks[0]):
                 start = variable(first[0] + step * schedule.block_tokens)
                 count = variable(T.min(schedule.block_tokens, last[0] - start))
-                after.logits(held, p, start, last[0], count)
-                after.dx_dphi(held, p, p.dx, split, start, last[0])
+                after.logits(held, normed, p, start, last[0], count)
+                after.dx_dphi(held, normed, p, p.dx, split, start, last[0], count)
             after.coefficients.store(held, p.dalpha, p.dbias, split)
 
     return pre_backward
@@ -106,7 +108,8 @@ def step_backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any
     def step_backward(p: Any) -> None:
         with dialect.kernel(p.splits, threads=schedule.threads) as split:
             held = after.coefficients.scratch()
-            after.clear(held, p.dphi, split)
+            after.clear(held, p, split)
+            normed = after.scratch()
             first, last, blocks = token_range(p.tokens, split, p.splits, schedule.block_tokens)
             of_x_next = p.renamed(x="dx", **signature.next_maps(problem, "d"))
             for step in T.serial(blocks[0]):
@@ -115,8 +118,8 @@ def step_backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any
                 for t in T.serial(count):
                     token = variable(start + t)
                     mixed.merge(p.x, p.f, p.dx, token, mixed.weights(p, token))
-                after.logits(held, of_x_next, start, last[0], count)
-                after.dx_dphi(held, of_x_next, p.dx_next, split, start, last[0])
+                after.logits(held, normed, of_x_next, start, last[0], count)
+                after.dx_dphi(held, normed, of_x_next, p.dx_next, split, start, last[0], count)
                 for t in T.serial(count):
                     token = variable(start + t)
                     mixed.merge_back(p.renamed(g="dx"), token, mixed.weights(p, token))
@@ -135,7 +138,7 @@ class _Forward:
         project = projection(problem, schedule, dialect, soon, ahead or schedule.register_tokens)
         coefficients = gates.Forward(problem, schedule.block_tokens, dialect)
         apply = Aggregate(problem, schedule.row_width, dialect)
-        rows = schedule.register_tokens
+        norm, rows = Norm(problem, schedule.row_width, dialect), schedule.register_tokens
 
         @T.macro
         def run(p: Any, start: Expr, last: Expr, count: Expr) -> None:
@@ -145,7 +148,11 @@ class _Forward:
             coefficients.run(held, p.z, p.s, p, start, last)
             coefficients.store(held, p, None, start, last)
             for t in T.serial(count):
-                apply.aggregate(p.x, p.u, start + t, [bind(held.pre[i, t]) for i in apply.streams])
+                pre = [bind(held.pre[i, t]) for i in apply.streams]
+                if problem.normalises:
+                    norm.aggregate(p, start + t, pre)
+                else:
+                    apply.aggregate(p.x, p.u, start + t, pre)
 
         self.run = run
 
@@ -158,16 +165,21 @@ class _Backward:
         coefficients = gates.Backward(problem, block, dialect)
         apply = Aggregate(problem, schedule.row_width, dialect)
         dx_dphi_tile = gradients(problem, schedule, dialect)
+        norm_rows = Norm(problem, schedule.row_width, dialect)
+        norm_tile = Norm(problem, schedule.block_width, dialect)
 
         @T.macro
-        def clear(held: Any, dphi: Buffer, split: Expr) -> None:
+        def clear(held: Any, p: Any, split: Expr) -> None:
             coefficients.clear(held)
             for k in T.serial(outputs):
                 for index in dialect.parallel(problem.fan_in):
-                    dphi[split, k, index] = T.float32(0)
+                    p.dphi[split, k, index] = T.float32(0)
+            if problem.normalises:
+                for index in dialect.parallel(width):
+                    p.dnorm_weight[split, index] = T.float32(0)
 
         @T.macro
-        def logits(held: Any, p: Any, start: Expr, last: Expr, count: Expr) -> None:
+        def logits(held: Any, normed: Any, p: Any, start: Expr, last: Expr, count: Expr) -> None:
             """dz and ds of the block, and its part of the sums for dalpha and dbias."""
             for i in T.serial(n):
                 for index in dialect.parallel(block):
@@ -177,8 +189,13 @@ class _Backward:
                 for i, j in T.grid(n, n):
                     for index in dialect.parallel(block):
                         held.dres[i, j, index] = p.dres[T.min(start + index, last - 1), i, j]
-            for t in T.serial(count):
-                apply.dpre_dot(p.x, p.du, start + t, held.dpre, t)
+            if problem.normalises:
+                coefficients.gates(held.forward, p.z, p.s, p, start, last)
+                for t in T.serial(count):
+                    norm_rows.dots(p, normed, start + t, t, held.forward.pre, held.dpre)
+            else:
+                for t in T.serial(count):
+                    apply.dpre_dot(p.x, p.du, start + t, held.dpre, t)
             coefficients.run(held, p.z, p.s, p, start, last)
 
         def extra_grad(
@@ -188,14 +205,37 @@ class _Backward:
             of_u = dialect.load(du[token, column + index], problem.dtype)
             return held.forward.pre[i, t] * of_u + dialect.load(more[token, i * width + column + index], problem.dtype)
 
+        def through_norm(
+            held: Any, normed: Any, more: Buffer, i: Expr, column: Expr, t: Expr, token: Expr, index: Expr
+        ) -> Expr:
+            """The same where u is normalised after it is made."""
+            of_more = dialect.load(more[token, i * width + column + index], problem.dtype)
+            return held.forward.pre[i, t] * normed.of_u[t, index] + of_more
+
         @T.macro
-        def dx_dphi(held: Any, p: Any, more: Buffer, split: Expr, start: Expr, last: Expr) -> None:
+        def dx_dphi(
+            held: Any, normed: Any, p: Any, more: Buffer, split: Expr, start: Expr, last: Expr, count: Expr
+        ) -> None:
             """dx = dz·phi + 2 x ds + pre·du + more, and the block's part of dphi."""
-            for i in T.serial(n):
+            if problem.normalises:
                 for part in T.serial(width // schedule.block_width):
                     column = bind(part * schedule.block_width)
-                    extra = partial(extra_grad, held, p.du, more, i, column)
-                    at = i * width + column
-                    dx_dphi_tile(p, held.dz, held.ds, split, start, last, at, extra, (more,))
+                    norm_tile.gradients(p, normed, split, start, column, count, held.forward.pre)
+                    for i in T.serial(n):
+                        extra = partial(through_norm, held, normed, more, i, column)
+                        at = i * width + column
+                        dx_dphi_tile(p, held.dz, held.ds, split, start, last, at, extra, (more,))
+            else:
+                for i in T.serial(n):
+                    for part in T.serial(width // schedule.block_width):
+                        column = bind(part * schedule.block_width)
+                        extra = partial(extra_grad, held, p.du, more, i, column)
+                        at = i * width + column
+                        dx_dphi_tile(p, held.dz, held.ds, split, start, last, at, extra, (more,))
+
+        def scratch() -> NormScratch | None:
+            """What a norm keeps; call it inside the kernel."""
+            return norm_rows.scratch(block, schedule.block_width) if problem.normalises else None
 
         self.coefficients, self.clear, self.logits, self.dx_dphi = coefficients, clear, logits, dx_dphi
+        self.scratch = scratch

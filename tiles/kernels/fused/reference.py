@@ -10,6 +10,7 @@ import torch
 
 from tiles.kernels.apply import reference as apply
 from tiles.kernels.coefficients import reference as coefficients
+from tiles.kernels.fused import norm_reference as norm
 from tiles.kernels.fused import signature
 from tiles.kernels.project import reference as project
 from tiles.kernels.reference_inputs import draw, fresh, in_order
@@ -23,13 +24,13 @@ def pre_forward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
     projected = project.forward(problem, values)
     gates = coefficients.forward(problem, {**values, **projected})
     u = apply.aggregate_forward(problem, {"x": values["x"], "pre": gates.pop("pre")})["u"]
-    return {"u": u, **gates, **projected}
+    return {"u": norm.forward(problem, values, u), **gates, **projected}
 
 
 def pre_backward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
     """dx added to the dx that is given [T, n, C], dphi [N, nC], dalpha [3], dbias [N]."""
-    x, du = values["x"], values["du"]
-    gate = coefficients.forward(problem, values)["pre"]
+    x, gate = values["x"], coefficients.forward(problem, values)["pre"]
+    du, of_norm = norm.backward(problem, values, x, gate)
     aggregated = apply.aggregate_backward(problem, {"x": x, "pre": gate, "du": du})
     logits = coefficients.backward(problem, {**values, "dpre": aggregated["dpre"]})
     # In the parameters' precision, so that dx is rounded once.
@@ -41,6 +42,7 @@ def pre_backward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
         "dphi": projected["dphi"],
         "dalpha": logits["dalpha"],
         "dbias": logits["dbias"],
+        **of_norm,
     }
 
 
@@ -69,6 +71,7 @@ def pre_inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
         "alpha": 0.5 * draw(random, "float32", problem.maps),
         "bias": draw(random, "float32", problem.outputs),
         **coefficients.scalars(seed),
+        **norm.inputs(problem, seed),
     }
     if problem.direction == "backward":
         values |= project.forward(problem, values)

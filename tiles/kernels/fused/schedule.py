@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tiles.kernels.apply.schedule import stages_grads
 from tiles.kernels.coefficients import schedule as coefficients
@@ -120,5 +121,11 @@ def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
         held = coefficients.forward_scratch(problem, schedule.block_tokens, target) + forward_scratch(problem, schedule)
     else:
         held = coefficients.backward_scratch(problem, schedule.block_tokens, target) + backward_scratch(schedule)
+        held += norm_scratch(problem, schedule)
     copied = problem.streams * schedule.row_width if stages_grads(problem) else 0
     return 4 * held + DTYPE_BYTES[problem.dtype] * copied
+
+
+def norm_scratch(problem: Problem, schedule: Any) -> int:
+    """float32 values that `norm.NormScratch` holds in a backward, where there is a norm."""
+    return schedule.block_tokens * (schedule.block_width + 2) if problem.normalises else 0

@@ -2,12 +2,13 @@
 
 The scalars are MAP_SCALARS: eps, hc_eps, post_scale. z and s are results of the forward that the backward takes back:
 they save it from reading all columns of x twice. Where res is the identity, it is
-no argument, nor are its gradients.
+no argument, nor are its gradients. Where u is normalised, norm_weight comes after bias, norm_eps after the scalars, and
+dnorm_weight after dbias.
 """
 
 from __future__ import annotations
 
-from tiles.kernels.arguments import MAP_SCALARS, affine, gates, mixing, phi, projected, row, streams
+from tiles.kernels.arguments import affine, gates, mixing, norm_weight, phi, projected, row, scalars, streams
 from tiles.kernels.spec import Argument, Problem
 
 
@@ -18,11 +19,13 @@ def next_maps(problem: Problem, of: str = "") -> dict[str, str]:
 
 
 def _parameters(problem: Problem) -> tuple[Argument, ...]:
-    return (phi("phi", problem, "input"), *affine("alpha", "bias", problem, "input"))
+    maps = (phi("phi", problem, "input"), *affine("alpha", "bias", problem, "input"))
+    return (*maps, *norm_weight("norm_weight", problem, "input"))
 
 
 def _parameter_gradients(problem: Problem) -> tuple[Argument, ...]:
-    return (phi("dphi", problem, "partial"), *affine("dalpha", "dbias", problem, "partial"))
+    maps = (phi("dphi", problem, "partial"), *affine("dalpha", "dbias", problem, "partial"))
+    return (*maps, *norm_weight("dnorm_weight", problem, "partial"))
 
 
 def pre(problem: Problem) -> tuple[Argument, ...]:
@@ -31,14 +34,14 @@ def pre(problem: Problem) -> tuple[Argument, ...]:
     given = (streams("x", problem, "input"), *_parameters(problem))
     if problem.direction == "forward":
         maps = (gates("post", problem, "output"), *mixing("res", problem, "output"))
-        return (*given, *MAP_SCALARS, row("u", problem, "output"), *maps, *projected("z", "s", problem, "output"))
+        return (*given, *scalars(problem), row("u", problem, "output"), *maps, *projected("z", "s", problem, "output"))
     return (
         *given,
         *projected("z", "s", problem, "input"),
         row("du", problem, "input"),
         gates("dpost", problem, "input"),
         *mixing("dres", problem, "input"),
-        *MAP_SCALARS,
+        *scalars(problem),
         streams("dx", problem, "updated"),
         *_parameter_gradients(problem),
     )
@@ -58,7 +61,7 @@ def step(problem: Problem) -> tuple[Argument, ...]:
     if problem.direction == "forward":
         return (
             *given,
-            *MAP_SCALARS,
+            *scalars(problem),
             streams("x_next", problem, "output"),
             row("u", problem, "output"),
             gates("post_next", problem, "output"),
@@ -72,7 +75,7 @@ def step(problem: Problem) -> tuple[Argument, ...]:
         row("du", problem, "input"),
         gates("dpost_next", problem, "input"),
         *mixing("dres_next", problem, "input"),
-        *MAP_SCALARS,
+        *scalars(problem),
         streams("dx", problem, "output"),
         row("df", problem, "output"),
         gates("dpost", problem, "output"),

@@ -30,8 +30,9 @@ def each_once(arguments: Sequence[Argument], tokens: int, flops: int) -> Traffic
 
 
 def pre_flops(problem: Problem, tokens: int) -> int:
-    """Of project, coefficients and aggregate."""
-    return sum(
+    """Of project, coefficients, aggregate and the norm of its result; the backward of that makes u again."""
+    norm = (4 if problem.direction == "forward" else 4 * problem.streams + 8) * problem.width * tokens
+    return problem.normalises * norm + sum(
         part(problem.of(op), tokens).flops
         for op, part in (
             ("project", project.project),

@@ -6,11 +6,11 @@ the new streams need nothing that is not known before the streams are read.
 
 from __future__ import annotations
 
-from tiles.kernels.fused import canonical
+from tiles.kernels.fused import DIRECTIONS, ENDINGS, canonical
 from tiles.kernels.fused.chain_schedule import ChainSchedule
 from tiles.kernels.fused.tolerance import of_fused
 from tiles.kernels.single_pass import reference, schedule, separate, signature, traffic
-from tiles.kernels.spec import IDENTITY, Direction, KernelFamily, KernelSpec, Separate
+from tiles.kernels.spec import NORM, Direction, KernelFamily, KernelSpec, Separate
 
 
 def _spec(direction: Direction, others: Separate | None, ending: str = "") -> KernelSpec:
@@ -29,6 +29,7 @@ def _spec(direction: Direction, others: Separate | None, ending: str = "") -> Ke
         traffic=traffic.single_pass,
         tolerance=of_fused,
         canonical=canonical,
+        targets=("cpu",) if ending.startswith(NORM) else ("cpu", "cuda"),
         separate=others,
     )
 
@@ -38,8 +39,7 @@ FAMILY = KernelFamily(
     (
         _spec("forward", Separate(separate.forward, separate.FORWARD)),
         _spec("backward", Separate(separate.backward, separate.BACKWARD)),
-        _spec("forward", None, IDENTITY),
-        _spec("backward", None, IDENTITY),
+        *(_spec(direction, None, ending) for ending in ENDINGS for direction in DIRECTIONS),
     ),
     parts=("project", "coefficients", "apply", "fused"),
 )

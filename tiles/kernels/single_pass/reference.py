@@ -10,6 +10,7 @@ import torch
 
 from tiles.kernels.apply import reference as apply
 from tiles.kernels.coefficients import reference as coefficients
+from tiles.kernels.fused import norm_reference as norm
 from tiles.kernels.project import reference as project
 from tiles.kernels.reference_inputs import draw, fresh, in_order, uniform
 from tiles.kernels.single_pass import signature
@@ -24,6 +25,7 @@ def forward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
     projected = project.forward(problem, {"x": x_next, "phi": values["phi"]})
     maps = coefficients.forward(problem, {**values, **projected})
     u = apply.aggregate_forward(problem, {"x": x_next, "pre": values["pre"]})["u"]
+    u = norm.forward(problem, values, u)
     return {"x_next": x_next, "u": u, **{f"{name}_next": value for name, value in maps.items()}, **projected}
 
 
@@ -36,10 +38,11 @@ def backward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
     # In the parameters' precision, so that dx is rounded once.
     wide = {"x": x_next.to(phi.dtype), "phi": phi, "dz": logits["dz"], "ds": logits["ds"]}
     projected = project.backward(problem, wide)
-    through_u = apply.aggregate_backward(problem, {"x": wide["x"], "pre": pre, "du": values["du"]})
+    du, of_norm = norm.backward(problem, values, x_next, pre)
+    through_u = apply.aggregate_backward(problem, {"x": wide["x"], "pre": pre, "du": du})
     g = values["dx_next"] + through_u["dx"] + projected["dx"]
     merged = apply.merge_backward(problem, {**values, "g": g})
-    parameters = {"dphi": projected["dphi"], "dalpha": logits["dalpha"], "dbias": logits["dbias"]}
+    parameters = {"dphi": projected["dphi"], "dalpha": logits["dalpha"], "dbias": logits["dbias"], **of_norm}
     return {"dx": g.to(values["x"].dtype), **merged, "dpre": through_u["dpre"], **parameters}
 
 
@@ -53,6 +56,7 @@ def inputs(problem: Problem, tokens: int, seed: int) -> dict[str, Any]:
         "alpha": 0.5 * draw(random, "float32", problem.maps),
         "bias": draw(random, "float32", problem.outputs),
         **coefficients.scalars(seed),
+        **norm.inputs(problem, seed),
     }
     if problem.direction == "backward":
         x_next = apply.merge_forward(problem, values)["out"]

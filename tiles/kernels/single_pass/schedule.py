@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from tiles.kernels.coefficients import schedule as coefficients
 from tiles.kernels.fused import chain_schedule
 from tiles.kernels.fused.chain_schedule import ChainSchedule
+from tiles.kernels.fused.schedule import norm_scratch
 from tiles.kernels.limits import (
     divisors,
     dots_block,
@@ -126,10 +127,10 @@ def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
     row = tile_row(problem, schedule)
     if problem.direction == "forward":
         results = _results_scratch(problem, schedule, problem.streams)
-        held = rows * (problem.outputs * DOT_LANES + 1 + row)
+        held = rows * (problem.outputs * DOT_LANES + 1 + row + problem.normalises)
         return 4 * (coefficients.forward_scratch(problem, tokens, target) + held) + results
     results = _results_scratch(problem, schedule, problem.streams + 1)
-    held = tokens * problem.outputs + (tokens + rows + problem.outputs) * row
+    held = tokens * problem.outputs + (tokens + rows + problem.outputs) * row + norm_scratch(problem, schedule)
     return 4 * (coefficients.backward_scratch(problem, tokens, target) + held) + results
 
 

@@ -3,12 +3,13 @@
 `post` and `res` are the maps of the sublayer that returned f; `pre` is the one that comes with them, and weighs x'.
 The maps of x' itself (`pre_next`, `post_next`, `res_next`) are for the next boundary. The scalars are MAP_SCALARS: eps,
 hc_eps, post_scale. z and s are results of the forward that the backward takes back. Where res is the identity, it is
-no argument, nor are its gradients.
+no argument, nor are its gradients. Where u is normalised, norm_weight comes after bias, norm_eps after the scalars, and
+dnorm_weight after dbias.
 """
 
 from __future__ import annotations
 
-from tiles.kernels.arguments import MAP_SCALARS, affine, gates, mixing, phi, projected, row, streams
+from tiles.kernels.arguments import affine, gates, mixing, norm_weight, phi, projected, row, scalars, streams
 from tiles.kernels.spec import Argument, Problem
 
 
@@ -24,11 +25,12 @@ def single_pass(problem: Problem) -> tuple[Argument, ...]:
         *mixing("res", problem, "input"),
         phi("phi", problem, "input"),
         *affine("alpha", "bias", problem, "input"),
+        *norm_weight("norm_weight", problem, "input"),
     )
     if problem.direction == "forward":
         return (
             *given,
-            *MAP_SCALARS,
+            *scalars(problem),
             streams("x_next", problem, "output"),
             row("u", problem, "output"),
             gates("pre_next", problem, "output"),
@@ -44,7 +46,7 @@ def single_pass(problem: Problem) -> tuple[Argument, ...]:
         gates("dpre_next", problem, "input"),
         gates("dpost_next", problem, "input"),
         *mixing("dres_next", problem, "input"),
-        *MAP_SCALARS,
+        *scalars(problem),
         streams("dx", problem, "output"),
         row("df", problem, "output"),
         gates("dpre", problem, "output"),
@@ -52,4 +54,5 @@ def single_pass(problem: Problem) -> tuple[Argument, ...]:
         *mixing("dres", problem, "output"),
         phi("dphi", problem, "partial"),
         *affine("dalpha", "dbias", problem, "partial"),
+        *norm_weight("dnorm_weight", problem, "partial"),
     )

@@ -1,0 +1,58 @@
+"""The RMSNorm of a sublayer's input: what `pre`, `step` and `single_pass` of `mhc.functional` do with norm_weight."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from mhc.checks import STREAM_DTYPES, expect
+from tiles.errors import BadInput
+from tiles.kernels.reference_inputs import DTYPES
+from tiles.kernels.spec import NORM
+
+NORM_EPS = 1e-6
+"""The default norm_eps, added to the mean square of the sublayer's input."""
+
+FUSED_DEVICES = ("cpu",)
+"""Where kernels normalise u while they have it. Elsewhere torch's rms_norm follows the op: 2C elements a token more,
+u read and written once more, and u is saved for the backward."""
+
+
+class SublayerNorm(NamedTuple):
+    """How an op is called for a norm: its ending, and what is among its tensors and at the end of its scalars. `after`,
+    where it is given, are weight and eps of what follows the op."""
+
+    ending: str = ""
+    weight: tuple[torch.Tensor, ...] = ()
+    eps: tuple[float, ...] = ()
+    after: tuple[torch.Tensor, float] | None = None
+
+    def apply(self, u: torch.Tensor) -> torch.Tensor:
+        """The sublayer's input from the op's u."""
+        return u if self.after is None else rms_norm(u, *self.after)
+
+
+def sublayer_norm(x: torch.Tensor, norm_weight: torch.Tensor | None, norm_eps: float) -> SublayerNorm:
+    """The norm of the input of a sublayer that reads x [..., n, C], or none; raises `BadInput` unless it fits x."""
+    if norm_weight is None:
+        return SublayerNorm()
+    if norm_weight.dtype not in STREAM_DTYPES:
+        raise BadInput(
+            f"norm_weight must be one of {', '.join(DTYPES)}, got {norm_weight.dtype}: cast it to one of them"
+        )
+    expect("norm_weight", norm_weight, (x.shape[-1],), norm_weight.dtype, x.device)
+    if not 0 <= norm_eps < math.inf:
+        raise BadInput(f"norm_eps must be at least 0 and finite, got {norm_eps}: give the norm's eps, such as 1e-6")
+    if x.device.type not in FUSED_DEVICES:
+        return SublayerNorm(after=(norm_weight, norm_eps))
+    return SublayerNorm(NORM, (norm_weight.float(),), (norm_eps,))
+
+
+def rms_norm(u: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """torch's, in float32 where the dtypes differ; in u's dtype."""
+    with torch.autocast(u.device.type, enabled=False):
+        if weight.dtype == u.dtype:
+            return torch.nn.functional.rms_norm(u, weight.shape, weight, eps)
+        return torch.nn.functional.rms_norm(u.float(), weight.shape, weight.float(), eps).to(u.dtype)

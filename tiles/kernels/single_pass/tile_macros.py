@@ -1,0 +1,351 @@
+"""Tiles of tokens × columns of all streams, as macros of single_pass on a CPU.
+
+Streams are flattened, x [T, nC]: stream i of a token begins at column i·C.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tilelang.language as T
+
+from tiles.kernels.apply.merge import Matrix, merged, merged_back, weighted
+from tiles.kernels.fused.norm import Norm, NormScratch
+from tiles.kernels.limits import divisors
+from tiles.kernels.project.programs import output_groups, prefetch_of
+from tiles.kernels.single_pass.schedule import SinglePassSchedule, tile_row
+from tiles.kernels.spec import Problem
+from tiles.lang.columns import Columns
+from tiles.lang.dialect import Cpu, View
+from tiles.lang.rows import SourceRow
+from tiles.lang.values import Buffer, Expr, bind, variable
+
+DOTS_WIDTH = 640
+"""Most columns of a register block of dot products: what they read stays in an L1 cache."""
+
+
+class _Tile:
+    """What both passes share. `staged` has x' of tokens, rounded as streams are, in rows of n · block_width columns."""
+
+    def __init__(self, problem: Problem, schedule: SinglePassSchedule, dialect: Cpu) -> None:
+        n, dtype, width = problem.streams, problem.dtype, schedule.block_width
+        self.streams = streams = tuple(range(n))
+        self.groups = output_groups(problem.outputs, schedule.register_outputs)
+        columns = Columns(width, dtype, dialect, nontemporal=bool(schedule.nontemporal))
+
+        def place(i: Expr, column: Expr) -> Expr:
+            return i * problem.width + column
+
+        def load(p: Any, token: Expr, column: Expr) -> tuple[list[SourceRow], SourceRow]:
+            """The rows of x and f, from a token's column on."""
+            state, sublayer = [columns.row(p.x) for _ in streams], columns.row(p.f)
+            for i in streams:
+                state[i].load(token, place(i, column))
+            sublayer.load(token, column)
+            return state, sublayer
+
+        def x_next(given: tuple[list[SourceRow], SourceRow], res: Any, post: Any, index: Any) -> list[Expr]:
+            """x' of one column of a token, rounded to the streams' dtype."""
+            state, sublayer = given
+            values, added = [row.get(index) for row in state], sublayer.get(index)
+            return [bind(dialect.rounded(merged(res, values, post, added, i), dtype)) for i in streams]
+
+        @T.macro
+        def prefetch(streams_of: Sequence[Buffer], rows_of: Sequence[Buffer], token: Expr, column: Expr) -> None:
+            """Say that a token's next block of columns is needed soon."""
+            for i in streams:
+                dialect.prefetch(tuple(streams_of), token, place(i, column + width), width)
+            dialect.prefetch(tuple(rows_of), token, column + width, width)
+
+        self.columns, self.place, self.load, self.x_next = columns, place, load, x_next
+        self.prefetch, self._mixes = prefetch, problem.mixes
+
+    def weights(self, p: Any, token: Expr) -> tuple[list[Expr], list[Expr], Matrix]:
+        """pre, post and res of a token."""
+        pre, post = ([bind(gate[token, i]) for i in self.streams] for gate in (p.pre, p.post))
+        if not self._mixes:
+            return pre, post, None
+        return pre, post, [[bind(p.res[token, i, j]) for j in self.streams] for i in self.streams]
+
+
+class ForwardTile(_Tile):
+    """The macro `run` for a register block of tokens, start..start + register_tokens as far as below `last`."""
+
+    def __init__(self, problem: Problem, schedule: SinglePassSchedule, dialect: Cpu) -> None:
+        super().__init__(problem, schedule, dialect)
+        streams, groups, width = self.streams, self.groups, schedule.block_width
+        rows, dots_width = schedule.register_tokens, divisors(width, 8, DOTS_WIDTH)[-1]
+        parts, columns, norm = width // dots_width, self.columns, Norm(problem, width, dialect)
+        prefetch = prefetch_of(problem, dots_width, groups, dialect)
+
+        @T.macro
+        def merge(
+            p: Any, staged: Buffer, squares: Buffer, squares_of_u: Any, token: Expr, column: Expr, row: Expr
+        ) -> None:
+            """x' and u' of a token's columns, x' into `staged` as well; x'² is added to squares[row], and u'², where u'
+            will be normalised, to squares_of_u[row]."""
+            pre, post, res = self.weights(p, token)
+            total_of_u = dialect.accumulator(width) if problem.normalises else None
+            total, given = dialect.accumulator(width), self.load(p, token, column)
+            mixed, gathered = [columns.result(p.x_next) for _ in streams], columns.row(p.u)
+            for i in streams:
+                mixed[i].store_at(token, self.place(i, column))
+            gathered.store_at(token, column)
+            for outer in columns.outer():
+                for inner in columns.inner():
+                    values = self.x_next(given, res, post, columns.index(outer, inner))
+                    for i in streams:
+                        mixed[i].put(columns.index(outer, inner), values[i], rounded=True)
+                        staged[row, i * width + columns.place(outer, inner)] = values[i]
+                        total[0] += values[i] * values[i]
+                    if problem.normalises:
+                        u = bind(weighted(pre, values))
+                        total_of_u[0] += u * u
+                        gathered.put(columns.index(outer, inner), u)
+                    else:
+                        gathered.put(columns.index(outer, inner), weighted(pre, values))
+            for i in streams:
+                mixed[i].flush()
+            squares[row] = squares[row] + total[0]
+            if problem.normalises:
+                squares_of_u[row] = squares_of_u[row] + total_of_u[0]
+
+        @T.macro
+        def add_group(
+            dots: Buffer, staged: Buffer, phi: Buffer, within: Expr, column: Expr, k: Expr, size: int
+        ) -> None:
+            sums, values = View(dots, (0, k, 0), (0, 1)), View(staged, (0, within), (0, 1))
+            dialect.add_dots(sums, values, View(phi, (k, column), (0, 1)), rows, size, dots_width)
+
+        @T.macro
+        def project(p: Any, staged: Buffer, dots: Buffer, start: Expr, column: Expr) -> None:
+            """Add the staged columns' products with phi to the sums, and bring in those of the next tokens."""
+            for part in T.serial(problem.streams * parts):
+                within, at = part * dots_width, self.place(part // parts, column) + part % parts * dots_width
+                for g in T.serial(groups.whole):
+                    prefetch((p.x, p.f), [start + rows + t for t in range(rows)], at, g)
+                    add_group(dots, staged, p.phi, within, at, g * groups.size, groups.size)
+                if groups.rest > 0:
+                    prefetch((p.x, p.f), [start + rows + t for t in range(rows)], at, groups.whole)
+                    add_group(dots, staged, p.phi, within, at, groups.whole * groups.size, groups.rest)
+
+        @T.macro
+        def run(p: Any, start: Expr, last: Expr) -> None:
+            staged, squares = dialect.scratch(rows, tile_row(problem, schedule)), dialect.scratch(rows)
+            squares_of_u = dialect.scratch(rows) if problem.normalises else None
+            dots = dialect.dot_sums(rows, problem.outputs)
+            for t in T.serial(rows):
+                squares[t] = T.float32(0)
+                if problem.normalises:
+                    squares_of_u[t] = T.float32(0)
+            for chunk in T.serial(problem.width // width):
+                for t in T.serial(rows):
+                    merge(p, staged, squares, squares_of_u, variable(T.min(start + t, last - 1)), chunk * width, t)
+                project(p, staged, dots, start, chunk * width)
+            for t in T.serial(T.min(rows, last - start)):
+                if problem.normalises:
+                    norm.scale_row(p, variable(start + t), squares_of_u[t])
+                p.s[start + t] = squares[t]
+                for k in dialect.parallel(problem.outputs):
+                    p.z[start + t, k] = dialect.dot_sum(dots, t, k)
+
+        self.run = run
+
+
+class BackwardTile(_Tile):
+    """The macros of the backward. `sums` [block_tokens, N] are of dpre, dpost and dres, in this order."""
+
+    def __init__(self, problem: Problem, schedule: SinglePassSchedule, dialect: Cpu) -> None:
+        super().__init__(problem, schedule, dialect)
+        streams, groups, width, dtype = self.streams, self.groups, schedule.block_width, problem.dtype
+        n, block, rows = problem.streams, schedule.block_tokens, schedule.register_tokens
+        columns, norm = self.columns, Norm(problem, width, dialect)
+
+        def of_u(normed: Any, row: Expr, index: Expr, du: Expr) -> Expr:
+            """The gradient of u' from that of the sublayer's input."""
+            return normed.of_u[row, index] if problem.normalises else du
+
+        @T.macro
+        def norm_factors(p: Any, normed: Any, token: Expr, row: Expr) -> None:
+            """r and slope of a token. Its u' is Σ_j (Σ_i pre_i res_ij) x_j + (Σ_i pre_i post_i) f: x' is not made for
+            it."""
+            pre, post, res = self.weights(p, token)
+            of_f = bind(weighted(pre, post))
+            of_x = pre if res is None else [bind(merged_back(res, pre, j)) for j in streams]
+            squares, product, upper = dialect.accumulator(width), dialect.accumulator(width), columns.row(p.du)
+            for chunk in T.serial(problem.width // width):
+                given = self.load(p, token, chunk * width)
+                upper.load(token, chunk * width)
+                for outer in columns.outer():
+                    for inner in columns.inner():
+                        index = columns.index(outer, inner)
+                        values = [state.get(index) for state in given[0]]
+                        u = bind(weighted(of_x, values) + of_f * given[1].get(index))
+                        weight = p.norm_weight[chunk * width + columns.place(outer, inner)]
+                        squares[0] += u * u
+                        product[0] += u * (weight * upper.get(index))
+            norm.store_factors(p, normed, row, squares[0], product[0])
+
+        @T.macro
+        def load_grads(held: Any, p: Any, start: Expr, last: Expr) -> None:
+            """Gradients of the next maps, of a block of tokens."""
+            for i in T.serial(n):
+                for index in dialect.parallel(block):
+                    held.dpre[i, index] = p.dpre_next[T.min(start + index, last - 1), i]
+                    held.dpost[i, index] = p.dpost_next[T.min(start + index, last - 1), i]
+            if problem.mixes:
+                for i, j in T.grid(n, n):
+                    for index in dialect.parallel(block):
+                        held.dres[i, j, index] = p.dres_next[T.min(start + index, last - 1), i, j]
+
+        @T.macro
+        def load_phi(phi: Buffer, into: Buffer, column: Expr) -> None:
+            """The block's columns of phi, side by side: rows of phi itself may all begin in one set of a cache."""
+            for k, i in T.grid(problem.outputs, n):
+                for index in dialect.parallel(width):
+                    into[k, i * width + index] = phi[k, self.place(i, column) + index]
+
+        @T.macro
+        def merge_again(
+            p: Any, staged: Buffer, sums: Buffer, normed: Any, split: Expr, token: Expr, column: Expr, row: Expr
+        ) -> None:
+            """x' of a token's columns, into `staged`, and their part of dpre; with a norm, also the gradient of u' and
+            the token's part of the norm weight's."""
+            pre, post, res = self.weights(p, token)
+            self.prefetch((p.x, p.dx_next), (p.f, p.du), token, column)
+            totals, given, upper = (
+                [dialect.accumulator(width) for _ in streams],
+                self.load(p, token, column),
+                columns.row(p.du),
+            )
+            upper.load(token, column)
+            for outer in columns.outer():
+                for inner in columns.inner():
+                    values, grad = (
+                        self.x_next(given, res, post, columns.index(outer, inner)),
+                        upper.get(columns.index(outer, inner)),
+                    )
+                    if problem.normalises:
+                        u = weighted(pre, values)
+                        norm.through(p, normed, split, column, row, columns.place(outer, inner), grad, u)
+                    for i in streams:
+                        staged[row, i * width + columns.place(outer, inner)] = values[i]
+                        totals[i][0] += of_u(normed, row, columns.place(outer, inner), grad) * values[i]
+            for i in streams:
+                sums[row, i] = sums[row, i] + totals[i][0]
+
+        @T.macro
+        def add_group(
+            dphi: Buffer,
+            staged: Buffer,
+            dz: Buffer,
+            split: Expr,
+            i: Expr,
+            column: Expr,
+            k: Expr,
+            size: int,
+            count: Expr,
+        ) -> None:
+            out, of_tokens = View(dphi, (split, k, self.place(i, column)), (1, 2)), View(dz, (k, 0), (0, 1))
+            dialect.add_product(out, of_tokens, View(staged, (0, i * width), (0, 1)), size, count, width)
+
+        @T.macro
+        def add_dphi(dphi: Buffer, staged: Buffer, dz: Buffer, split: Expr, column: Expr, count: Expr) -> None:
+            """dphi += dzᵀ·x' of the staged tokens."""
+            for i in T.serial(n):
+                for g in T.serial(groups.whole):
+                    add_group(dphi, staged, dz, split, i, column, g * groups.size, groups.size, count)
+                if groups.rest > 0:
+                    add_group(dphi, staged, dz, split, i, column, groups.whole * groups.size, groups.rest, count)
+
+        @T.macro
+        def add_dx_next(
+            p: Any,
+            phi: Buffer,
+            staged: Buffer,
+            grads: Buffer,
+            held: Any,
+            normed: Any,
+            start: Expr,
+            column: Expr,
+            first: Expr,
+            count: Expr,
+        ) -> None:
+            """g of the tokens first .. first + register_tokens of a block: dx' + pre·du' + dz'·phi + 2x'·ds'."""
+            for t in T.serial(rows):
+                at = variable(T.min(first + t, count - 1))
+                token = variable(start + at)
+                slope = bind(2 * held.ds[at])
+                for i in T.serial(n):
+                    gate = bind(p.pre[token, i])
+                    for index in dialect.parallel(width):
+                        through_u = of_u(normed, at, index, dialect.load(p.du[token, column + index], dtype))
+                        of_x_next = dialect.load(p.dx_next[token, self.place(i, column + index)], dtype)
+                        of_s = slope * staged[at, i * width + index]
+                        grads[t, i * width + index] = of_x_next + gate * through_u + of_s
+            for i in T.serial(n):
+                out, of_outputs = View(grads, (0, i * width), (0, 1)), View(held.dz, (0, first), (1, 0))
+                dialect.add_product(out, of_outputs, View(phi, (0, i * width), (0, 1)), rows, problem.outputs, width)
+
+        @T.macro
+        def add_dots(
+            of: Buffer,
+            column: Expr,
+            grads: Buffer,
+            sums: Buffer,
+            token: Expr,
+            row: Expr,
+            place: Expr,
+            first: Expr,
+            step: int,
+        ) -> None:
+            """Add ⟨g_i, of⟩ over a token's columns to every `step`-th sum from `first` on."""
+            totals = [dialect.accumulator(width) for _ in streams]
+            for index in dialect.parallel(width):
+                value = bind(dialect.load(of[token, column + index], dtype))
+                for i in streams:
+                    totals[i][0] += grads[row, i * width + index] * value
+            for i in streams:
+                sums[place, first + i * step] = sums[place, first + i * step] + totals[i][0]
+
+        @T.macro
+        def merge_back(p: Any, grads: Buffer, sums: Buffer, token: Expr, column: Expr, row: Expr, place: Expr) -> None:
+            """dx and df of a token's columns, and their part of dpost and dres, from its row of g. Sums have loops of
+            their own: those of all streams would not fit the registers."""
+            _pre, post, res = self.weights(p, token)
+            add_dots(p.f, column, grads, sums, token, row, place, n, 1)
+            if problem.mixes:
+                for j in streams:
+                    add_dots(p.x, self.place(j, column), grads, sums, token, row, place, 2 * n + j, n)
+            state_grads, sublayer_grads = [columns.result(p.dx) for _ in streams], columns.result(p.df)
+            for j in streams:
+                state_grads[j].store_at(token, self.place(j, column))
+            sublayer_grads.store_at(token, column)
+            for outer in columns.outer():
+                for inner in columns.inner():
+                    at = columns.place(outer, inner)
+                    upper = [bind(grads[row, i * width + at]) for i in streams]
+                    sublayer_grads.put(columns.index(outer, inner), weighted(post, upper))
+                    for j in streams:
+                        state_grads[j].put(columns.index(outer, inner), merged_back(res, upper, j))
+            for result in (*state_grads, sublayer_grads):
+                result.flush()
+
+        @T.macro
+        def store_sums(p: Any, sums: Buffer, token: Expr, row: Expr) -> None:
+            """dpre, dpost and dres of a token."""
+            for i in T.serial(n):
+                p.dpre[token, i] = sums[row, i]
+                p.dpost[token, i] = sums[row, n + i]
+            if problem.mixes:
+                for i, j in T.grid(n, n):
+                    p.dres[token, i, j] = sums[row, 2 * n + i * n + j]
+
+        self.load_grads, self.load_phi, self.merge_again, self.add_dphi = load_grads, load_phi, merge_again, add_dphi
+        self.add_dx_next, self.merge_back, self.store_sums = add_dx_next, merge_back, store_sums
+        self.norm_factors = norm_factors
+
+        def norm_scratch() -> NormScratch | None:
+            """What a norm keeps; call it inside the kernel."""
+            return norm.scratch(block, width) if problem.normalises else None
+
+        self.norm_scratch = norm_scratch
