@@ -86,7 +86,7 @@ def pre_with_residual(
     Where torch's dispatcher is needed, the residual is x itself: a compiler plans the sum of gradients by itself.
     """
     if not torch.is_grad_enabled() or needs_dispatcher((x, phi, alpha, bias)):
-        scalars = {"eps": eps, "hc_eps": hc_eps, "post_scale": post_scale}
+        scalars: dict[str, Any] = {"eps": eps, "hc_eps": hc_eps, "post_scale": post_scale}
         return (*functional.pre(x, phi, alpha, bias, rounds=rounds, **scalars), x)
     *_shape, mixes = functional.check_pre(x, phi, alpha, bias)
     given = (x, phi, alpha, bias, rounds, (eps, hc_eps, post_scale), "pre" if mixes else "pre" + IDENTITY)
