@@ -5,7 +5,7 @@ Modules: `HyperConnection`, several of them in a `HyperConnectionStack` or, with
 Models of transformers that have them: `patch` runs them on our kernels, `unpatch` undoes it.
 Ops: `mhc.functional`.
 Kernels: `load_kernels` loads a cache folder or pack, `kernel_report` says which kernels run and why, `batch_invariant`
-makes a token's results independent of its batch.
+makes a token's results independent of its batch, `warm_up` loads a model's kernels before the first request.
 """
 
 from mhc import converters, diagnostics, functional, manifolds
@@ -18,6 +18,7 @@ from mhc.modules.recompute import recompute
 from mhc.modules.recompute_segments import segment_length
 from mhc.modules.stack import HyperConnectionStack
 from mhc.modules.streams import StreamHead, expand_streams, reduce_streams
+from mhc.serving.warm_up import warm_up
 from tiles.errors import BadInput
 
 __all__ = [
@@ -42,5 +43,6 @@ __all__ = [
     "segment_length",
     "unpatch",
     "using",
+    "warm_up",
     "wrap",
 ]

@@ -7,6 +7,10 @@ output stream i. Streams are float32, bfloat16 or float16; coefficients and para
 `torch.compile(fullgraph=True)`. Kernels compute gradients in reverse mode; forward mode, the transforms of `torch.func`
 and gradients of gradients run in plain torch, more slowly. In the formulas x̄ [..., K] is x, flattened per token.
 
+With `out`, what a function returns without it (a tensor, or a tuple of tensors), `coefficients`, `aggregate`, `merge`,
+`pre`, `step` and `single_pass` write to these tensors, allocate no results, and return `out`: for inference, without
+autograd. Its tensors are contiguous and share no memory with inputs or each other (`mhc.dispatch.preallocated`).
+
 Where res is the identity (Hunyuan-V4, and the cheapest way to wrap a plain model), `merge`, `pre`, `step` and
 `single_pass` take and return None for it, and parameters of pre and post alone: N = 2n, alpha [2]. Streams are not
 mixed, x' = x + post f, and hc_eps is added to post as well.
@@ -20,9 +24,13 @@ import torch
 
 from mhc.checks import check_problem, check_scalars, expect, stream_shape
 from mhc.dispatch.operators import call
+from mhc.dispatch.preallocated import write_results
 from mhc.sublayer_norm import NORM_EPS, sublayer_norm
 from tiles.errors import BadInput
 from tiles.kernels.spec import IDENTITY, PAPER_ROUNDS, WIDTH_MULTIPLE
+
+Out = Sequence[torch.Tensor | None] | None
+"""Tensors that a function writes its results to, in their order."""
 
 ROUNDS = PAPER_ROUNDS
 """The default number of Sinkhorn rounds."""
@@ -61,6 +69,7 @@ def coefficients(
     eps: float = EPS,
     hc_eps: float = 0.0,
     post_scale: float = POST_SCALE,
+    out: Out = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return pre = σ(h_pre) + hc_eps, post = post_scale σ(h_post), res = Sinkhorn(h_res), where h = alpha∘z·rsqrt(s/K +
     eps) + bias; hc_eps is also that of `sinkhorn`. The paper has hc_eps = 0, DeepSeek-V4 and GLM-5.3 have 1e-6.
@@ -76,8 +85,10 @@ def coefficients(
     expect("z", z, (*leading, outputs), torch.float32, z.device)
     expect("alpha", alpha, (3,), torch.float32, z.device)
     expect("bias", bias, (outputs,), torch.float32, z.device)
-    flat = z.reshape(-1, outputs), s.reshape(-1)
-    pre, post, res = call("coefficients", *flat, alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
+    given = (z.reshape(-1, outputs), s.reshape(-1), alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
+    if out is not None:
+        return write_results("coefficients", given, leading, out)
+    pre, post, res = call("coefficients", *given)
     return pre.view(*leading, n), post.view(*leading, n), res.view(*leading, n, n)
 
 
@@ -96,7 +107,7 @@ def sinkhorn(logits: torch.Tensor, rounds: int = ROUNDS, *, hc_eps: float = 0.0)
     return call("sinkhorn", logits.reshape(-1, n, n), hc_eps, n, ANY_WIDTH, rounds).view(logits.shape)
 
 
-def aggregate(x: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
+def aggregate(x: torch.Tensor, pre: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return u = Σ_i pre_i x_i, the sublayer's input.
 
     x [..., n, C], pre [..., n] float32 -> u [..., C] in x's dtype.
@@ -104,11 +115,15 @@ def aggregate(x: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     n, width = stream_shape(x)
     leading = x.shape[:-2]
     expect("pre", pre, (*leading, n), torch.float32, x.device)
-    u = call("aggregate", x.reshape(-1, n, width), pre.reshape(-1, n), n, width, ROUNDS)
-    return u.view(*leading, width)
+    given = (x.reshape(-1, n, width), pre.reshape(-1, n), n, width, ROUNDS)
+    if out is not None:
+        return write_results("aggregate", given, leading, out)
+    return call("aggregate", *given).view(*leading, width)
 
 
-def merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor | None, post: torch.Tensor) -> torch.Tensor:
+def merge(
+    x: torch.Tensor, f: torch.Tensor, res: torch.Tensor | None, post: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return x'_i = Σ_j res_ij x_j + post_i f, the streams after a sublayer with output f.
 
     x [..., n, C], f [..., C] in x's dtype, res [..., n, n] (None: the identity) and post [..., n] float32 -> x' like x.
@@ -116,7 +131,10 @@ def merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor | None, post: torc
     check_merge(x, f, res, post)
     n, width = x.shape[-2:]
     flat = x.reshape(-1, n, width), f.reshape(-1, width), *_flat_res(res, n), post.reshape(-1, n)
-    return call(_op("merge", res is not None), *flat, n, width, ROUNDS).view(x.shape)
+    op, given = _op("merge", res is not None), (*flat, n, width, ROUNDS)
+    if out is not None:
+        return write_results(op, given, x.shape[:-2], out)
+    return call(op, *given).view(x.shape)
 
 
 def check_merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor | None, post: torch.Tensor) -> torch.Size:
@@ -155,6 +173,7 @@ def pre(
     post_scale: float = POST_SCALE,
     norm_weight: torch.Tensor | None = None,
     norm_eps: float = NORM_EPS,
+    out: Out = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Project, coefficients and aggregate, fused into one pass over x: everything before a sublayer.
 
@@ -169,9 +188,11 @@ def pre(
     n, width, mixes = check_pre(x, phi, alpha, bias)
     check_scalars(hc_eps, post_scale)
     norm, leading = sublayer_norm(x, norm_weight, norm_eps), x.shape[:-2]
-    op, given = _op("pre" + norm.ending, mixes), (phi, alpha, bias, *norm.weight)
-    scalars = (eps, hc_eps, post_scale, *norm.eps)
-    u, post, *res = call(op, x.reshape(-1, n, width), *given, *scalars, n, width, rounds)[:-2]
+    op, scalars = _op("pre" + norm.ending, mixes), (eps, hc_eps, post_scale, *norm.eps)
+    given = (x.reshape(-1, n, width), phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
+    if out is not None:
+        return norm.write(write_results(op, given, leading, out), 0)
+    u, post, *res = call(op, *given)[:-2]
     return norm.apply(u.view(*leading, width)), post.view(*leading, n), _unflat_res(res, leading)
 
 
@@ -223,6 +244,7 @@ def step(
     post_scale: float = POST_SCALE,
     norm_weight: torch.Tensor | None = None,
     norm_eps: float = NORM_EPS,
+    out: Out = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Merge with post and res, then `pre` of the next sublayer, fused into one pass over the streams.
 
@@ -235,8 +257,11 @@ def step(
     check_scalars(hc_eps, post_scale)
     norm = sublayer_norm(x, norm_weight, norm_eps)
     flat = x.reshape(-1, n, width), f.reshape(-1, width), post.reshape(-1, n), *_flat_res(res, n)
-    op, given = _op("step" + norm.ending, res is not None), (*flat, phi, alpha, bias, *norm.weight)
-    x_next, u, post_next, *res_next = call(op, *given, eps, hc_eps, post_scale, *norm.eps, n, width, rounds)[:-2]
+    op, scalars = _op("step" + norm.ending, res is not None), (eps, hc_eps, post_scale, *norm.eps)
+    given = (*flat, phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
+    if out is not None:
+        return norm.write(write_results(op, given, leading, out), 1)
+    x_next, u, post_next, *res_next = call(op, *given)[:-2]
     maps = post_next.view(*leading, n), _unflat_res(res_next, leading)
     return x_next.view(x.shape), norm.apply(u.view(*leading, width)), *maps
 
@@ -257,6 +282,7 @@ def single_pass(
     post_scale: float = POST_SCALE,
     norm_weight: torch.Tensor | None = None,
     norm_eps: float = NORM_EPS,
+    out: Out = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """A boundary of single-pass mHC (DeepSeek-V4.1's report, equation 6): merge with post and res, u' = Σ_i pre_i x'_i,
     and the maps of x', in one pass over the streams.
@@ -273,8 +299,10 @@ def single_pass(
     expect("pre", pre, (*leading, n), torch.float32, x.device)
     gates = pre.reshape(-1, n), post.reshape(-1, n)
     flat = x.reshape(-1, n, width), f.reshape(-1, width), *gates, *_flat_res(res, n)
-    op, given = _op("single_pass" + norm.ending, res is not None), (*flat, phi, alpha, bias, *norm.weight)
-    results = call(op, *given, eps, hc_eps, post_scale, *norm.eps, n, width, rounds)[:-2]
-    x_next, u, pre_next, post_next, *res_next = results
+    op, scalars = _op("single_pass" + norm.ending, res is not None), (eps, hc_eps, post_scale, *norm.eps)
+    given = (*flat, phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
+    if out is not None:
+        return norm.write(write_results(op, given, leading, out), 1)
+    x_next, u, pre_next, post_next, *res_next = call(op, *given)[:-2]
     maps = pre_next.view(*leading, n), post_next.view(*leading, n), _unflat_res(res_next, leading)
     return x_next.view(x.shape), norm.apply(u.view(*leading, width)), *maps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +32,12 @@ class SublayerNorm(NamedTuple):
     def apply(self, u: torch.Tensor) -> torch.Tensor:
         """The sublayer's input from the op's u."""
         return u if self.after is None else rms_norm(u, *self.after)
+
+    def write(self, out: Any, place: int) -> Any:
+        """Preallocated results with the sublayer's input at `place`, where the op's u is."""
+        if self.after is not None:
+            out[place].copy_(rms_norm(out[place], *self.after))
+        return out
 
 
 def sublayer_norm(x: torch.Tensor, norm_weight: torch.Tensor | None, norm_eps: float) -> SublayerNorm:

@@ -16,7 +16,7 @@ PARTS = {
     "autotune": (*("measuring", "processes", "search", "study", "events", "decision", "recorded", "tuner", "buckets"),),
     "mhc": (
         *("checks", "sublayer_norm", "dispatch", "functional", "manifolds", "modules", "converters", "diagnostics"),
-        *("distributed", "integrations", "__init__", "examples"),
+        *("distributed", "integrations", "serving", "__init__", "examples"),
     ),
     "cli": ("ui", "report", "bench", "commands", "gpu", "maintain", "main"),
 }

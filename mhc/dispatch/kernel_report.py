@@ -45,3 +45,26 @@ class KernelReport(tuple[Row, ...]):
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         cells = ((cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
         return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
+class WarmUpReport(KernelReport):
+    """The rows of what `mhc.warm_up` has loaded; `print` shows them, and what is missing in a last line."""
+
+    __slots__ = ()
+
+    @property
+    def missing(self) -> tuple[Row, ...]:
+        """Those that no tuned kernel serves: a schedule was compiled here, or torch runs."""
+        return tuple(row for row in self if row.runs not in ("tuned", "separate"))
+
+    def __str__(self) -> str:
+        kernels, missing = [row for row in self if row.runs != "separate"], self.missing
+        if not missing:
+            return f"{super().__str__()}\nall {len(kernels)} kernels are tuned and loaded"
+        kinds = ", ".join(f"{sum(row.runs == runs for row in missing)} {runs}" for runs in _kinds(missing))
+        lacking = "; ".join(dict.fromkeys(f"{row.op} {row.direction}" for row in missing))
+        return f"{super().__str__()}\n{len(missing)} of {len(kernels)} kernels are not tuned ({kinds}): {lacking}"
+
+
+def _kinds(rows: tuple[Row, ...]) -> list[Runs]:
+    return list(dict.fromkeys(row.runs for row in rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ import torch
 
 from mhc.dispatch import ranks
 from mhc.dispatch.gc_paused import gc_paused
-from mhc.dispatch.kernel_report import KernelReport, Row
+from mhc.dispatch.kernel_report import KernelReport
 from mhc.dispatch.resolve import Resolved, Resolver
 from tiles.cache.cache import KernelCache, default_folder, token_bucket
 from tiles.errors import BadInput
 from tiles.kernels.reference_inputs import DTYPES
+from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import EVERY_TOKENS, Direction, Problem
 from tiles.pack.pack import Pack
+from tiles.runtime.loaded_kernel import LoadedKernel, is_given
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -71,6 +73,42 @@ class Kernels:
         """Run one kernel on contiguous inputs, in the order of its arguments; the first gives dtype and device."""
         return self.look_up(op, direction, streams, width, rounds, inputs[0]).call(*inputs)
 
+    def run_into(
+        self,
+        op: str,
+        streams: int,
+        width: int,
+        rounds: int,
+        inputs: Sequence[Any],
+        out: Sequence[torch.Tensor],
+    ) -> None:
+        """Run a forward kernel with `out`, contiguous tensors of the right sizes, for its first results; what is no
+        single kernel allocates them, and they are copied."""
+        call = self.look_up(op, "forward", streams, width, rounds, inputs[0]).call
+        if isinstance(call, LoadedKernel):
+            call(*inputs, out=out)
+            return
+        for tensor, result in zip(out, call(*inputs), strict=False):
+            tensor.view(result.shape).copy_(result)
+
+    def warm_up(self, problem: Problem, device: torch.device) -> list[Resolved]:
+        """The kernel of a problem, or where that is made of others those too; what was not resolved yet is loaded, and
+        called on one token, which brings its code onto a GPU."""
+        spec = kernel_spec(problem.op, problem.direction)
+        tokens = EVERY_TOKENS if self.batch_invariant else token_bucket(problem.tokens)
+        dtype = DTYPES[spec.arguments(problem)[0].dtype]
+        key = (problem.op, problem.direction, problem.streams, problem.width, problem.rounds, dtype, device, tokens)
+        found = self._resolved.get(key)
+        if found is None:
+            found = self._resolve(key)
+            if found.schedule is not None:
+                values = spec.inputs(found.problem, 1, 0)
+                given = [values[argument.name] for argument in spec.arguments(found.problem) if is_given(argument)]
+                found.call(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in given))
+        parts = spec.separate.parts if found.runs == "separate" and spec.separate else ()
+        problems = (replace(problem, op=op, direction=direction) for op, direction in parts)
+        return [found, *(each for part in problems for each in self.warm_up(part, device))]
+
     def look_up(
         self, op: str, direction: Direction, streams: int, width: int, rounds: int, first: torch.Tensor
     ) -> Resolved:
@@ -87,10 +125,7 @@ class Kernels:
 
     def report(self) -> KernelReport:
         """One row for every op, direction, shape and device that has run."""
-        return KernelReport(
-            Row(**asdict(entry.problem), device=entry.device, runs=entry.runs, why=entry.why)
-            for entry in list(self._resolved.values())
-        )
+        return KernelReport(entry.row for entry in list(self._resolved.values()))
 
     def _resolve(self, key: tuple[Any, ...]) -> Resolved:
         op, direction, streams, width, rounds, dtype, device, tokens = key

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from mhc.dispatch.candidates import REFERENCE_REQUESTED, KernelCandidate, shipped_candidate, tuned_candidate
-from mhc.dispatch.kernel_report import Runs
+from mhc.dispatch.kernel_report import Row, Runs
 from tiles.cache.cache import CacheCorrupt, default_folder
 from tiles.cache.compiled_here import compile_and_store, find_compiled
 from tiles.cache.lookup import candidates as stored_candidates
@@ -61,6 +61,11 @@ class Resolved:
     runs: Runs
     why: str
     schedule: Mapping[str, Any] | None = None
+
+    @property
+    def row(self) -> Row:
+        """Its row in a report."""
+        return Row(**asdict(self.problem), device=self.device, runs=self.runs, why=self.why)
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,10 @@ class LoadedKernel:
         """The device that it runs on: the CPU, or the current CUDA device."""
         return CPU if self.kind == "cpu" else torch.device("cuda", torch.cuda.current_device())
 
-    def __call__(self, *inputs: Value) -> tuple[torch.Tensor, ...]:
-        """Run on the default number of slices."""
+    def __call__(self, *inputs: Value, out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
+        """Run on the default number of slices; `out`, which the caller has checked, is for the first outputs."""
         tokens = self._tokens(inputs)
-        return self.run(inputs, tokens, self.slices(tokens))
+        return self.run(inputs, tokens, self.slices(tokens), out)
 
     def slices(self, tokens: int) -> int:
         """The number of token slices of a call: on a CPU one for each of torch's threads, fewer when there is little to
@@ -79,11 +79,16 @@ class LoadedKernel:
         """Bytes of device memory that a call needs besides its arguments; 0 for a CPU kernel."""
         return int(self._workspace(tokens)) if self._workspace else 0
 
-    def run(self, inputs: Sequence[Value], tokens: int, slices: int) -> tuple[torch.Tensor, ...]:
+    def run(
+        self, inputs: Sequence[Value], tokens: int, slices: int, out: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, ...]:
         """Run on exactly `slices` slices."""
         values = {argument.name: value for argument, value in zip(self._given, inputs, strict=True)}
-        results: dict[str, torch.Tensor] = {}
+        outputs = (argument.name for argument in self._tensors if argument.role == "output")
+        results = dict(zip(outputs, out, strict=False))
         for argument in self._tensors:
+            if argument.name in results:
+                continue
             if argument.role == "updated":
                 results[argument.name] = values[argument.name]  # type: ignore[assignment]
             elif argument.role != "input":
