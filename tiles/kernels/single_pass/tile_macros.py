@@ -160,7 +160,7 @@ class BackwardTile(_Tile):
         n, block, rows = problem.streams, schedule.block_tokens, schedule.register_tokens
         columns, norm = self.columns, Norm(problem, width, dialect)
 
-        def of_u(normed: Any, row: Expr, index: Expr, du: Expr) -> Expr:
+        def grad_of_u(normed: Any, row: Expr, index: Expr, du: Expr) -> Expr:
             """The gradient of u' from that of the sublayer's input."""
             return normed.of_u[row, index] if problem.normalises else du
 
@@ -229,7 +229,7 @@ class BackwardTile(_Tile):
                         norm.through(p, normed, split, column, row, columns.place(outer, inner), grad, u)
                     for i in streams:
                         staged[row, i * width + columns.place(outer, inner)] = values[i]
-                        totals[i][0] += of_u(normed, row, columns.place(outer, inner), grad) * values[i]
+                        totals[i][0] += grad_of_u(normed, row, columns.place(outer, inner), grad) * values[i]
             for i in streams:
                 sums[row, i] = sums[row, i] + totals[i][0]
 
@@ -278,10 +278,10 @@ class BackwardTile(_Tile):
                 for i in T.serial(n):
                     gate = bind(p.pre[token, i])
                     for index in dialect.parallel(width):
-                        through_u = of_u(normed, at, index, dialect.load(p.du[token, column + index], dtype))
+                        of_u = grad_of_u(normed, at, index, dialect.load(p.du[token, column + index], dtype))
                         of_x_next = dialect.load(p.dx_next[token, self.place(i, column + index)], dtype)
                         of_s = slope * staged[at, i * width + index]
-                        grads[t, i * width + index] = of_x_next + gate * through_u + of_s
+                        grads[t, i * width + index] = of_x_next + gate * of_u + of_s
             for i in T.serial(n):
                 out, of_outputs = View(grads, (0, i * width), (0, 1)), View(held.dz, (0, first), (1, 0))
                 dialect.add_product(out, of_outputs, View(phi, (0, i * width), (0, 1)), rows, problem.outputs, width)
