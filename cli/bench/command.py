@@ -48,7 +48,10 @@ SEED = 0
 Shape = tuple[int, int, int, str]
 """Streams, width, tokens, dtype."""
 
-BENCH_OPS, DEFAULT_DIRECTIONS, DEFAULT_IMPLS = [*OPS, load_time.OP], list(DIRECTIONS), list(IMPLS)
+BENCH_OPS, DEFAULT_DIRECTIONS = [*OPS, load_time.OP], list(DIRECTIONS)
+DEFAULT_IMPLS = [impl for impl in IMPLS if impl != "invariant"]
+"""All but what few caches hold."""
+
 OpOption = Annotated[
     list[str] | None, typer.Option("--op", help=f"Op: {', '.join(BENCH_OPS)}. May repeat.", show_default="all")
 ]
@@ -57,7 +60,11 @@ DirectionOption = Annotated[
 ]
 ImplOption = Annotated[
     list[str],
-    typer.Option("--impl", help=f"Implementation: {', '.join(IMPLS)}. May repeat.", show_default="all that run here"),
+    typer.Option(
+        "--impl",
+        help=f"Implementation: {', '.join(IMPLS)}. May repeat.",
+        show_default="all that run here, but invariant",
+    ),
 ]
 ScheduleOption = Annotated[
     list[str],
@@ -86,9 +93,9 @@ def bench(
 
     Times each single op, the fused ops pre, step and single_pass, a layer (around an identity sublayer) and a stack of
     8 layers. All implementations of an op get the same inputs and thread count and are timed in interleaved rounds,
-    after a check against a float64 reference. "separate" is the tuned kernels without fused ones, and of
-    pre_norm, which is compared where it is named, the tuned pre and torch's norm; "eager" and "compile"
-    are each the fastest of several variants. Takes minutes, mostly for torch.compile.
+    after a check against a float64 reference. "separate" is the tuned kernels without fused ones, and of pre_norm, which
+    is compared where it is named, the tuned pre and torch's norm; "eager" and "compile" are each the fastest of several
+    variants; "invariant" is what `tune --batch-invariant` has chosen. Takes minutes, mostly for torch.compile.
 
     "load" measures, on a CPU, fresh processes from mhc.load_kernels to the end of the first call, and a warm look-up.
     `--schedule 'wide:merge.forward={"threads": 256}'` adds an implementation named "wide"; tunables that are not given
@@ -97,7 +104,7 @@ def bench(
     device = measured_device(target)
     found = shapes(model, streams, width, dtype, op, BENCH_OPS)
     check_choices("direction", direction, DIRECTIONS)
-    check_choices("impl", impl, DEFAULT_IMPLS)
+    check_choices("impl", impl, list(IMPLS))
     measured = _shapes(found, tokens)
     tuned = our_kernels.OF_CACHE.intersection(impl) or load_time.OP in found.ops
     folder = (existing_cache if tuned else cache_at)(cache).folder

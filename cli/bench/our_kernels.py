@@ -1,4 +1,5 @@
-"""Our kernels as implementations: tuned, tuned without fused kernels, default schedules, and given schedules."""
+"""Our kernels as implementations: tuned, tuned without fused kernels or for every token count, default schedules, and
+given schedules."""
 
 from __future__ import annotations
 
@@ -29,10 +30,12 @@ from tiles.target import detect_device
 KERNELS: Mapping[str, tuple[Callable[[Path], Kernels], Runs]] = {
     "tuned": (Kernels.from_path, "tuned"),
     "separate": (lambda folder: Kernels.from_path(folder, fused=False), "tuned"),
+    "invariant": (lambda folder: Kernels.from_path(folder, batch_invariant=True), "tuned"),
     "default": (lambda folder: Kernels.defaults(), "default"),
 }
 """Implementation -> (its kernels, from the cache folder; what must run under that name). A fused kernel may also run as
-separate kernels, where the tuner found those to be faster."""
+separate kernels, where the tuner found those to be faster. `invariant` are those with which a token's bits do not
+depend on its batch."""
 
 NORM_OUTSIDE = {("separate", "pre_norm"): "tuned"}
 """What runs another implementation's kernels: of pre with a norm, `separate` is the tuned pre, then torch's norm."""

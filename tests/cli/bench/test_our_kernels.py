@@ -1,6 +1,7 @@
 """Our kernels as implementations: what runs under which name, and schedules that are given."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from mhc.dispatch import resolve
 from mhc.dispatch.kernels import Kernels
 from mhc.dispatch.resolve import Resolver
 from tiles.cache.cache import KernelCache
-from tiles.kernels.spec import Problem
+from tiles.kernels.spec import EVERY_TOKENS, Problem
 
 SHAPE = (2, 8, 4)
 
@@ -63,13 +64,15 @@ def _reference_in_its_place(resolver: Resolver, option: Any, problem: Problem, h
     return resolve.reference(problem, torch.device("cpu"), "the test").call, ""
 
 
-def test_separate_means_without_fused_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(KernelCache, "records", lambda self: [object()])
+def test_names_mean_fused_passes_or_none_and_batch_invariance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record = SimpleNamespace(key=SimpleNamespace(tokens=EVERY_TOKENS))
+    monkeypatch.setattr(KernelCache, "records", lambda self: [record])
     made = {impl: make(tmp_path) for impl, (make, _) in our_kernels.KERNELS.items()}
-    assert {impl: kernels.resolver.fused for impl, kernels in made.items()} == {
-        "tuned": True,
-        "separate": False,
-        "default": True,
+    assert {impl: (kernels.resolver.fused, kernels.batch_invariant) for impl, kernels in made.items()} == {
+        "tuned": (True, False),
+        "separate": (False, False),
+        "invariant": (True, True),
+        "default": (True, False),
     }
 
 

@@ -1,0 +1,41 @@
+"""How many launches a boundary takes on CUDA at the token counts of decoding, by the plans of the default schedules."""
+
+from __future__ import annotations
+
+import pytest
+
+from tiles.compiler.compile import planned
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import PAPER_ROUNDS, Problem
+from tiles.target import Target
+
+HOPPER = Target("cuda", "sm_90a")
+
+LAUNCHES = {
+    "pre": 3,  # project, the coefficients, aggregate
+    "merge": 1,
+    "step": 3,  # merge and project in one, the coefficients, aggregate
+    "single_pass": 2,  # merge, aggregate and project in one, the coefficients
+}
+"""What docs/serving.md says. A schedule of these programs has these kernels at any number of splits: one launch less in
+pre and step takes a kernel that waits for all columns of a token before it weighs them."""
+
+
+def launches(op: str, tokens: int, streams: int = 4, rounds: int = PAPER_ROUNDS) -> int:
+    spec, problem = kernel_spec(op, "forward"), Problem(op, "forward", streams, 64, "bfloat16", tokens, rounds)
+    plan = planned(spec, problem, spec.default(problem, HOPPER), HOPPER)[1]
+    assert plan.chunk_tokens == 0, "one chunk holds all tokens"
+    assert not plan.splits, "no launch sums over splits of the tokens"
+    return len(plan.launches)
+
+
+@pytest.mark.parametrize("op", LAUNCHES)
+def test_launches_of_one_token(op: str) -> None:
+    """Of two streams and one Sinkhorn round, which are lowered sooner."""
+    assert launches(op, 1, streams=2, rounds=1) == LAUNCHES[op]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", LAUNCHES)
+def test_launches_of_64_tokens(op: str) -> None:
+    assert launches(op, 64) == LAUNCHES[op]
