@@ -5,11 +5,29 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from tiles.compiler.cuda_launcher import IMAGE, Plan, with_cuda_launcher
+from tiles.kernels.spec import Argument
 
 HERE = Path(__file__).parent
 WORKSPACE = 0xF0000
 """Where jobs say that their workspace is."""
+
+
+IMAGE_BYTES = bytes(range(1, 17))
+"""What stands for a cubin."""
+
+
+def build_launcher(folder: Path, plan: Plan, arguments: Sequence[Argument]) -> Path:
+    """A library of the host part alone."""
+    folder.mkdir(exist_ok=True)
+    (folder / IMAGE).write_bytes(IMAGE_BYTES)
+    (folder / "kernel.cpp").write_text(with_cuda_launcher("this is no C++ at all", plan, arguments))
+    command = ["g++", "-std=c++17", "-Wall", "-Werror", "-fPIC", "-shared", "kernel.cpp", "-o", "kernel.so"]
+    subprocess.run([*command, "-ldl", "-pthread"], cwd=folder, check=True)
+    return folder / "kernel.so"
 
 
 def build_driver(folder: Path) -> str:

@@ -111,9 +111,10 @@ class LoadedKernel:
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
             size = self.workspace(tokens)
-            # Freed at once: torch reuses the memory for later work of this stream only, which runs after the kernel.
-            space = torch.empty(size, dtype=torch.uint8, device=device).data_ptr() if size else None
-            return int(self._launch(pointers, scalars, tokens, stream, space))
+            # Held until the launch returns, which releases the GIL: between two kernels of this call may come those of
+            # another thread on this stream. Work that comes after the call may have the memory.
+            space = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+            return int(self._launch(pointers, scalars, tokens, stream, None if space is None else space.data_ptr()))
 
     def _tokens(self, inputs: Sequence[Value]) -> int:
         """The token count, after checking every input: a wrong pointer would corrupt memory."""

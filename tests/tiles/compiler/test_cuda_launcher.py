@@ -11,18 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launching import WORKSPACE, job, launched
+from launching import IMAGE_BYTES, WORKSPACE, build_launcher, job, launched
 
 from tiles.compiler.compile import CompileError, _plan
 from tiles.compiler.cuda_launcher import (
-    IMAGE,
     NO_DRIVER,
     OLD_DRIVER,
     SUM_KERNEL,
     TOO_MANY_TOKENS,
     Launch,
     Plan,
-    with_cuda_launcher,
 )
 from tiles.kernels.spec import TOKENS, Argument
 
@@ -42,20 +40,11 @@ LAUNCH = Launch(
     shared_bytes=100 * 1024,
 )
 PLAN = Plan((LAUNCH,), most_splits=3, split_tokens=8)
-IMAGE_BYTES = bytes(range(1, 17))
-
-
 COUNTS = {"toy_kernel": 5, "first": 3, "second": 4, SUM_KERNEL: 3}
 
 
 def built(folder: Path, plan: Plan = PLAN) -> str:
-    """A library of the host part alone, around bytes that stand for a cubin."""
-    folder.mkdir(exist_ok=True)
-    (folder / IMAGE).write_bytes(IMAGE_BYTES)
-    (folder / "kernel.cpp").write_text(with_cuda_launcher("this is no C++ at all", plan, ARGUMENTS))
-    command = ["g++", "-std=c++17", "-Wall", "-Werror", "-fPIC", "-shared", "kernel.cpp", "-o", "kernel.so"]
-    subprocess.run([*command, "-ldl", "-pthread"], cwd=folder, check=True)
-    return str(folder / "kernel.so")
+    return str(build_launcher(folder, plan, ARGUMENTS))
 
 
 def test_it_launches_the_named_kernel_of_its_image_on_the_given_stream(driver, tmp_path):
