@@ -50,13 +50,19 @@ def launched(driver: str, jobs: list[dict]) -> list[list[dict]]:
     return json.loads(done.stdout)
 
 
-def job(library: str, *calls: tuple[int, int, int], **more) -> dict:
-    """Calls are (tokens, stream, device); `parameters` tells how many a kernel takes, by name."""
+def call(tokens: int | None, stream: int = 0, device: int = 0, **more: int) -> dict:
+    """A call from a thread whose context is of the tensors' device; of `mhc_load` where there are no tokens."""
+    given = {"tokens": tokens, "stream": stream, "device": device, "context": device}
+    return given | {"thread": 0, "failure": 0, "capturing": 0} | more
+
+
+def job(library: str, *calls: dict | int, **more) -> dict:
+    """Calls of a library; `parameters` tells how many a kernel takes, by name."""
     return {
         "library": library,
         "tensors": [0xA000, 0xB000],
         "scalars": [0.5],
         "parameters": {},
         "workspace": WORKSPACE,
-        "calls": list(calls),
+        "calls": [call(given) if isinstance(given, int) else given for given in calls],
     } | more

@@ -114,7 +114,8 @@ class LoadedKernel:
             # Held until the launch returns, which releases the GIL: between two kernels of this call may come those of
             # another thread on this stream. Work that comes after the call may have the memory.
             space = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-            return int(self._launch(pointers, scalars, tokens, stream, None if space is None else space.data_ptr()))
+            address = None if space is None else space.data_ptr()
+            return int(self._launch(pointers, scalars, tokens, stream, address, device.index))
 
     def _tokens(self, inputs: Sequence[Value]) -> int:
         """The token count, after checking every input: a wrong pointer would corrupt memory."""
@@ -204,7 +205,8 @@ def _opened(path: Path) -> ctypes.CDLL:
 
 def _entry(library: ctypes.CDLL, kind: str) -> Any:  # ctypes has no public name for a foreign function's type
     launch = getattr(library, ENTRY)
-    more = (ctypes.c_int32,) if kind == "cpu" else (ctypes.c_void_p, ctypes.c_void_p)  # slices; stream and workspace
+    slices, stream, space, device = ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32
+    more = (slices,) if kind == "cpu" else (stream, space, device)
     pointers, floats = ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_float)
     launch.argtypes = (pointers, floats, ctypes.c_int64, *more)
     launch.restype = ctypes.c_int32

@@ -144,7 +144,7 @@ def test_every_compiled_kernel_gets_its_own_arguments(driver, artifacts, tmp_pat
         told.append((kernels, values, floats, {arg.name for arg in arguments if arg.role == "partial"}))
         counts = {name: len(parameters) for name, parameters in kernels.items()}
         given = {"tensors": list(values.values()), "scalars": list(floats.values()), "parameters": counts}
-        jobs.append(job(str(path), (tokens, 0, 0), **given))
+        jobs.append(job(str(path), tokens, **given))
     for ((record,), (kernels, values, floats, partials)), (op, direction, _) in zip(
         zip(launched(driver, jobs), told, strict=True), cases, strict=True
     ):
@@ -192,5 +192,5 @@ def test_sums_over_splits_limit_the_tokens_of_a_call(driver, artifacts, tmp_path
     path = tmp_path / "pre.so"
     path.write_bytes(artifacts["pre", "forward", "sm_90a"].binary)
     given = {"tensors": [0x1000 * place for place in range(1, 10)], "scalars": [1e-6]}
-    (records,) = launched(driver, [job(str(path), (2**31 // 9, 0, 0), (2**31 // 9 + 1, 0, 0), **given)])
+    (records,) = launched(driver, [job(str(path), 2**31 // 9, 2**31 // 9 + 1, **given)])
     assert [record["status"] for record in records] == [0, TOO_MANY_TOKENS]

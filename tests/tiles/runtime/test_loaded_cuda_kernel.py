@@ -52,7 +52,7 @@ def test_the_workspace_lives_until_the_launch_returns(kernel, monkeypatch):
             made.append(weakref.ref(tensor))
         return tensor
 
-    def launch(pointers: Any, scalars: Any, tokens: int, stream: int, space: int) -> int:
+    def launch(pointers: Any, scalars: Any, tokens: int, stream: int, space: int, device: Any) -> int:
         (held,) = made
         assert held() is not None, "the workspace is dropped before the launch"
         assert space == held().data_ptr()
