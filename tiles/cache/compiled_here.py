@@ -61,7 +61,8 @@ def compile_and_store(
     """
     made = kernel_spec(problem.op, problem.direction).schedule_from(schedule)
     artifact = compiler.compile_kernel(problem, made, here.target)
-    provenance = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "torch": torch_version}
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    provenance = {"date": date, "torch": torch_version, **artifact.made_with}
     entry: Any = (Key.of(problem, here), asdict(made), artifact.binary, artifact.source, {}, provenance)
     kernels = _cache_at(default_folder() / subfolder)
     why = kernels.why_untrusted

@@ -173,10 +173,19 @@ extern "C" int64_t {workspace_entry}(int64_t tokens) {{ return cut(tokens).bytes
 
 extern "C" int32_t {load_entry}(int32_t device) {{ return load(device); }}
 
+// The CUDA toolkit whose nvcc made the cubin, as the driver tells versions: 13000 is 13.0, 0 that it is not known.
+#ifndef MHC_TOOLKIT
+#define MHC_TOOLKIT 0
+#endif
+extern "C" int32_t {toolkit_entry}() {{ return MHC_TOOLKIT; }}
+
 extern "C" int32_t {entry}(void **tensors, const float *scalars, int64_t all, void *stream, char *space,
                            int32_t device) {{
   if (all > INT32_MAX / {token_elements}) return {too_many};
   if (int failed = load(device)) return failed;
+  // A vector that does not begin at a multiple of its size ends the process's context.
+  for (int place = 0; place < {tensors}; ++place)
+    if ((uintptr_t)tensors[place] % {alignment}) return {misaligned};
   const Context context(device);
   if (context.failed) return context.failed;
   const Cut made = cut(all);

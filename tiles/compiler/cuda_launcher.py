@@ -29,7 +29,13 @@ WORKSPACE = "mhc_workspace"
 LOAD = "mhc_load"
 """The C function that loads all kernels on a device, as the first launch there would."""
 
-NO_DRIVER, OLD_DRIVER, TOO_MANY_TOKENS = -1, -2, -3
+TOOLKIT = "mhc_toolkit"
+"""The C function that tells which CUDA toolkit compiled the kernels, as 1000 · major + 10 · minor; 0: not known."""
+
+ALIGNMENT = 32
+"""Every tensor begins at a multiple of so many bytes: kernels copy vectors of 16, from sm_100 on they load 32."""
+
+NO_DRIVER, OLD_DRIVER, TOO_MANY_TOKENS, MISALIGNED = -1, -2, -3, -4
 """What the launcher returns besides the driver's own codes, which are positive; 0 is success."""
 
 SPLITS = "splits"
@@ -133,6 +139,10 @@ def _host(plan: Plan, arguments: Sequence[Argument], partials: Sequence[Argument
         entry=ENTRY,
         workspace_entry=WORKSPACE,
         load_entry=LOAD,
+        toolkit_entry=TOOLKIT,
+        tensors=len(tensors),
+        alignment=ALIGNMENT,
+        misaligned=MISALIGNED,
         image=IMAGE,
         names=", ".join(f'"{name}"' for name in kernels),
         count=len(kernels),

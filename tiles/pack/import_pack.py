@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -23,6 +23,10 @@ class CompiledCode(Protocol):
     @property
     def source(self) -> str:
         """The generated source that it was compiled from."""
+
+    @property
+    def made_with(self) -> Mapping[str, str]:
+        """What its record's provenance says of the compiler."""
 
 
 Recompile = Callable[[Sequence[Record]], Iterable[CompiledCode | Exception]]
@@ -65,7 +69,8 @@ def import_pack(
         elif isinstance(compiled, Exception):
             raise compiled
         else:
-            done.append((_store(cache, wanted, compiled.binary, compiled.source, "recompiled"), "recompiled"))
+            made = replace(wanted, provenance=wanted.provenance | compiled.made_with)
+            done.append((_store(cache, made, compiled.binary, compiled.source, "recompiled"), "recompiled"))
     return done
 
 

@@ -176,13 +176,17 @@ def test_every_compiled_kernel_gets_its_own_arguments(driver, artifacts, tmp_pat
 
 
 def test_a_compiled_kernel_is_told_from_a_cpus_and_says_what_workspace_it_needs(artifacts, tmp_path):
-    """Loading takes no driver; the sums of two chunks' splits and all that lies between kernels is counted."""
+    """Opening takes no driver; the sums of two chunks' splits and all that lies between kernels is counted. The library
+    also says which CUDA toolkit it is of."""
     for case, needs in ((FAST[1], False), (FAST[3], True), (FAST[4], True)):
         op, direction, _ = case
         path = tmp_path / f"{op}.so"
         path.write_bytes(artifacts[case].binary)
         kernel = LoadedKernel(path, Problem(op, direction, 2, 64, "bfloat16"))
         assert kernel.kind == "cuda"
+        major, minor = map(int, artifacts[case].toolkit.split("."))
+        assert kernel.toolkit == 1000 * major + 10 * minor
+        assert major >= 12
         assert kernel.slices(100_000) == 1
         assert (kernel.workspace(100_000) > 0) == needs
 

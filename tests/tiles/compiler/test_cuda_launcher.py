@@ -15,6 +15,7 @@ from launching import IMAGE_BYTES, WORKSPACE, build_launcher, call, job, launche
 
 from tiles.compiler.compile import CompileError, _plan
 from tiles.compiler.cuda_launcher import (
+    MISALIGNED,
     NO_DRIVER,
     OLD_DRIVER,
     SUM_KERNEL,
@@ -194,6 +195,16 @@ def test_a_context_of_another_device_is_set_back(driver, tmp_path):
     (records,) = launched(driver, [job(built(tmp_path), *(call(1000, device=2, context=at) for at in (5, 2, 0)))])
     assert [(record["status"], record["context"]) for record in records] == [(0, 5), (0, 2), (0, 0)]
     assert {launch["device"] for record in records for launch in record["log"]} == {2}
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_tensor_that_vectors_do_not_fit_is_refused(driver, tmp_path, place):
+    """A misaligned access on the GPU would end the process's context."""
+    for past, status in ((2, MISALIGNED), (16, MISALIGNED), (32, 0)):
+        tensors = [X, OUT]
+        tensors[place] += past
+        ((record,),) = launched(driver, [job(built(tmp_path), 8, tensors=tensors)])
+        assert (record["status"], record["launches"]) == (status, int(status == 0))
 
 
 def test_more_tokens_than_the_kernel_can_count_are_refused(driver, tmp_path):
