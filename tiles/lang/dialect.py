@@ -61,6 +61,10 @@ class Dialect(Protocol):
     def reciprocal(self, value: Expr) -> Expr:
         """1 / value to about float32's precision, for values far from float32's limits."""
 
+    def upscaled(self, value: Expr) -> Expr:
+        """Numerator or divisor of a quotient that may be so small that `reciprocal` would take it for 0: both times a
+        power of two where that is so, which changes no bit of other quotients. Values stay below 1e20."""
+
     def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> SourceRow:
         """`width` elements of a tensor's row that a parallel loop reads; `copied` where it also writes there."""
 
@@ -152,6 +156,9 @@ class Cpu:
 
     def reciprocal(self, value: Expr) -> Expr:
         return T.float32(1) / value
+
+    def upscaled(self, value: Expr) -> Expr:
+        return value
 
     def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> SourceRow:
         row = _row_in_place(dtype)
@@ -258,7 +265,10 @@ class Cuda:
         return T.unroll(count) if count**2 <= OWNED_REGISTERS else T.serial(count)
 
     def reciprocal(self, value: Expr) -> Expr:
-        return T.fast_rcp(value)
+        return T.fast_rcp(value)  # rcp.approx.ftz: what is denormal counts as 0, and gives infinity
+
+    def upscaled(self, value: Expr) -> Expr:
+        return value * T.float32(2.0**60)  # the least denormal number becomes 1.6e-27
 
     def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> SourceRow:
         return CudaRow(tensor, dtype, width)
