@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -25,7 +25,7 @@ class CompiledCode(Protocol):
         """The generated source that it was compiled from."""
 
     @property
-    def made_with(self) -> Mapping[str, str]:
+    def made_with(self) -> dict[str, str]:
         """What its record's provenance says of the compiler."""
 
 

@@ -31,3 +31,14 @@ def test_the_cuda_toolkit_is_recorded_and_no_part_of_the_key(monkeypatch, tmp_pa
     found = find_compiled(PROBLEM, schedule, GPU, "defaults")
     assert found is not None
     assert found.path == stored.path
+
+
+def test_a_schedule_from_before_a_field_was_added_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("MHC_TUNE_CACHE", str(tmp_path))
+    built = Artifact(GPU.target, "source", b"code")
+    monkeypatch.setattr(compiler, "compile_kernel", lambda problem, schedule, target: built)
+    old = {"block_width": 64, "threads": 32}
+    stored = compile_and_store(PROBLEM, old, GPU, "recompiled", "2.9")
+    found = find_compiled(PROBLEM, old, GPU, "recompiled")
+    assert found is not None
+    assert found.path == stored.path
