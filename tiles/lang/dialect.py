@@ -92,6 +92,9 @@ class Dialect(Protocol):
         """Let the next kernel start, and wait for those before. With `use_pdl` every kernel but the first does so, in
         all of its threads, before it touches what an earlier one touches."""
 
+    def min_blocks_per_sm(self, blocks: int) -> Any:
+        """Hold registers down so that a multiprocessor can have so many thread blocks (`__launch_bounds__`)."""
+
     def barrier(self) -> Any:
         """What one thread has written to tensors or scratch, others may read after this."""
 
@@ -185,6 +188,9 @@ class Cpu:
         pass
 
     def pdl_wait(self, use_pdl: int) -> Any:
+        pass
+
+    def min_blocks_per_sm(self, blocks: int) -> Any:
         pass
 
     def barrier(self) -> Any:
@@ -299,6 +305,9 @@ class Cuda:
     def pdl_wait(self, use_pdl: int) -> Any:
         return _pdl_wait() if use_pdl else None
 
+    def min_blocks_per_sm(self, blocks: int) -> Any:
+        return _min_blocks_per_sm(blocks) if blocks > 1 else None
+
     def barrier(self) -> Any:
         return T.sync_threads()  # a macro emits what its statements evaluate to
 
@@ -324,6 +333,11 @@ def _without_thread(index: Any) -> tuple[Expr, ...]:
 def _pdl_wait() -> None:
     T.pdl_trigger()
     T.pdl_sync()
+
+
+@T.macro
+def _min_blocks_per_sm(blocks: int) -> None:
+    T.annotate_min_blocks_per_sm(blocks)
 
 
 @T.macro
