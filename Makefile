@@ -57,7 +57,7 @@ test-slow: .venv/installed-for-tests
 test-all: test test-slow
 
 gpu:
-	PYTHONPATH=. $(GPU_PYTHON) -m cli.main gpu --seconds $(GPU_SECONDS)
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m cli.main gpu --seconds $(GPU_SECONDS)
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -106,6 +106,37 @@ def test_a_call_can_be_captured_and_runs_on_the_current_stream(tmp_path):
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, wanted)
+
+
+def test_a_capture_may_need_a_kernel_that_no_call_has_launched(tmp_path):
+    """A few tokens are one split, whose sums are not added up."""
+    kernel = built(Problem("project", "backward", 4, 1280, "bfloat16", tokens=4096), tmp_path)
+    kernel(*inputs_for(kernel, 8, 0).values())
+    inputs = tuple(inputs_for(kernel, 4096, 0).values())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = kernel(*inputs)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, kernel(*inputs)))
+
+
+def test_a_thread_of_its_own_may_be_the_first_to_call(tmp_path):
+    """It has no context of its own, as long as torch finds its memory in a cache."""
+    kernel = built(Problem("merge", "forward", 4, 1280, "bfloat16", tokens=512), tmp_path)
+    inputs = tuple(inputs_for(kernel, 512, 0).values())
+    torch.empty_like(inputs[0])
+    with ThreadPoolExecutor(1) as pool:
+        (found,) = pool.submit(kernel, *inputs).result()
+    assert torch.equal(found, kernel(*inputs)[0])
+
+
+def test_a_view_from_an_odd_element_on_is_right(tmp_path):
+    kernel = built(Problem("merge", "forward", 4, 1280, "bfloat16", tokens=512), tmp_path)
+    x, *others = inputs_for(kernel, 512, 0).values()
+    around = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    around[1:] = x.flatten()
+    assert torch.equal(kernel(around[1:].view(x.shape), *others)[0], kernel(x, *others)[0])
 
 
 def test_a_layer_equals_the_reference_and_the_report_says_what_ran():

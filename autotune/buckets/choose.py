@@ -269,7 +269,8 @@ class _Writer:
             default_kept=kept,
         )
         found |= {"best_ms": min(medians.values()), **measured.conditions, **self._separate(bucket, schedule, artifact)}
-        made = provenance(seed=self.seed, study=before.record.provenance.get("study", "")) | {BUCKETS: self.buckets}
+        made = provenance(seed=self.seed, study=before.record.provenance.get("study", ""), **artifact.made_with)
+        made |= {BUCKETS: self.buckets}
         return self.cache.put(bucket.key, schedule, artifact.binary, artifact.source, found, made)
 
     def _separate(self, bucket: _Bucket, schedule: dict[str, Any], artifact: Artifact) -> dict[str, float | bool]:

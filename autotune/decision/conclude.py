@@ -64,7 +64,7 @@ class Conclusion:
         """Keep the default schedule's code where it is looked for, so that nobody compiles it again."""
         case = self.case
         built, values = case.artifact(case.pool.default), case.pool.values(case.pool.default)
-        made = provenance(seed=case.seed, study=self.shared.study.study_name)
+        made = provenance(seed=case.seed, study=self.shared.study.study_name, **built.made_with)
         KernelCache(self.cache.folder / DEFAULTS, lazy=True).put(case.key, values, built.binary, built.source, {}, made)
 
     def save_best_of_this_run(self) -> Record | None:
@@ -118,6 +118,6 @@ class Conclusion:
             trials=len(self.shared.evaluated()),
             default_kept=member == case.pool.default,
         )
-        made = provenance(seed=case.seed, study=self.shared.study.study_name)
+        made = provenance(seed=case.seed, study=self.shared.study.study_name, **artifact.made_with)
         values = case.pool.values(member)
         return self.cache.put(case.key, values, artifact.binary, artifact.source, {**measured, **more}, made)

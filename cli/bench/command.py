@@ -93,9 +93,9 @@ def bench(
 
     Times each single op, the fused ops pre, step and single_pass, a layer (around an identity sublayer) and a stack of
     8 layers. All implementations of an op get the same inputs and thread count and are timed in interleaved rounds,
-    after a check against a float64 reference. "separate" is the tuned kernels without fused ones, and of pre_norm, which
-    is compared where it is named, the tuned pre and torch's norm; "eager" and "compile" are each the fastest of several
-    variants; "invariant" is what `tune --batch-invariant` has chosen. Takes minutes, mostly for torch.compile.
+    after a check against a float64 reference. "separate" is the tuned kernels without fused ones, and of pre_norm,
+    which is compared where it is named, the tuned pre and torch's norm; "eager" and "compile" are each the fastest of
+    several variants; "invariant" is what `tune --batch-invariant` has chosen. Takes minutes, mostly for torch.compile.
 
     "load" measures, on a CPU, fresh processes from mhc.load_kernels to the end of the first call, and a warm look-up.
     `--schedule 'wide:merge.forward={"threads": 256}'` adds an implementation named "wide"; tunables that are not given

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +17,11 @@ from cli.ui.output import say, show, show_json, stdout_to_stderr, warn
 from cli.ui.render import record_json, records_table
 from cli.ui.shapes import shapes
 from tiles.cache.record import Record
+from tiles.compiler.compile import CUDA_TOOLKIT
 from tiles.pack.import_pack import import_pack
 from tiles.pack.pack import Pack, read_kernels, write_kernels
 from tiles.pack.signing import own_key
+from tiles.runtime.cuda_status import driver_needed
 
 
 def export(
@@ -125,6 +129,7 @@ def inspect(
     elsewhere = sum("measured_on" in record.provenance for record in records)
     if elsewhere:
         say(f"{elsewhere} were compiled for other ISA levels than they were measured at (see provenance in --json)")
+    say_drivers(records)
     warn_stale(records)
     if isinstance(source, Pack):
         say(f"written by {source.created_by}, signed by {source.signed_by or 'nobody'}")
@@ -133,6 +138,15 @@ def inspect(
         if source.why_untrusted is None
         else f"its compiled code is not trusted: {source.why_untrusted}"
     )
+
+
+def say_drivers(records: list[Record]) -> None:
+    """Say which driver GPU kernels need, by the CUDA toolkit that built them; older records do not tell it."""
+    toolkits = Counter(str(record.provenance.get(CUDA_TOOLKIT, "")) for record in records)
+    for toolkit, count in sorted(toolkits.items()):
+        if release := re.fullmatch(r"(\d{1,3})\.(\d)", toolkit):
+            needed = driver_needed(1000 * int(release[1]) + 10 * int(release[2]))
+            say(f"{count} GPU kernels are built with CUDA {toolkit}: they need {needed}")
 
 
 def warn_stale(records: list[Record]) -> None:

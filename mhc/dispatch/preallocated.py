@@ -12,14 +12,12 @@ import torch
 from mhc.checks import expect
 from mhc.dispatch.kernels import DTYPE_NAMES, active
 from mhc.dispatch.operators import needs_dispatcher
+from tiles.compiler.cuda_launcher import ALIGNMENT
 from tiles.errors import BadInput
 from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import IDENTITY, Problem
 from tiles.runtime.loaded_kernel import is_given, is_result
-
-ALIGNMENT = 16
-"""Bytes that a GPU's threads store at a time."""
 
 SINGLE = ("aggregate", "merge")
 """The ops with one result, whose `out` is a tensor."""

@@ -120,7 +120,7 @@ class Resolver:
             try:
                 if candidate.why_refused:
                     raise Unavailable(candidate.why_refused)
-                call, how = self._call(candidate, problem, _fingerprint(device), run)
+                call, how = self._call(candidate, problem, device, run)
             except Unavailable as error:
                 passed.append(str(error))
                 if candidate.runs in ("tuned", "recompiled"):
@@ -141,7 +141,7 @@ class Resolver:
             try:
                 if candidate.why_refused:
                     raise Unavailable(candidate.why_refused)
-                how = self._reason_without_compiling(candidate, problem, _fingerprint(device))
+                how = self._reason_without_compiling(candidate, problem, device)
             except Unavailable as error:
                 found.append(Explanation(candidate, False, str(error)))
             else:
@@ -183,7 +183,7 @@ class Resolver:
                 self.warn_once(complaint, complaint)
         return self.records
 
-    def _call(self, candidate: KernelCandidate, problem: Problem, here: Device, run: Run) -> tuple[Call, str]:
+    def _call(self, candidate: KernelCandidate, problem: Problem, device: torch.device, run: Run) -> tuple[Call, str]:
         """A candidate's callable, and what to add to its reason; raises `Unavailable`."""
         if candidate.runs == "reference":
             return partial(_run_reference, problem), ""
@@ -194,15 +194,16 @@ class Resolver:
         if candidate.code is not None:
             assert self.source is not None
             try:
-                return LoadedKernel(self.source.binary_path(candidate.code), problem), ""
+                return _loaded(self.source.binary_path(candidate.code), problem, device), ""
             except (CacheCorrupt, LoadError, OSError) as error:
                 if not self.from_rank0:
                     raise Unavailable(_reason(error)) from error
                 candidate = replace(candidate, why_recompile=_reason(error))  # all ranks run this schedule
-        return self._compiled(candidate, problem, here)
+        return self._compiled(candidate, problem, device)
 
-    def _compiled(self, candidate: KernelCandidate, problem: Problem, here: Device) -> tuple[Call, str]:
+    def _compiled(self, candidate: KernelCandidate, problem: Problem, device: torch.device) -> tuple[Call, str]:
         assert candidate.schedule is not None
+        here = _fingerprint(device)
         try:
             found = find_compiled(problem, candidate.schedule, here, candidate.folder)
             if found is None:
@@ -212,7 +213,7 @@ class Resolver:
                 self._warn_compiling(problem, candidate)
                 built_for = candidate.compiled_for or problem
                 found = compile_and_store(built_for, candidate.schedule, here, candidate.folder, torch.__version__)
-            call = LoadedKernel(found.path, problem)
+            call = _loaded(found.path, problem, device)
         except Unavailable:
             raise
         except Exception as error:  # a compiler's failure must not end a training run; the report shows it
@@ -221,7 +222,8 @@ class Resolver:
             self.warn_once("not kept", f"compiled kernels serve this process alone: {found.why_not_stored}")
         return call, f"; compiled {'earlier' if found.cached else 'by this process'}{candidate.as_recompiled}"
 
-    def _reason_without_compiling(self, candidate: KernelCandidate, problem: Problem, here: Device) -> str:
+    def _reason_without_compiling(self, candidate: KernelCandidate, problem: Problem, device: torch.device) -> str:
+        here = _fingerprint(device)
         if (
             candidate.code is None
             and candidate.schedule is not None
@@ -229,7 +231,7 @@ class Resolver:
             and find_compiled(problem, candidate.schedule, here, candidate.folder) is None
         ):
             return f"; compiled when it is first used{candidate.as_recompiled}"
-        return self._call(candidate, problem, here, _must_not_run)[1]
+        return self._call(candidate, problem, device, _must_not_run)[1]
 
     def why_not_compiled(self, here: Device) -> str | None:
         """Why schedules cannot be compiled here, or None."""
@@ -291,6 +293,13 @@ class Resolver:
         if topic not in self._warned:
             self._warned.add(topic)
             log.warning(text)
+
+
+def _loaded(path: Path, problem: Problem, device: torch.device) -> LoadedKernel:
+    """A kernel whose code is on the device: a graph's capture may be the first to call it. Raises `LoadError`."""
+    kernel = LoadedKernel(path, problem)
+    kernel.load(device)
+    return kernel
 
 
 def _fingerprint(device: torch.device) -> Device:

@@ -68,6 +68,7 @@ def test_the_best_schedule_ends_up_in_the_cache_with_its_code(cache):
     assert found["default_kept"] is False
     assert found["threads"] == 2
     assert {"date", "host", "tilelang", "torch", "command"} <= set(result.record.provenance)
+    assert result.record.provenance["cuda_toolkit"] == toy.TOOLKIT
 
 
 def test_a_small_budget_finds_a_good_schedule(cache):

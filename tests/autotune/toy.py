@@ -15,6 +15,7 @@ from tiles.target import Device, Target
 
 DEVICE = Device("cpu", "toy processor", "x86-64-v3")
 PROBLEM = Problem("toy", "forward", 2, 64, tokens=64)
+TOOLKIT = "13.0"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ class ToyWorkers:
     def compile(self, problem: Problem, schedules: list[ToySchedule], target: Target) -> list[Artifact | TaskFailed]:
         self.compiled += [str(asdict(schedule)) for schedule in schedules]
         return [
-            TaskFailed("CompileError: no") if schedule in self.not_compiling else Artifact(target, text, text.encode())
+            TaskFailed("CompileError: no")
+            if schedule in self.not_compiling
+            else Artifact(target, text, text.encode(), toolkit=TOOLKIT)
             for schedule, text in ((schedule, code(schedule)) for schedule in schedules)
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,11 @@ class Emulated:
         arguments = self.spec.arguments(self.problem)
         self._emulation = Emulation(folder, emulator, text.source, text.plan, arguments, text.overlapping)
 
-    def run(self, inputs: dict[str, Any], tokens: int, way: Way = WAYS[0]) -> dict[str, torch.Tensor]:
-        """All results; raises `Found`."""
-        return self._emulation.run(inputs, tokens, way)
+    def run(
+        self, inputs: dict[str, Any], tokens: int, way: Way = WAYS[0], *, past: Mapping[str, int] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """All results; raises `Found`. The tensors in `past` begin so many bytes past where vectors fit."""
+        return self._emulation.run(inputs, tokens, way, past=past)
 
     def movements(self, tokens: int) -> list[Movement]:
         """What a run on drawn inputs moves; raises `Found`."""

@@ -20,7 +20,8 @@ def run(job):
     library = ctypes.CDLL(job["library"])
     driver.emulated_begin.argtypes = (ctypes.c_uint64, ctypes.c_int)
     driver.emulated_tensor.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int)
-    library.mhc_launch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+    pointer = ctypes.c_void_p
+    library.mhc_launch.argtypes = (pointer, pointer, ctypes.c_int64, pointer, pointer, ctypes.c_int32)
     library.mhc_workspace.argtypes, library.mhc_workspace.restype = (ctypes.c_int64,), ctypes.c_int64
     driver.emulated_begin(job["seed"], job["late"])
     with open(job["memory"], "r+b") as file:  # noqa: PTH123  (pathlib takes longer to import than all the rest)
@@ -37,7 +38,7 @@ def run(job):
     scalars = (ctypes.c_float * (len(job["scalars"]) + 1))(*job["scalars"])
     if job["counted"]:
         driver.emulated_count_traffic()
-    status = library.mhc_launch(tensors, scalars, job["tokens"], None, workspace)
+    status = library.mhc_launch(tensors, scalars, job["tokens"], None, workspace, 0)
     if job["counted"]:
         driver.emulated_tell_traffic()
     return status

@@ -12,14 +12,14 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tiles.compiler.cuda_launcher import IMAGE, Plan, with_cuda_launcher
+from tiles.compiler.cuda_launcher import ALIGNMENT, IMAGE, Plan, with_cuda_launcher
 from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.spec import Argument
 from tiles.runtime.loaded_kernel import is_given, is_result
@@ -112,24 +112,29 @@ class Emulation:
         self._folder.mkdir()
         self._library = _build(self._folder, emulator.with_name(HEADER), with_cuda_launcher(text, plan, arguments))
 
-    def run(self, inputs: dict[str, Any], tokens: int, way: Way = WAYS[0]) -> dict[str, torch.Tensor]:
-        """All results, which start out as NaN like all memory that nobody has written; raises `Found`."""
-        return self._run(inputs, tokens, way, counted=False)[0]
+    def run(
+        self, inputs: dict[str, Any], tokens: int, way: Way = WAYS[0], *, past: Mapping[str, int] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """All results, which start out as NaN like all memory that nobody has written; raises `Found`.
+
+        The tensors in `past` begin so many bytes past where vectors fit.
+        """
+        return self._run(inputs, tokens, way, False, past or {})[0]
 
     def movements(self, inputs: dict[str, Any], tokens: int) -> list[Movement]:
         """What a run moves; raises `Found`."""
-        return self._run(inputs, tokens, WAYS[0], counted=True)[1]
+        return self._run(inputs, tokens, WAYS[0], True, {})[1]
 
     def _run(
-        self, inputs: dict[str, Any], tokens: int, way: Way, counted: bool
+        self, inputs: dict[str, Any], tokens: int, way: Way, counted: bool, past: Mapping[str, int]
     ) -> tuple[dict[str, torch.Tensor], list[Movement]]:
         arguments = [argument for argument in self._arguments if argument.role != "scalar"]
         values = {argument.name: _value(argument, inputs, tokens) for argument in arguments}
         places, end = [], _GUARD
         for argument in arguments:
-            size = values[argument.name].nbytes
-            places.append((argument.name, end, size, is_result(argument), argument.name in self._overlapping))
-            end += _padded(size) + _GUARD
+            size, begin = values[argument.name].nbytes, end + past.get(argument.name, 0)
+            places.append((argument.name, begin, size, is_result(argument), argument.name in self._overlapping))
+            end = _padded(begin + size) + _GUARD
         memory = torch.full((end,), 0xFF, dtype=torch.uint8)
         for name, at, size, *_ in places:
             memory[at : at + size] = values[name].contiguous().flatten().view(torch.uint8)
@@ -141,7 +146,7 @@ class Emulation:
         said = self._call(job, way)
         memory = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
         results = {
-            name: memory[at : at + size].view(values[name].dtype).view(values[name].shape).clone()
+            name: memory[at : at + size].clone().view(values[name].dtype).view(values[name].shape)
             for name, at, size, is_written, _ in places
             if is_written
         }
@@ -221,7 +226,10 @@ def _build(folder: Path, header: Path, source: str) -> Path:
     device = _SHARED.sub(r"\1 *\2 = (\1 *)emulated_shared;", device)
     assert "__shared__" not in device, "static shared memory is not emulated"
     (folder / "kernel.cu").write_text(f"{device}\n{announced}#endif\n")
-    (folder / "host.cpp").write_text(host.rpartition("#endif")[0])
+    # The launcher refuses misaligned tensors; here they reach the kernel, whose accesses are watched.
+    unaligned = host.replace(f"% {ALIGNMENT})", "% 1)")
+    assert unaligned != host
+    (folder / "host.cpp").write_text(unaligned.rpartition("#endif")[0])
     (folder / IMAGE).write_bytes(b"no cubin")
     device_command = ["g++", *_DEVICE, "-include", str(header), "-x", "c++", "-c", "kernel.cu"]
     _run([*device_command, "-o", "kernel.o"], folder)

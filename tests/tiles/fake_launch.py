@@ -1,8 +1,9 @@
 """Runs launchers against the fake driver, in a process of its own: `python fake_launch.py DRIVER`.
 
-Jobs on stdin and records on stdout are JSON. A job: {"library", "tensors", "scalars", "parameters",
-"workspace", "calls"}, a call:
-[tokens, stream, device].
+Jobs on stdin and records on stdout are JSON. A job: {"library", "tensors", "scalars", "parameters", "workspace",
+"calls"}, a call: {"tokens", "stream", "device", "context", "thread", "failure", "capturing"}: the tensors' device, that
+of the thread's context (negative: none), whether the thread is a fresh one, and what the driver does. A call of no
+tokens (null) loads the kernels.
 
 The test process itself must not load the fake, as torch may have the real driver there.
 """
@@ -10,6 +11,7 @@ The test process itself must not load the fake, as torch may have the real drive
 import ctypes
 import json
 import sys
+from threading import Thread
 
 
 class Launch(ctypes.Structure):
@@ -17,7 +19,7 @@ class Launch(ctypes.Structure):
         *((name, ctypes.c_uint * 3) for name in ("grid", "block")),
         ("shared", ctypes.c_uint),
         ("cluster", ctypes.c_uint * 3),
-        ("overlaps", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("overlaps", "device")),
         ("stream", ctypes.c_void_p),
         ("parameters", ctypes.c_uint64 * 64),
         ("name", ctypes.c_char * 128),
@@ -44,23 +46,45 @@ def plain(record):
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()}
 
 
+def call(driver, library, job, given):
+    """The status of one call, and the device of the thread's context after it."""
+    tensors = (ctypes.c_void_p * (len(job["tensors"]) + 1))(*job["tensors"])
+    scalars = (ctypes.c_float * (len(job["scalars"]) + 1))(*job["scalars"])
+    if driver is not None:
+        driver.fake_enter(given["context"])
+    if given["tokens"] is None:
+        status = library.mhc_load(given["device"])
+    else:
+        stream, space = given["stream"], job["workspace"]
+        status = library.mhc_launch(tensors, scalars, given["tokens"], stream, space, given["device"])
+    return {"status": status, "context": driver.fake_current() if driver is not None else None}
+
+
+def in_fresh_thread(function, *arguments):
+    found = []
+    thread = Thread(target=lambda: found.append(function(*arguments)))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
 def run(driver, job):
     library = ctypes.CDLL(job["library"])
     launch, workspace = library.mhc_launch, library.mhc_workspace
-    launch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+    launch.argtypes = (*[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_void_p] * 2, ctypes.c_int32)
     workspace.argtypes, workspace.restype = (ctypes.c_int64,), ctypes.c_int64
-    tensors = (ctypes.c_void_p * (len(job["tensors"]) + 1))(*job["tensors"])
-    scalars = (ctypes.c_float * (len(job["scalars"]) + 1))(*job["scalars"])
     done = []
-    for tokens, stream, device in job["calls"]:
+    for given in job["calls"]:
         before = 0
         if driver is not None:
             counts = (Count * 32)(*(Count(name.encode(), count) for name, count in job["parameters"].items()))
             ctypes.memmove((Count * 32).in_dll(driver, "fake_counts"), counts, ctypes.sizeof(counts))
-            ctypes.c_int.in_dll(driver, "fake_device").value = device
-            ctypes.c_int.in_dll(driver, "fake_failure").value = job.get("failure", 0)
+            ctypes.c_int.in_dll(driver, "fake_failure").value = given["failure"]
+            ctypes.c_int.in_dll(driver, "fake_capturing").value = given["capturing"]
             before = Record.in_dll(driver, "fake").launches
-        status = {"status": launch(tensors, scalars, tokens, stream, job["workspace"]), "bytes": workspace(tokens)}
+        arguments = (driver, library, job, given)
+        status = in_fresh_thread(call, *arguments) if given["thread"] else call(*arguments)
+        status["bytes"] = workspace(given["tokens"] or 0)
         record = Record.in_dll(driver, "fake") if driver is not None else None
         log = [plain(record.log[number % 64]) for number in range(before, record.launches)] if record else []
         done.append((plain(record) if record else {}) | status | {"log": log})

@@ -5,11 +5,29 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from tiles.compiler.cuda_launcher import IMAGE, Plan, with_cuda_launcher
+from tiles.kernels.spec import Argument
 
 HERE = Path(__file__).parent
 WORKSPACE = 0xF0000
 """Where jobs say that their workspace is."""
+
+
+IMAGE_BYTES = bytes(range(1, 17))
+"""What stands for a cubin."""
+
+
+def build_launcher(folder: Path, plan: Plan, arguments: Sequence[Argument]) -> Path:
+    """A library of the host part alone."""
+    folder.mkdir(exist_ok=True)
+    (folder / IMAGE).write_bytes(IMAGE_BYTES)
+    (folder / "kernel.cpp").write_text(with_cuda_launcher("this is no C++ at all", plan, arguments))
+    command = ["g++", "-std=c++17", "-Wall", "-Werror", "-fPIC", "-shared", "kernel.cpp", "-o", "kernel.so"]
+    subprocess.run([*command, "-ldl", "-pthread"], cwd=folder, check=True)
+    return folder / "kernel.so"
 
 
 def build_driver(folder: Path) -> str:
@@ -32,13 +50,19 @@ def launched(driver: str, jobs: list[dict]) -> list[list[dict]]:
     return json.loads(done.stdout)
 
 
-def job(library: str, *calls: tuple[int, int, int], **more) -> dict:
-    """Calls are (tokens, stream, device); `parameters` tells how many a kernel takes, by name."""
+def call(tokens: int | None, stream: int = 0, device: int = 0, **more: int) -> dict:
+    """A call from a thread whose context is of the tensors' device; of `mhc_load` where there are no tokens."""
+    given = {"tokens": tokens, "stream": stream, "device": device, "context": device}
+    return given | {"thread": 0, "failure": 0, "capturing": 0} | more
+
+
+def job(library: str, *calls: dict | int, **more) -> dict:
+    """Calls of a library; `parameters` tells how many a kernel takes, by name."""
     return {
         "library": library,
         "tensors": [0xA000, 0xB000],
         "scalars": [0.5],
         "parameters": {},
         "workspace": WORKSPACE,
-        "calls": list(calls),
+        "calls": [call(given) if isinstance(given, int) else given for given in calls],
     } | more

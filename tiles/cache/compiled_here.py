@@ -38,7 +38,8 @@ def find_compiled(
     problem: Problem, schedule: Mapping[str, Any], here: Device, subfolder: Subfolder
 ) -> CompiledKernel | None:
     """The kernel of this schedule as this version has compiled it, for any token count; None where it has not."""
-    wanted = Key.of(problem, here)
+    # What is compiled is stored with all fields; a record from before one was added lacks it.
+    wanted, schedule = Key.of(problem, here), asdict(_schedule_from(problem, schedule))
     own = [_process_cache()] if _process_cache.cache_info().currsize else []
     for kernels in (_cache_at(default_folder() / subfolder), *own):
         if kernels.why_untrusted:
@@ -59,9 +60,10 @@ def compile_and_store(
 
     Raises what `tiles.compiler.compile.compile_kernel` raises.
     """
-    made = kernel_spec(problem.op, problem.direction).schedule_from(schedule)
+    made = _schedule_from(problem, schedule)
     artifact = compiler.compile_kernel(problem, made, here.target)
-    provenance = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "torch": torch_version}
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    provenance = {"date": date, "torch": torch_version, **artifact.made_with}
     entry: Any = (Key.of(problem, here), asdict(made), artifact.binary, artifact.source, {}, provenance)
     kernels = _cache_at(default_folder() / subfolder)
     why = kernels.why_untrusted
@@ -72,6 +74,10 @@ def compile_and_store(
             why = str(error)
     own = _process_cache()
     return CompiledKernel(own.binary_path(own.put(*entry)), cached=False, why_not_stored=why)
+
+
+def _schedule_from(problem: Problem, values: Mapping[str, Any]) -> Any:
+    return kernel_spec(problem.op, problem.direction).schedule_from(values)
 
 
 @cache

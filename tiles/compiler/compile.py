@@ -19,6 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ _SUMMED = ("stack", "spill_stores", "spill_loads")
 _COMPILED = re.compile(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.DOTALL)
 _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
+_RELEASE = re.compile(r"release (\d+\.\d+)")
 
 
 _THEIR_FOLDERS = ("TILELANG_CACHE_DIR", "XDG_CACHE_HOME")
@@ -71,18 +73,30 @@ _PASSES = {
 }
 
 
+CUDA_TOOLKIT = "cuda_toolkit"
+"""In a record's provenance: the release of the CUDA toolkit that built the kernel. CPU kernels and older records lack
+it."""
+
+
 class CompileError(RuntimeError):
     """A kernel does not compile; the text names it and ends with the compiler's own words."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """Compiled code: `source` is what the C++ or CUDA compiler was given, `details` what it reported."""
+    """Compiled code: `source` is what the C++ or CUDA compiler was given, `details` what it reported, `toolkit` the
+    release of the CUDA toolkit that it is of (13.0), or nothing."""
 
     target: Target
     source: str
     binary: bytes
     details: dict[str, int] = field(default_factory=dict)
+    toolkit: str = ""
+
+    @property
+    def made_with(self) -> dict[str, str]:
+        """What a record's provenance says of the compiler: the CUDA toolkit, which decides the oldest driver."""
+        return {CUDA_TOOLKIT: self.toolkit} if self.toolkit else {}
 
 
 def why_no_compiler(target: Target) -> str | None:
@@ -281,9 +295,20 @@ def _compile_cuda(source: str, plan: Plan, target: Target, problem: Problem) -> 
             ],
             problem,
         )
+        release = _toolkit_release(shutil.which("nvcc") or "nvcc")
+        major, _, minor = release.partition(".")
         host = [*compiler, "-x", "c++", "-std=c++17", "-O2", "-fPIC", "-shared", str(text), "-o", str(library)]
-        _run([*host, "-ldl", "-pthread"], problem, folder)
-        return Artifact(target, source, library.read_bytes(), _heaviest(said, plan, target))
+        toolkit = f"-DMHC_TOOLKIT={1000 * int(major or 0) + 10 * int(minor or 0)}"
+        _run([*host, toolkit, "-ldl", "-pthread"], problem, folder)
+        return Artifact(target, source, library.read_bytes(), _heaviest(said, plan, target), release)
+
+
+@cache
+def _toolkit_release(nvcc: str) -> str:
+    """The release of the CUDA toolkit that an nvcc is of, such as 13.0, or nothing where it does not say."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = _RELEASE.search(said)
+    return found[1] if found else ""
 
 
 def _heaviest(said: str, plan: Plan, target: Target) -> dict[str, int]:

@@ -1,9 +1,10 @@
 """The C function that every CUDA kernel exports. It needs the NVIDIA driver alone: no CUDA runtime, no TVM.
 
 The artifact is a shared library that carries the cubin in its read-only data. The driver (`libcuda.so.1`, which torch
-has in the process anyway) is looked up at the first launch. The cubin is loaded through the driver's library interface,
-which belongs to no context, so one loaded kernel serves every device of the process; launches go to the caller's
-stream and wait for nothing.
+has in the process anyway) is looked up when the cubin is loaded, through the driver's library interface, which belongs
+to no context: one library serves every device of the process. On each device all kernels of a library are loaded
+together, before the first launch there: a kernel that is first needed inside of a graph's capture could not be loaded
+then. A load that fails is tried again by the next call. Launches go to the caller's stream and wait for nothing.
 
 One call may be several launches: a program of several kernels, chunks of tokens one after the other, and the sum over
 splits at the end. What lies between them is kept in a workspace that the caller brings.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from math import prod
 
 from tiles.compiler.cpu_launcher import ENTRY
+from tiles.compiler.cuda_host import HOST
 from tiles.kernels.spec import DTYPE_BYTES, TOKENS, Argument
 
 IMAGE = "kernel.cubin"
@@ -24,7 +26,16 @@ IMAGE = "kernel.cubin"
 WORKSPACE = "mhc_workspace"
 """The C function that tells the bytes of workspace that a call needs. Only libraries of CUDA kernels have it."""
 
-NO_DRIVER, OLD_DRIVER, TOO_MANY_TOKENS = -1, -2, -3
+LOAD = "mhc_load"
+"""The C function that loads all kernels on a device, as the first launch there would."""
+
+TOOLKIT = "mhc_toolkit"
+"""The C function that tells which CUDA toolkit compiled the kernels, as 1000 · major + 10 · minor; 0: not known."""
+
+ALIGNMENT = 32
+"""Every tensor begins at a multiple of so many bytes: kernels copy vectors of 16, from sm_100 on they load 32."""
+
+NO_DRIVER, OLD_DRIVER, TOO_MANY_TOKENS, MISALIGNED = -1, -2, -3, -4
 """What the launcher returns besides the driver's own codes, which are positive; 0 is success."""
 
 SPLITS = "splits"
@@ -124,12 +135,18 @@ def _host(plan: Plan, arguments: Sequence[Argument], partials: Sequence[Argument
         for index, launch in enumerate(plan.launches)
     ]
     kernels = [launch.kernel for launch in plan.launches] + ([SUM_KERNEL] if partials else [])
-    return _HOST.format(
+    return HOST.format(
         entry=ENTRY,
         workspace_entry=WORKSPACE,
+        load_entry=LOAD,
+        toolkit_entry=TOOLKIT,
+        tensors=len(tensors),
+        alignment=ALIGNMENT,
+        misaligned=MISALIGNED,
         image=IMAGE,
         names=", ".join(f'"{name}"' for name in kernels),
         count=len(kernels),
+        shared=", ".join([*(str(launch.shared_bytes) for launch in plan.launches), *["0"] * bool(partials)]),
         most_splits=plan.most_splits if plan.splits else 1,
         split_tokens=plan.split_tokens,
         chunk_tokens=plan.chunk_tokens,
@@ -169,8 +186,8 @@ def _launch_text(index: int, launch: Launch, addresses: dict[str, str], use_pdl:
         f"    {{\n      void *parameters[] = {{{parameters}}};\n"
         f"      const unsigned grid[3] = {{{grid}}}, block[3] = {{{', '.join(map(str, launch.block))}}};\n"
         f"      const unsigned cluster[3] = {{{cluster}}};\n"
-        f"      if (int failed = run({index}, grid, block, cluster, {int(bool(launch.cluster))}, {use_pdl},"
-        f" {launch.shared_bytes}, stream, parameters)) return failed;\n    }}\n"
+        f"      if (int failed = run({index}, grid, block, cluster, {int(bool(launch.cluster))}, {use_pdl}, stream,"
+        " parameters)) return failed;\n    }\n"
     )
 
 
@@ -187,134 +204,6 @@ def _finish(index: int, partials: Sequence[Argument], places: dict[str, int], sp
         f"  if (chunks * splits > 1) {{\n{pairs}    int32_t parts = (int32_t)(chunks * splits);\n"
         f"    void *parameters[] = {{{parameters}, &parts}};\n"
         f"    const unsigned grid[3] = {{{-(-elements // SUM_THREADS)}, 1, 1}}, block[3] = {{{SUM_THREADS}, 1, 1}};\n"
-        f"    if (int failed = run({index}, grid, block, grid, 0, {use_pdl}, 0, stream, parameters)) return failed;\n"
+        f"    if (int failed = run({index}, grid, block, grid, 0, {use_pdl}, stream, parameters)) return failed;\n"
         "  }\n"
     )
-
-
-# The declarations restate the few of the driver's API (cuda.h, CUDA 12) that a launch needs, so that no CUDA header is
-# needed: CUlaunchConfig with its attributes, attribute 4 is the cluster's dimensions, 6 allows a kernel to start before
-# the one before it in the stream has ended, function attribute 8 is the largest dynamic shared memory. Above 48 KiB a
-# kernel has to ask for it, once for each device.
-_HOST = """\
-#include <dlfcn.h>
-#include <pthread.h>
-#include <stdint.h>
-
-__asm__(
-    ".section .rodata\\n"
-    ".balign 64\\n"
-    ".local mhc_image\\n"
-    "mhc_image:\\n"
-    ".incbin \\"{image}\\"\\n"
-    ".previous\\n");
-extern "C" __attribute__((visibility("hidden"))) const unsigned char mhc_image[];
-
-namespace {{
-
-struct Attribute {{
-  int id;
-  char pad[4];
-  union {{ unsigned cluster[3]; int allowed; char value[64]; }};
-}};
-struct Config {{
-  unsigned grid[3], block[3], shared;
-  void *stream;
-  Attribute *attributes;
-  unsigned count;
-}};
-
-int (*load_library)(void **, const void *, int *, void **, unsigned, int *, void **, unsigned);
-int (*get_kernel)(void **, void *, const char *);
-int (*set_attribute)(int, int, void *, int);
-int (*current_device)(int *);
-int (*launch_kernel)(const Config *, void *, void **, void **);
-
-pthread_once_t once = PTHREAD_ONCE_INIT;
-int loaded = 0;
-const char *const names[{count}] = {{{names}}};
-void *kernels[{count}] = {{}};
-uint64_t prepared[{count}] = {{}};
-
-template <typename Function>
-bool find(void *driver, const char *name, Function &function) {{
-  function = (Function)dlsym(driver, name);
-  return function != nullptr;
-}}
-
-void load() {{
-  void *driver = dlopen("libcuda.so.1", RTLD_NOW);
-  if (!driver) {{ loaded = {no_driver}; return; }}
-  if (!find(driver, "cuLibraryLoadData", load_library) || !find(driver, "cuLibraryGetKernel", get_kernel) ||
-      !find(driver, "cuKernelSetAttribute", set_attribute) || !find(driver, "cuCtxGetDevice", current_device) ||
-      !find(driver, "cuLaunchKernelEx", launch_kernel)) {{ loaded = {old_driver}; return; }}
-  void *library = nullptr;
-  loaded = load_library(&library, mhc_image, nullptr, nullptr, 0, nullptr, nullptr, 0);
-  for (int index = 0; index < {count} && !loaded; ++index) loaded = get_kernel(&kernels[index], library, names[index]);
-}}
-
-int prepare(int index, int shared) {{
-  if (shared <= 48 * 1024) return 0;
-  int device = 0, failed = current_device(&device);
-  if (failed) return failed;
-  const uint64_t bit = device < 64 ? (uint64_t)1 << device : 0;
-  if (__atomic_load_n(&prepared[index], __ATOMIC_ACQUIRE) & bit) return 0;
-  failed = set_attribute(8, shared, kernels[index], device);
-  if (!failed) __atomic_fetch_or(&prepared[index], bit, __ATOMIC_RELEASE);
-  return failed;
-}}
-
-int run(int index, const unsigned *grid, const unsigned *block, const unsigned *cluster, int clustered, int use_pdl,
-        int shared, void *stream, void **parameters) {{
-  if (!grid[0] || !grid[1] || !grid[2]) return 0;
-  Attribute attributes[2] = {{}}, *next = attributes;
-  if (clustered) {{
-    next->id = 4;
-    for (int axis = 0; axis < 3; ++axis) next->cluster[axis] = cluster[axis];
-    ++next;
-  }}
-  if (use_pdl) next->id = 6, next->allowed = 1, ++next;
-  Config config = {{{{grid[0], grid[1], grid[2]}}, {{block[0], block[1], block[2]}}, (unsigned)shared, stream,
-                   attributes, (unsigned)(next - attributes)}};
-  if (int failed = prepare(index, shared)) return failed;
-  return launch_kernel(&config, kernels[index], parameters, nullptr);
-}}
-
-int64_t padded(int64_t bytes) {{ return (bytes + 255) / 256 * 256; }}
-
-// How a call is cut: chunks of `tokens` tokens, each in `splits` splits; where the parts of the workspace lie.
-struct Cut {{ int64_t tokens, chunks, splits, bytes, at[{spaces}]; }};
-
-Cut cut(int64_t all) {{
-  const int64_t tokens = {chunk_tokens} && all > {chunk_tokens} ? {chunk_tokens} : all;
-  const int64_t chunks = tokens ? (all + tokens - 1) / tokens : 1;
-  const int64_t worth = tokens / {split_tokens};
-  const int64_t splits = worth < 1 ? 1 : worth > {most_splits} ? {most_splits} : worth;
-  Cut made = {{tokens, chunks, splits, 0, {{}}}};
-  int64_t bytes = 0, *at = made.at;
-  (void)at;
-{offsets}  made.bytes = bytes;
-  return made;
-}}
-
-}}  // namespace
-
-extern "C" int64_t {workspace_entry}(int64_t tokens) {{ return cut(tokens).bytes; }}
-
-extern "C" int32_t {entry}(void **tensors, const float *scalars, int64_t all, void *stream, char *space) {{
-  pthread_once(&once, load);
-  if (loaded) return loaded;
-  if (all > INT32_MAX / {token_elements}) return {too_many};
-  const Cut made = cut(all);
-  const int64_t chunks = made.chunks, *at = made.at;
-  int32_t splits = (int32_t)made.splits;
-  (void)at, (void)splits;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {{
-    const int64_t first = chunk * made.tokens;
-    const int64_t tokens = all - first < made.tokens ? all - first : made.tokens;
-    int32_t tokens32 = (int32_t)tokens;
-    (void)tokens32;
-{workspace}{pointers}{launches}  }}
-{finish}  return 0;
-}}
-"""

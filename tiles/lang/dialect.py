@@ -61,6 +61,10 @@ class Dialect(Protocol):
     def reciprocal(self, value: Expr) -> Expr:
         """1 / value to about float32's precision, for values far from float32's limits."""
 
+    def upscaled(self, value: Expr) -> Expr:
+        """Numerator or divisor of a quotient that may be so small that `reciprocal` would take it for 0: both times a
+        power of two where that is so, which changes no bit of other quotients. Values stay below 1e20."""
+
     def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> SourceRow:
         """`width` elements of a tensor's row that a parallel loop reads; `copied` where it also writes there."""
 
@@ -87,6 +91,9 @@ class Dialect(Protocol):
     def pdl_wait(self, use_pdl: int) -> Any:
         """Let the next kernel start, and wait for those before. With `use_pdl` every kernel but the first does so, in
         all of its threads, before it touches what an earlier one touches."""
+
+    def min_blocks_per_sm(self, blocks: int) -> Any:
+        """Hold registers down so that a multiprocessor can have so many thread blocks (`__launch_bounds__`)."""
 
     def barrier(self) -> Any:
         """What one thread has written to tensors or scratch, others may read after this."""
@@ -153,6 +160,9 @@ class Cpu:
     def reciprocal(self, value: Expr) -> Expr:
         return T.float32(1) / value
 
+    def upscaled(self, value: Expr) -> Expr:
+        return value
+
     def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> SourceRow:
         row = _row_in_place(dtype)
         return CopiedRow(row, tensor, width) if copied else row(tensor)
@@ -178,6 +188,9 @@ class Cpu:
         pass
 
     def pdl_wait(self, use_pdl: int) -> Any:
+        pass
+
+    def min_blocks_per_sm(self, blocks: int) -> Any:
         pass
 
     def barrier(self) -> Any:
@@ -258,7 +271,10 @@ class Cuda:
         return T.unroll(count) if count**2 <= OWNED_REGISTERS else T.serial(count)
 
     def reciprocal(self, value: Expr) -> Expr:
-        return T.fast_rcp(value)
+        return T.fast_rcp(value)  # rcp.approx.ftz: what is denormal counts as 0, and gives infinity
+
+    def upscaled(self, value: Expr) -> Expr:
+        return value * T.float32(2.0**60)  # the least denormal number becomes 1.6e-27
 
     def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> SourceRow:
         return CudaRow(tensor, dtype, width)
@@ -289,6 +305,9 @@ class Cuda:
     def pdl_wait(self, use_pdl: int) -> Any:
         return _pdl_wait() if use_pdl else None
 
+    def min_blocks_per_sm(self, blocks: int) -> Any:
+        return _min_blocks_per_sm(blocks) if blocks > 1 else None
+
     def barrier(self) -> Any:
         return T.sync_threads()  # a macro emits what its statements evaluate to
 
@@ -314,6 +333,11 @@ def _without_thread(index: Any) -> tuple[Expr, ...]:
 def _pdl_wait() -> None:
     T.pdl_trigger()
     T.pdl_sync()
+
+
+@T.macro
+def _min_blocks_per_sm(blocks: int) -> None:
+    T.annotate_min_blocks_per_sm(blocks)
 
 
 @T.macro

@@ -33,6 +33,7 @@ class TensorCores:
 
     def __init__(self, dialect: Cuda) -> None:
         self._uses_wgmma = dialect.uses_wgmma
+        self.min_blocks_per_sm = dialect.min_blocks_per_sm
 
     def smem(self, rows: int, columns: int, dtype: str) -> Buffer:
         """A tile in shared memory."""
@@ -101,11 +102,6 @@ class TensorCores:
         """A loop that moves neighbouring elements as one vector."""
         return T.vectorized(count)
 
-    def min_blocks_per_sm(self, blocks: int) -> Any:
-        """Hold registers down so that a multiprocessor can have so many thread blocks (`__launch_bounds__`)."""
-        if blocks > 1:
-            _min_blocks_per_sm(blocks)
-
 
 def _padded(tile: Buffer) -> Layout:
     rows, row = int(tile.shape[-2]), int(tile.shape[-1]) + ROW_PADDING
@@ -148,8 +144,3 @@ def _fence() -> None:
 @T.macro
 def _reduce(values: Buffer, into: Buffer) -> None:
     T.reduce_sum(values, into, dim=1)
-
-
-@T.macro
-def _min_blocks_per_sm(blocks: int) -> None:
-    T.annotate_min_blocks_per_sm(blocks)

@@ -24,6 +24,10 @@ class CompiledCode(Protocol):
     def source(self) -> str:
         """The generated source that it was compiled from."""
 
+    @property
+    def made_with(self) -> dict[str, str]:
+        """What its record's provenance says of the compiler."""
+
 
 Recompile = Callable[[Sequence[Record]], Iterable[CompiledCode | Exception]]
 """Compiles records' schedules for their devices: the code of each, in order, or its error."""
@@ -65,7 +69,8 @@ def import_pack(
         elif isinstance(compiled, Exception):
             raise compiled
         else:
-            done.append((_store(cache, wanted, compiled.binary, compiled.source, "recompiled"), "recompiled"))
+            made = replace(wanted, provenance=wanted.provenance | compiled.made_with)
+            done.append((_store(cache, made, compiled.binary, compiled.source, "recompiled"), "recompiled"))
     return done
 
 

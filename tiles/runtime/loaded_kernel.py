@@ -1,7 +1,7 @@
 """Compiled kernels, loaded and called on torch tensors without TileLang or a compiler.
 
 On a CUDA device they need the NVIDIA driver and nothing else: calls go to torch's current stream and never synchronise,
-so they can be captured in a CUDA graph once a first call has loaded the code.
+so they can be captured in a CUDA graph once `load`, or a first call, has loaded the code.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Any, Literal
 import torch
 
 from tiles.compiler.cpu_launcher import ENTRY
-from tiles.compiler.cuda_launcher import NO_DRIVER, OLD_DRIVER, TOO_MANY_TOKENS, WORKSPACE
+from tiles.compiler.cuda_launcher import ALIGNMENT, LOAD, MISALIGNED, TOOLKIT, WORKSPACE
+from tiles.errors import BadInput
 from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Argument, KernelSpec, Problem
 from tiles.runtime.cpu_memory_pool import MEMORY_POOL
+from tiles.runtime.cuda_status import is_final, status_text
 
 Value = torch.Tensor | float
 
@@ -42,7 +44,7 @@ class LoadedKernel:
 
     def __init__(self, path: Path, problem: Problem) -> None:
         self.problem = problem
-        library = _library(path)
+        library = self._library = _library(path)
         self.kind: Literal["cpu", "cuda"] = "cuda" if hasattr(library, WORKSPACE) else "cpu"
         self.spec: KernelSpec = kernel_spec(problem.op, problem.direction)
         self.arguments = self.spec.arguments(problem)
@@ -62,6 +64,11 @@ class LoadedKernel:
         """The device that it runs on: the CPU, or the current CUDA device."""
         return CPU if self.kind == "cpu" else torch.device("cuda", torch.cuda.current_device())
 
+    @property
+    def toolkit(self) -> int:
+        """The CUDA toolkit that built the kernel, as 1000 · major + 10 · minor; 0 where it is not known."""
+        return int(getattr(self._library, TOOLKIT)()) if self.kind == "cuda" else 0
+
     def __call__(self, *inputs: Value, out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         """Run on the default number of slices; `out`, which the caller has checked, is for the first outputs."""
         tokens = self._tokens(inputs)
@@ -78,6 +85,20 @@ class LoadedKernel:
     def workspace(self, tokens: int) -> int:
         """Bytes of device memory that a call needs besides its arguments; 0 for a CPU kernel."""
         return int(self._workspace(tokens)) if self._workspace else 0
+
+    def load(self, device: torch.device) -> None:
+        """Load all code on a CUDA device, as the first call there would; for a CPU there is nothing to do.
+
+        Raises `LoadError` where that fails always. What may work later (out of memory, inside of a capture) is left to
+        the next call.
+        """
+        if self.kind == "cpu":
+            return
+        with torch.cuda.device(device):
+            index = torch.cuda.current_device() if device.index is None else device.index
+            status = int(getattr(self._library, LOAD)(index))
+        if is_final(status):
+            raise LoadError(status_text(status, self.toolkit))
 
     def run(
         self, inputs: Sequence[Value], tokens: int, slices: int, out: Sequence[torch.Tensor] = ()
@@ -101,13 +122,37 @@ class LoadedKernel:
         )
 
     def launch(self, inputs: dict[str, Value], results: dict[str, torch.Tensor], tokens: int, slices: int) -> None:
-        """Write `results` (partials shaped [slices, ...]) from `inputs`; the caller owns every tensor."""
+        """Write `results` (partials shaped [slices, ...]) from `inputs`; the caller owns every tensor.
+
+        Raises `BadInput` for a result on a CUDA device that does not begin at a multiple of 32 bytes.
+        """
         tensors: dict[str, Any] = inputs | results
         pointers = self._pointers(*[tensors[argument.name].data_ptr() for argument in self._tensors])
         scalars = self._floats(*[tensors[argument.name] for argument in self._scalars])
         status = self._run(pointers, scalars, tokens, slices, next(iter(results.values())).device)
-        if status != 0:
-            raise RuntimeError(f"{self.spec.name} failed: {_status_text(self.kind, status)}")
+        if status == MISALIGNED and self.kind == "cuda":
+            self.launch(self._aligned(inputs, results), results, tokens, slices)
+        elif status != 0:
+            raise RuntimeError(f"{self.spec.name} failed: {self._status_text(status)}")
+
+    def _aligned(self, inputs: dict[str, Value], results: dict[str, torch.Tensor]) -> dict[str, Value]:
+        """The inputs, those copied that do not begin where vectors may, such as views from an odd element on."""
+        for name, tensor in results.items():
+            if past := tensor.data_ptr() % ALIGNMENT:
+                raise BadInput(
+                    f"{self.spec.name}: {name} is written in place and must begin at a multiple of {ALIGNMENT} bytes, "
+                    f"got one that begins {past} bytes past it: pass a tensor that is no such view"
+                )
+        return {
+            name: value.clone() if isinstance(value, torch.Tensor) and value.data_ptr() % ALIGNMENT else value
+            for name, value in inputs.items()
+        }
+
+    def _status_text(self, status: int) -> str:
+        """The meaning of a launcher's status."""
+        if self.kind == "cuda":
+            return status_text(status, self.toolkit)
+        return f"the kernel returned {status}: rebuild the kernel cache with `mhc-tune tune`"
 
     def _on_cpu(self, pointers: Any, scalars: Any, tokens: int, slices: int, device: torch.device) -> int:
         return int(self._launch(pointers, scalars, tokens, slices))
@@ -116,9 +161,11 @@ class LoadedKernel:
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
             size = self.workspace(tokens)
-            # Freed at once: torch reuses the memory for later work of this stream only, which runs after the kernel.
-            space = torch.empty(size, dtype=torch.uint8, device=device).data_ptr() if size else None
-            return int(self._launch(pointers, scalars, tokens, stream, space))
+            # Held until the launch returns, which releases the GIL: between two kernels of this call may come those of
+            # another thread on this stream. Work that comes after the call may have the memory.
+            space = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+            address = None if space is None else space.data_ptr()
+            return int(self._launch(pointers, scalars, tokens, stream, address, device.index))
 
     def _tokens(self, inputs: Sequence[Value]) -> int:
         """The token count, after checking every input: a wrong pointer would corrupt memory."""
@@ -208,7 +255,8 @@ def _opened(path: Path) -> ctypes.CDLL:
 
 def _entry(library: ctypes.CDLL, kind: str) -> Any:  # ctypes has no public name for a foreign function's type
     launch = getattr(library, ENTRY)
-    more = (ctypes.c_int32,) if kind == "cpu" else (ctypes.c_void_p, ctypes.c_void_p)  # slices; stream and workspace
+    slices, stream, space, device = ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32
+    more = (slices,) if kind == "cpu" else (stream, space, device)
     pointers, floats = ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_float)
     launch.argtypes = (pointers, floats, ctypes.c_int64, *more)
     launch.restype = ctypes.c_int32
@@ -219,21 +267,3 @@ def _workspace(library: ctypes.CDLL) -> Any:
     size = getattr(library, WORKSPACE)
     size.argtypes, size.restype = (ctypes.c_int64,), ctypes.c_int64
     return size
-
-
-_LAUNCHER_ERRORS = {
-    NO_DRIVER: "libcuda.so.1 was not found: install the NVIDIA driver",
-    OLD_DRIVER: "the NVIDIA driver is older than CUDA 12: update it",
-    TOO_MANY_TOKENS: "a kernel counts in 32 bits, and there are too many tokens for that: split the call",
-}
-
-
-def _status_text(kind: str, status: int) -> str:
-    """The meaning of a launcher's status."""
-    if kind == "cuda" and status in _LAUNCHER_ERRORS:
-        return _LAUNCHER_ERRORS[status]
-    if kind == "cuda":
-        text = ctypes.c_char_p()
-        ctypes.CDLL("libcuda.so.1").cuGetErrorString(status, ctypes.byref(text))
-        return f"CUDA error {status}, {(text.value or b'unknown').decode()}"
-    return f"the kernel returned {status}: rebuild the kernel cache with `mhc-tune tune`"

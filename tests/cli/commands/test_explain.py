@@ -56,7 +56,7 @@ def test_every_candidate_is_named_with_its_fate(tmp_path: Path) -> None:
     assert stale["verdict"].startswith("runs; compiled when it is first used, as it was made with TileLang 0.1.14")
     assert stale["why"] == f"exact: tuned for 1024 tokens on this device, {HERE.name}"
     assert "Newer CPU" in newer["why"]
-    assert set(stale["schedule"]) == {"block_width", "threads", "nontemporal"}
+    assert set(stale["schedule"]) == {"block_width", "threads", "nontemporal", "min_blocks_per_sm"}
 
 
 def test_people_read_one_line_that_is_marked(tmp_path: Path) -> None:

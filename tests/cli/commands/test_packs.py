@@ -202,6 +202,20 @@ def test_inspect_says_who_signed(cache: KernelCache, tmp_path: Path) -> None:
     assert "its compiled code is not trusted: it is not signed" in mhc_tune("inspect", tmp_path / "b.mhcpack").stderr
 
 
+def test_inspect_says_which_driver_gpu_kernels_need(own_keys: Path, tmp_path: Path) -> None:
+    """What a pack says of its toolkit is a stranger's text."""
+    cache = KernelCache(tmp_path / "toolkits")
+    for width, toolkit in ((64, "13.0"), (128, "12.8"), (256, "12.8"), (512, "[red]13.0"), (1024, None)):
+        made = put_kernel(cache, "merge", width, GPU)
+        told = {} if toolkit is None else {"cuda_toolkit": toolkit}
+        cache.put(made.key, made.schedule, b"code", "", made.measurement, told)
+    said = [line for line in mhc_tune("inspect", cache.folder).stderr.splitlines() if "CUDA" in line]
+    assert said == [
+        "2 GPU kernels are built with CUDA 12.8: they need driver 525 or newer",
+        "1 GPU kernels are built with CUDA 13.0: they need driver 580 or newer",
+    ]
+
+
 def test_names_from_a_pack_are_text_and_no_markup(cache: KernelCache, tmp_path: Path) -> None:
     write_pack(cache, tmp_path / "a.mhcpack")
     for command in (["inspect", tmp_path / "a.mhcpack"], ["diff", tmp_path / "a.mhcpack", tmp_path]):

@@ -24,6 +24,8 @@ SCHEDULE = asdict(kernel_spec("aggregate", "forward").default(PROBLEM, HERE.targ
 X, PRE = torch.arange(64.0).view(4, 2, 8), torch.rand(4, 2)
 COMPILED = ord("c")
 """The answer of kernels that the fake compiler makes."""
+REFUSED = 13
+"""The answer of kernels whose code the device's driver refuses."""
 
 
 class FakeKernel:
@@ -34,6 +36,11 @@ class FakeKernel:
         if content == b"\0":
             raise LoadError(f"{path.name} does not load: wrong ELF class")
         self.answer = float(content[0])
+
+    def load(self, device):
+        """A device whose driver does not take the code of kernels that would answer `REFUSED`."""
+        if self.answer == REFUSED:
+            raise LoadError(f"CUDA error 209 on {device}")
 
     def __call__(self, x, pre):
         return (torch.full((x.shape[0], x.shape[2]), self.answer),)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fake_kernels import COMPILED, HERE, PRE, PROBLEM, SCHEDULE, X, answer, fakes, only_row, put
+from fake_kernels import COMPILED, HERE, PRE, PROBLEM, REFUSED, SCHEDULE, X, answer, fakes, only_row, put
 
 import mhc
 import mhc.dispatch.resolve
@@ -238,6 +238,14 @@ def test_a_read_only_folder_is_read(tmp_path):
     put(tmp_path / "cache", 1)
     (tmp_path / "cache").chmod(0o555)
     assert answer(mhc.Kernels.from_path(tmp_path / "cache")) == 1
+
+
+def test_code_that_the_driver_refuses_gives_way_and_it_is_said(tmp_path, caplog):
+    """It is loaded when it is resolved, not at its first launch, which could only fail."""
+    put(tmp_path, REFUSED)
+    put(tmp_path, 2, tokens=4096)
+    assert answer(mhc.Kernels.from_path(tmp_path)) == 2
+    assert "a stored kernel is skipped: CUDA error 209 on cpu" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ REFUSED = {
     "dtype": (lambda: merged(torch.empty(5, N, C, dtype=torch.bfloat16)), "out must be torch.float32.*bfloat16"),
     "device": (lambda: merged(torch.empty(5, N, C, device="meta")), "out must be .*on cpu.*on meta"),
     "not contiguous": (lambda: merged(torch.empty(N, 5, C).transpose(0, 1)), "out must be contiguous .*strides"),
-    "not aligned": (lambda: merged(torch.empty(5 * N * C + 1)[1:].view(5, N, C)), "multiple of 16 bytes, got .*byte 4"),
+    "not aligned": (lambda: merged(torch.empty(5 * N * C + 1)[1:].view(5, N, C)), "multiple of 32 bytes, got .*byte 4"),
     "no tensor": (lambda: merged([X]), r"out must be a tensor, got \(Tensor\): pass what merge returns"),
     "a tensor alone": (lambda: functional.pre(X, *MAPS, out=U), "out must be a tuple of 3 tensors, got Tensor"),
     "too few": (lambda: before(U, POST_OUT), r"out must be a tuple of 3 tensors, got \(Tensor, Tensor\)"),

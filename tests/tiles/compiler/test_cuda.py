@@ -145,7 +145,7 @@ def test_every_compiled_kernel_gets_its_own_arguments(driver, artifacts, tmp_pat
         told.append((kernels, values, floats, {arg.name for arg in arguments if arg.role == "partial"}))
         counts = {name: len(parameters) for name, parameters in kernels.items()}
         given = {"tensors": list(values.values()), "scalars": list(floats.values()), "parameters": counts}
-        jobs.append(job(str(path), (tokens, 0, 0), **given))
+        jobs.append(job(str(path), tokens, **given))
     for ((record,), (kernels, values, floats, partials)), (op, direction, _) in zip(
         zip(launched(driver, jobs), told, strict=True), cases, strict=True
     ):
@@ -177,13 +177,17 @@ def test_every_compiled_kernel_gets_its_own_arguments(driver, artifacts, tmp_pat
 
 
 def test_a_compiled_kernel_is_told_from_a_cpus_and_says_what_workspace_it_needs(artifacts, tmp_path):
-    """Loading takes no driver; the sums of two chunks' splits and all that lies between kernels is counted."""
+    """Opening takes no driver; the sums of two chunks' splits and all that lies between kernels is counted. The library
+    also says which CUDA toolkit it is of."""
     for case, needs in ((FAST[1], False), (FAST[3], True), (FAST[4], True)):
         op, direction, _ = case
         path = tmp_path / f"{op}.so"
         path.write_bytes(artifacts[case].binary)
         kernel = LoadedKernel(path, Problem(op, direction, 2, 64, "bfloat16"))
         assert kernel.kind == "cuda"
+        major, minor = map(int, artifacts[case].toolkit.split("."))
+        assert kernel.toolkit == 1000 * major + 10 * minor
+        assert major >= 12
         assert kernel.slices(100_000) == 1
         assert (kernel.workspace(100_000) > 0) == needs
 
@@ -193,5 +197,5 @@ def test_sums_over_splits_limit_the_tokens_of_a_call(driver, artifacts, tmp_path
     path = tmp_path / "pre.so"
     path.write_bytes(artifacts["pre", "forward", "sm_90a"].binary)
     given = {"tensors": [0x1000 * place for place in range(1, 10)], "scalars": [1e-6]}
-    (records,) = launched(driver, [job(str(path), (2**31 // 9, 0, 0), (2**31 // 9 + 1, 0, 0), **given)])
+    (records,) = launched(driver, [job(str(path), 2**31 // 9, 2**31 // 9 + 1, **given)])
     assert [record["status"] for record in records] == [0, TOO_MANY_TOKENS]

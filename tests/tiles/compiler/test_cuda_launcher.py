@@ -11,18 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launching import WORKSPACE, job, launched
+from launching import IMAGE_BYTES, WORKSPACE, build_launcher, call, job, launched
 
 from tiles.compiler.compile import CompileError, _plan
 from tiles.compiler.cuda_launcher import (
-    IMAGE,
+    MISALIGNED,
     NO_DRIVER,
     OLD_DRIVER,
     SUM_KERNEL,
     TOO_MANY_TOKENS,
     Launch,
     Plan,
-    with_cuda_launcher,
 )
 from tiles.kernels.spec import TOKENS, Argument
 
@@ -42,24 +41,15 @@ LAUNCH = Launch(
     shared_bytes=100 * 1024,
 )
 PLAN = Plan((LAUNCH,), most_splits=3, split_tokens=8)
-IMAGE_BYTES = bytes(range(1, 17))
-
-
 COUNTS = {"toy_kernel": 5, "first": 3, "second": 4, SUM_KERNEL: 3}
 
 
 def built(folder: Path, plan: Plan = PLAN) -> str:
-    """A library of the host part alone, around bytes that stand for a cubin."""
-    folder.mkdir(exist_ok=True)
-    (folder / IMAGE).write_bytes(IMAGE_BYTES)
-    (folder / "kernel.cpp").write_text(with_cuda_launcher("this is no C++ at all", plan, ARGUMENTS))
-    command = ["g++", "-std=c++17", "-Wall", "-Werror", "-fPIC", "-shared", "kernel.cpp", "-o", "kernel.so"]
-    subprocess.run([*command, "-ldl", "-pthread"], cwd=folder, check=True)
-    return str(folder / "kernel.so")
+    return str(build_launcher(folder, plan, ARGUMENTS))
 
 
 def test_it_launches_the_named_kernel_of_its_image_on_the_given_stream(driver, tmp_path):
-    ((record,),) = launched(driver, [job(built(tmp_path), (37, 0x55, 0))])
+    ((record,),) = launched(driver, [job(built(tmp_path), call(37, 0x55))])
     assert (record["status"], bytes(record["image"])) == (0, IMAGE_BYTES)
     first = record["log"][0]
     assert first["name"] == "toy_kernel"
@@ -71,7 +61,7 @@ def test_it_launches_the_named_kernel_of_its_image_on_the_given_stream(driver, t
 
 
 def test_parameters_arrive_in_the_kernels_order(driver, tmp_path):
-    ((record,),) = launched(driver, [job(built(tmp_path), (7, 0, 0), parameters=COUNTS)])
+    ((record,),) = launched(driver, [job(built(tmp_path), 7, parameters=COUNTS)])
     out, x, eps, splits, tokens = record["log"][0]["parameters"][:5]
     assert (out, x) == (OUT, X)
     assert struct.unpack("<f", struct.pack("<Q", eps)[:4]) == (0.5,)
@@ -81,7 +71,7 @@ def test_parameters_arrive_in_the_kernels_order(driver, tmp_path):
 def test_splits_follow_the_tokens_and_are_summed_behind_the_kernel(driver, tmp_path):
     """One split writes to the result; more go to the workspace, and one more kernel adds them."""
     (records,) = launched(
-        driver, [job(built(tmp_path), *((tokens, 0x55, 0) for tokens in (0, 15, 16, 24, 1000)), parameters=COUNTS)]
+        driver, [job(built(tmp_path), *(call(tokens, 0x55) for tokens in (0, 15, 16, 24, 1000)), parameters=COUNTS)]
     )
     assert [len(record["log"]) for record in records] == [0, 1, 2, 2, 2]
     assert [record["bytes"] for record in records] == [0, 0, 256, 256, 256]  # of 2 or 3 splits of 32 bytes
@@ -104,7 +94,7 @@ def test_chunks_go_through_all_kernels_one_after_the_other(driver, tmp_path):
     first = Launch("first", ("x", "between", "tokens"), ("tokens", "1", "1"), (32, 1, 1), 0)
     second = Launch("second", ("out", "between", "x", "splits"), ("splits", "1", "1"), (32, 1, 1), 0)
     plan = Plan((first, second), (("between", "4 * tokens"),), most_splits=2, split_tokens=4, chunk_tokens=8)
-    ((record,),) = launched(driver, [job(built(tmp_path, plan), (20, 0, 0), parameters=COUNTS)])
+    ((record,),) = launched(driver, [job(built(tmp_path, plan), 20, parameters=COUNTS)])
     log = record["log"]
     assert [launch["name"] for launch in log] == ["first", "second"] * 3 + [SUM_KERNEL]
     assert [launch["grid"][0] for launch in log[0:6:2]] == [8, 8, 4]
@@ -118,7 +108,7 @@ def test_chunks_go_through_all_kernels_one_after_the_other(driver, tmp_path):
 
 
 def test_code_is_loaded_once_and_shared_memory_allowed_once_a_device(driver, tmp_path):
-    calls = [(8, 0, 0), (8, 0, 0), (8, 0, 5), (8, 0, 0), (8, 0, 5)]
+    calls = [call(8, device=device) for device in (0, 0, 5, 0, 5)]
     (records,) = launched(driver, [job(built(tmp_path), *calls)])
     assert [record["libraries"] for record in records] == [1] * 5
     assert [record["attributes"] for record in records] == [1, 1, 2, 2, 2]
@@ -129,13 +119,13 @@ def test_code_is_loaded_once_and_shared_memory_allowed_once_a_device(driver, tmp
 
 def test_little_shared_memory_needs_no_permission(driver, tmp_path):
     small = Launch(LAUNCH.kernel, LAUNCH.parameters, LAUNCH.grid, LAUNCH.block, 48 * 1024)
-    ((record,),) = launched(driver, [job(built(tmp_path, Plan((small,))), (16, 0, 0))])
+    ((record,),) = launched(driver, [job(built(tmp_path, Plan((small,))), 16)])
     assert (record["attributes"], record["launches"]) == (0, 1)
 
 
 def test_clusters_are_asked_for(driver, tmp_path):
     clustered = Launch(LAUNCH.kernel, LAUNCH.parameters, LAUNCH.grid, LAUNCH.block, 0, cluster=(4,))
-    ((record,),) = launched(driver, [job(built(tmp_path, Plan((clustered,))), (16, 0, 0))])
+    ((record,),) = launched(driver, [job(built(tmp_path, Plan((clustered,))), 16)])
     assert record["log"][0]["cluster"] == [4, 1, 1]
 
 
@@ -143,7 +133,7 @@ def test_kernels_after_a_chunks_first_may_start_while_the_one_before_ends(driver
     second = replace(LAUNCH, kernel="second", cluster=(2,))
     plan = replace(PLAN, launches=(LAUNCH, second), chunk_tokens=16, use_pdl=1)
     for chosen, wanted in ((plan, [0, 1, 0, 1, 1]), (replace(plan, use_pdl=0), [0] * 5)):
-        ((record,),) = launched(driver, [job(built(tmp_path / str(chosen.use_pdl), chosen), (32, 0, 0))])
+        ((record,),) = launched(driver, [job(built(tmp_path / str(chosen.use_pdl), chosen), 32)])
         assert [launch["overlaps"] for launch in record["log"][:5]] == wanted
         assert [launch["cluster"] for launch in record["log"][:2]] == [[0, 0, 0], [2, 1, 1]]
 
@@ -157,24 +147,74 @@ def test_a_program_that_lost_a_parameters_name_does_not_compile():
 
 
 def test_an_empty_grid_is_not_launched(driver, tmp_path):
-    ((record,),) = launched(driver, [job(built(tmp_path), (0, 0, 0))])
+    ((record,),) = launched(driver, [job(built(tmp_path), 0)])
     assert (record["status"], record["launches"]) == (0, 0)
 
 
+def test_a_load_that_failed_is_tried_again(driver, tmp_path):
+    """Out of memory (2), say: the error is not kept. The library, once loaded, is not loaded again."""
+    calls = [call(16, failure=2), call(16), call(16, device=1, failure=2), call(16, device=1)]
+    (records,) = launched(driver, [job(built(tmp_path), *calls)])
+    assert [record["status"] for record in records] == [2, 0, 2, 0]
+    assert [record["libraries"] for record in records] == [1, 2, 2, 2]
+    assert records[-1]["launches"] == 4
+
+
 def test_what_the_driver_refuses_is_returned_every_time(driver, tmp_path):
-    (records,) = launched(driver, [job(built(tmp_path), (16, 0, 0), (16, 0, 0), failure=209)])
+    (records,) = launched(driver, [job(built(tmp_path), *[call(16, failure=209)] * 2)])
     assert [record["status"] for record in records] == [209, 209]
     assert records[-1]["launches"] == 0
 
 
+def test_a_first_call_inside_of_a_capture_fails_and_later_ones_do_not(driver, tmp_path):
+    (records,) = launched(driver, [job(built(tmp_path), call(16, capturing=1), 16, call(16, capturing=1))])
+    assert [record["status"] for record in records] == [900, 0, 0]
+
+
+@pytest.mark.parametrize("tokens", [0, 8, None], ids=str)
+def test_a_capture_may_be_the_first_to_launch_the_sum_over_splits(driver, tmp_path, tokens):
+    """Few tokens are one split: the first call has no sum to launch, and loads that kernel all the same. So does
+    `mhc_load`, which launches none."""
+    calls = [call(tokens), call(1000, capturing=1), call(tokens, device=1), call(1000, device=1, capturing=1)]
+    (records,) = launched(driver, [job(built(tmp_path), *calls)])
+    assert [record["status"] for record in records] == [0, 0, 0, 0]
+    assert [launch["name"] for launch in records[1]["log"]] == ["toy_kernel", SUM_KERNEL]
+
+
+@pytest.mark.parametrize("device", [0, 3])
+def test_a_thread_without_a_context_gets_that_of_the_tensors_device(driver, tmp_path, device):
+    """Autograd's backward runs in a thread of its own, where torch may not have set a context yet."""
+    fresh = call(1000, device=device, context=-1, thread=1)
+    (records,) = launched(driver, [job(built(tmp_path), fresh, fresh, call(8, device=1 - device % 2))])
+    assert [record["status"] for record in records] == [0, 0, 0]
+    assert [record["context"] for record in records] == [device, device, 1 - device % 2]
+    assert {launch["device"] for record in records[:2] for launch in record["log"]} == {device}
+
+
+def test_a_context_of_another_device_is_set_back(driver, tmp_path):
+    (records,) = launched(driver, [job(built(tmp_path), *(call(1000, device=2, context=at) for at in (5, 2, 0)))])
+    assert [(record["status"], record["context"]) for record in records] == [(0, 5), (0, 2), (0, 0)]
+    assert {launch["device"] for record in records for launch in record["log"]} == {2}
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_tensor_that_vectors_do_not_fit_is_refused(driver, tmp_path, place):
+    """A misaligned access on the GPU would end the process's context."""
+    for past, status in ((2, MISALIGNED), (16, MISALIGNED), (32, 0)):
+        tensors = [X, OUT]
+        tensors[place] += past
+        ((record,),) = launched(driver, [job(built(tmp_path), 8, tensors=tensors)])
+        assert (record["status"], record["launches"]) == (status, int(status == 0))
+
+
 def test_more_tokens_than_the_kernel_can_count_are_refused(driver, tmp_path):
-    ((record,),) = launched(driver, [job(built(tmp_path), (2**31, 0, 0))])
+    ((record,),) = launched(driver, [job(built(tmp_path), 2**31)])
     assert (record["status"], record["launches"]) == (TOO_MANY_TOKENS, 0)
 
 
 def test_elements_of_all_tokens_in_a_row_are_counted_too(driver, tmp_path):
     plan = Plan((LAUNCH,), token_elements=25)
-    (records,) = launched(driver, [job(built(tmp_path, plan), (2**31 // 25, 0, 0), (2**31 // 25 + 1, 0, 0))])
+    (records,) = launched(driver, [job(built(tmp_path, plan), 2**31 // 25, 2**31 // 25 + 1)])
     assert [record["status"] for record in records] == [0, TOO_MANY_TOKENS]
 
 
@@ -189,7 +229,7 @@ def test_no_driver_and_an_old_driver_are_told_apart(tmp_path):
         "import ctypes, sys\n"
         "if sys.argv[2]: ctypes.CDLL(sys.argv[2])\n"
         "launch = ctypes.CDLL(sys.argv[1]).mhc_launch\n"
-        "print(launch(None, None, ctypes.c_int64(1), None, None))"
+        "print(launch(None, None, ctypes.c_int64(1), None, None, 0))"
     )
 
     def status(driver: str) -> int:

@@ -68,10 +68,15 @@ int cuKernelSetAttribute(int attribute, int value, void *kernel, int) {
   ((Kernel *)kernel)->most_shared = (unsigned)value;
   return 0;
 }
-int cuCtxGetDevice(int *device) {
-  *device = 0;
-  return 0;
-}
+int cuKernelGetFunction(void **function, void *kernel) { return *function = kernel, 0; }
+int cuFuncLoad(void *) { return 0; }
+
+// One device, whose primary context every thread has.
+int cuDeviceGet(int *device, int ordinal) { return *device = 0, ordinal; }
+int cuDevicePrimaryCtxRetain(void **context, int) { return *context = &kernels(), 0; }
+int cuCtxGetCurrent(void **context) { return *context = &kernels(), 0; }
+int cuCtxSetCurrent(void *) { return 0; }
+int cuCtxGetDevice(int *device) { return *device = 0; }
 int cuLaunchKernelEx(const Config *config, void *given, void **parameters, void **) {
   Kernel &kernel = *(Kernel *)given;
   bool overlaps = false;

@@ -89,7 +89,9 @@ inline float __fdividef(float a, float b) { return a / b; }
 
 namespace tl {
 
-inline float fast_rcp(float value) { return 1 / value; }
+// rcp.approx.ftz: denormal numbers count as 0, given and returned.
+inline float emulated_flushed(float value) { return fabsf(value) < 1.17549435e-38f ? copysignf(0, value) : value; }
+inline float fast_rcp(float value) { return emulated_flushed(1 / emulated_flushed(value)); }
 
 #define EMULATED_PAIRS(pair)                                                                               \
   inline pair add2(pair a, pair b) { return {a.x + b.x, a.y + b.y}; }                                      \

@@ -22,12 +22,13 @@ import torch
 from building import sample_of_sources
 from count_traffic import row
 from emulated import Emulated, generate
-from emulation import Way
+from emulation import Found, Way
 
 from tiles.kernels.fused.chain_schedule import ChainSchedule
 from tiles.kernels.project.tensor_core_schedule import TiledSchedule
+from tiles.kernels.reference_inputs import in_float64
 from tiles.kernels.registry import kernel_specs
-from tiles.kernels.spec import TOKENS, Problem
+from tiles.kernels.spec import DTYPE_BYTES, TOKENS, Problem
 from tiles.target import Target
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH: the emulator cannot be compiled")
@@ -80,7 +81,7 @@ DEFAULTS = [
     case("merge_identity", "backward", 4, 64, "bfloat16", "sm_90a", None, 16),
     case("single_pass_identity", "backward", 2, 64, "bfloat16", "sm_90a", None, 16, 32),
 ]
-FORWARD, BACKWARD, PRE_BACKWARD = DEFAULTS[9], DEFAULTS[10], DEFAULTS[12]
+SINKHORN, FORWARD, BACKWARD, PRE_BACKWARD = DEFAULTS[7:9], DEFAULTS[9], DEFAULTS[10], DEFAULTS[12]
 
 MORE_DEFAULTS = [
     case("merge", "backward", 9, 8, "bfloat16", "sm_90a", None, 16),
@@ -260,6 +261,36 @@ def test_the_order_of_threads_and_blocks_does_not_matter(kernels):
         first, *others = (kernel.run(inputs, 37, Way(seed, late=seed % 2 == 0)) for seed in (11, 12, 13, 14))
         for other in others:
             assert all(other[name].equal(value) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [(DEFAULTS[0], ("x", "u")), (FORWARD, ("x", "phi")), (PRE_BACKWARD, ("du", "dx"))],
+    ids=["loads and stores", "copies", "updates"],
+)
+def test_a_tensor_that_begins_where_vectors_do_not_fit_is_found(kernels, case, names):
+    """On a GPU it ends the process's context: the launcher refuses it before."""
+    kernel = kernels[case]
+    inputs = kernel.spec.inputs(kernel.problem, 37, 0)
+    past = {argument.name: DTYPE_BYTES[argument.dtype] for argument in kernel.spec.arguments(kernel.problem)}
+    for name in names:
+        with pytest.raises(Found, match=rf"misaligned access .* (reads|writes) \d+ bytes of {name}\+"):
+            kernel.run(inputs, 37, past={name: past[name]})
+
+
+@pytest.mark.parametrize("hc_eps", [0.0, 1e-6, 1e-39])
+@pytest.mark.parametrize("case", SINKHORN, ids=str)
+def test_rows_far_below_the_others_divide_by_no_denormal_number(kernels, case, hc_eps):
+    """Logits 90 to 120 apart, whose exponentials are denormal or 0: rcp.approx.ftz would make infinity of such sums."""
+    kernel, n, tokens = kernels[case], case.problem.streams, 64
+    chance = torch.Generator().manual_seed(0)
+    far = torch.tensor([0.0, -90.0, -105.0, -120.0])[torch.randint(0, 4, (tokens, n, n), generator=chance)]
+    inputs = kernel.spec.inputs(kernel.problem, tokens, 0)
+    inputs |= {"logits": far + torch.randn(tokens, n, n, generator=chance), "hc_eps": torch.tensor(hc_eps).item()}
+    wanted = kernel.spec.reference(kernel.problem, in_float64(inputs))
+    for name, got in kernel.run(inputs, tokens).items():
+        rtol, atol = kernel.spec.tolerance(kernel.problem, name)
+        torch.testing.assert_close(got.double(), wanted[name], rtol=rtol, atol=atol)
 
 
 PASSES = {

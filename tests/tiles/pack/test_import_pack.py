@@ -38,7 +38,8 @@ def carry(theirs, mine, recompile, *, signed=False, trust=False):
 
 def compiled(records):
     """Stands in for the compiler."""
-    return [SimpleNamespace(binary=b"compiled here", source="own source") for _ in records]
+    made_with = {"cuda_toolkit": "12.8"}
+    return [SimpleNamespace(binary=b"compiled here", source="own source", made_with=made_with) for _ in records]
 
 
 def never(records):
@@ -53,7 +54,7 @@ def test_without_trust_every_kernel_is_recompiled(cache, mine):
     assert len(seen) == 3
     for record in mine.records():
         assert mine.binary_path(record).read_bytes() == b"compiled here"
-        assert record.provenance == {"host": "a", "imported": "recompiled"}
+        assert record.provenance == {"host": "a", "imported": "recompiled", "cuda_toolkit": "12.8"}
         assert record.measurement == MEASURED
 
 
@@ -100,7 +101,7 @@ def test_a_kernel_that_does_not_compile_is_skipped_and_the_rest_comes_in(cache, 
             if record.key.op == "aggregate":
                 yield CompileError("aggregate: no compiler")
             else:
-                yield SimpleNamespace(binary=b"compiled", source="")
+                yield SimpleNamespace(binary=b"compiled", source="", made_with={})
 
     imported = carry(cache, mine, recompile)
     assert sorted(how for _, how in imported) == ["recompiled", "recompiled", "skipped: aggregate: no compiler"]

@@ -123,6 +123,7 @@ def aggregate_forward(problem: Problem, schedule: ApplySchedule, dialect: Dialec
     @program(aggregate_arguments(problem), dialect)
     def aggregate_forward(p: Any) -> None:
         with dialect.kernel(p.tokens, threads=schedule.threads) as token:
+            dialect.min_blocks_per_sm(schedule.min_blocks_per_sm)
             macros.aggregate(p.x, p.u, token, macros.gates(p.pre, token))
 
     return aggregate_forward
@@ -135,6 +136,7 @@ def aggregate_backward(problem: Problem, schedule: ApplySchedule, dialect: Diale
     @program(aggregate_arguments(problem), dialect)
     def aggregate_backward(p: Any) -> None:
         with dialect.kernel(p.tokens, threads=schedule.threads) as token:
+            dialect.min_blocks_per_sm(schedule.min_blocks_per_sm)
             macros.aggregate_back(p.x, p.du, p.dx, p.dpre, token, macros.gates(p.pre, token))
 
     return aggregate_backward

@@ -267,6 +267,7 @@ def merge_forward(problem: Problem, schedule: ApplySchedule, dialect: Dialect) -
     @program(merge_arguments(problem), dialect)
     def merge_forward(p: Any) -> None:
         with dialect.kernel(p.tokens, threads=schedule.threads) as token:
+            dialect.min_blocks_per_sm(schedule.min_blocks_per_sm)
             macros.merge(p.x, p.f, p.out, token, macros.weights(p, token))
 
     return merge_forward
@@ -282,6 +283,7 @@ def merge_backward(problem: Problem, schedule: ApplySchedule, dialect: Dialect) 
     @program(merge_arguments(problem), dialect)
     def merge_backward(p: Any) -> None:
         with dialect.kernel(p.tokens, threads=schedule.threads) as token:
+            dialect.min_blocks_per_sm(schedule.min_blocks_per_sm)
             macros.merge_back(p, token, macros.weights(p, token))
 
     return merge_backward

@@ -14,6 +14,7 @@ from tiles.kernels.limits import (
     why_not_divisor,
     why_too_much_scratch,
 )
+from tiles.kernels.occupancy import REGISTER_FILE
 from tiles.kernels.spec import DTYPE_BYTES, Problem
 from tiles.target import Target
 
@@ -29,6 +30,12 @@ FEW_TOKENS, BACKWARD_THREADS = 64, (256, 128)
 VECTOR_BYTES = 16
 """The longest vector that a CUDA thread loads or stores."""
 
+MIN_BLOCKS = (1, 2, 3, 4, 6, 8)
+"""Thread blocks that a multiprocessor shall have registers for."""
+
+SPARE_REGISTERS = 8
+"""What a CUDA thread needs beside its values, for addresses above all."""
+
 MOST_WEIGHTS = 72
 """Weights of one token (those of res and n of post) that a CUDA thread can hold beside its columns."""
 
@@ -43,11 +50,13 @@ class ApplySchedule:
     block_width: columns in one parallel loop, a divisor of the width; all streams of a block are handled together.
     threads: CUDA threads a block; 0 on a CPU.
     nontemporal: 1 where a CPU stores streams and sublayer inputs past its caches.
+    min_blocks_per_sm: thread blocks that a CUDA multiprocessor shall have registers for; 1 leaves them to the compiler.
     """
 
     block_width: int
     threads: int
     nontemporal: int = 0
+    min_blocks_per_sm: int = 1
 
 
 def default(problem: Problem, target: Target) -> ApplySchedule:
@@ -77,9 +86,11 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
             "block_width": tuple(sorted({*blocks, problem.width})),
             "threads": (0,),
             "nontemporal": tuple(sorted(_nontemporal(problem, target))),
+            "min_blocks_per_sm": (1,),
         }
     vectors = {lanes * threads for lanes in (4, 8) for threads in THREADS if problem.width % (lanes * threads) == 0}
-    return {"block_width": tuple(sorted(blocks | vectors)), "threads": THREADS, "nontemporal": (0,)}
+    walks = {"block_width": tuple(sorted(blocks | vectors)), "threads": THREADS}
+    return walks | {"nontemporal": (0,), "min_blocks_per_sm": MIN_BLOCKS}
 
 
 def why_invalid(problem: Problem, schedule: ApplySchedule, target: Target) -> str | None:
@@ -88,6 +99,9 @@ def why_invalid(problem: Problem, schedule: ApplySchedule, target: Target) -> st
         "block_width", schedule.block_width, problem.width
     )
     why = why or why_bad_nontemporal(schedule.nontemporal, target)
+    most = 1 if target.kind == "cpu" else MIN_BLOCKS[-1]
+    if why is None and not 1 <= schedule.min_blocks_per_sm <= most:
+        why = f"min_blocks_per_sm must be in 1..{most} on {target}, got {schedule.min_blocks_per_sm}: choose 1"
     why = why or why_too_much_scratch(scratch(problem, schedule, target), target)
     if why or target.kind == "cpu" or schedule == default(problem, target):
         return why
@@ -101,6 +115,11 @@ def _why_not_cuda(problem: Problem, schedule: ApplySchedule) -> str | None:
     held = _registers(problem, schedule)
     if held > MAX_ACCUMULATORS:
         return f"a thread's values must fit {MAX_ACCUMULATORS} registers, got {held}: choose a smaller block_width"
+    left = REGISTER_FILE // (schedule.threads * schedule.min_blocks_per_sm)
+    if schedule.min_blocks_per_sm > 1 and left < held + SPARE_REGISTERS:
+        blocks = f"{schedule.min_blocks_per_sm} blocks of {schedule.threads} threads"
+        needed = held + SPARE_REGISTERS
+        return f"min_blocks_per_sm must leave a thread {needed} registers, got {left} with {blocks}: choose fewer"
     return None
 
 

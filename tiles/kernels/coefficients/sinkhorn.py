@@ -9,7 +9,8 @@ column sum lies in [1/n², n], so the other rounds are plain divisions. The back
 which needs M after each half round only; it gets them back from the last one by multiplying with the sums it kept.
 
 `hc_eps` is added to the softmax over the columns that the first half round is, and to all sums that divide after it. A
-row then cannot vanish, and rowmax is left out. With hc_eps = 0 all this changes no bit.
+row then cannot vanish, and rowmax is left out; it may be as small as hc_eps itself. With hc_eps = 0 all this changes no
+bit.
 """
 
 from typing import Any
@@ -54,9 +55,9 @@ class Sinkhorn:
                         bind(dialect.exp(values[j] - top) * dialect.reciprocal(column[j, thread]) + maps.hc_eps)
                         for j in streams
                     ]
-                    inverse = bind(dialect.reciprocal(sum(row) + maps.hc_eps))
+                    inverse = bind(dialect.reciprocal(dialect.upscaled(sum(row) + maps.hc_eps)))
                     for j in streams:
-                        matrix[i, j, thread] = row[j] * inverse
+                        matrix[i, j, thread] = dialect.upscaled(row[j]) * inverse
 
         @T.macro
         def round_(matrix: Any, kept: Any, step: Any, maps: Any) -> None:
@@ -126,7 +127,10 @@ class Sinkhorn:
                 for j in unrolled(n):
                     for thread in dialect.thread_loop(block):
                         softmax = bind(dialect.exp(logits[i, j, thread]) * dialect.reciprocal(column[j, thread]))
-                        share = bind(softmax * dialect.reciprocal(softmax + maps.hc_eps))  # of hc_eps beside it
+                        # of hc_eps beside it
+                        share = bind(
+                            dialect.upscaled(softmax) * dialect.reciprocal(dialect.upscaled(softmax + maps.hc_eps))
+                        )
                         grad[i, j, thread] = T.Select(
                             maps.hc_eps > T.float32(0), grad[i, j, thread] * share, grad[i, j, thread]
                         )

@@ -1,0 +1,33 @@
+"""The schedules of merge and aggregate: how many thread blocks of a CUDA multiprocessor registers are held down for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+from tiles.kernels.registry import kernel_spec
+from tiles.kernels.spec import Problem
+from tiles.target import Target
+
+GPU, CPU = Target("cuda", "sm_90a"), Target("cpu", "x86-64-v4")
+
+
+def test_a_default_leaves_registers_to_the_compiler():
+    """At 64 registers, with which three blocks of merge's forward at n = 4 would fit, it spills."""
+    for (op, direction), target in product((("merge", "forward"), ("aggregate", "backward")), (GPU, CPU)):
+        problem = Problem(op, direction, 4, 2560, "bfloat16", tokens=4096)
+        assert kernel_spec(op, direction).default(problem, target).min_blocks_per_sm == 1
+
+
+def test_more_blocks_than_registers_serve_are_refused_in_one_line():
+    problem, spec = Problem("merge", "forward", 4, 2560, "bfloat16", tokens=4096), kernel_spec("merge", "forward")
+    six, nine = (replace(spec.default(problem, GPU), min_blocks_per_sm=count) for count in (6, 9))
+    assert spec.why_invalid(problem, six, GPU) == (
+        "min_blocks_per_sm must leave a thread 44 registers, got 34 with 6 blocks of 320 threads: choose fewer"
+    )
+    assert spec.why_invalid(problem, nine, GPU) == "min_blocks_per_sm must be in 1..8 on cuda:sm_90a, got 9: choose 1"
+
+
+def test_a_record_from_before_leaves_registers_to_the_compiler():
+    old = kernel_spec("merge", "forward").schedule_from({"block_width": 2560, "threads": 320, "nontemporal": 0})
+    assert old.min_blocks_per_sm == 1
