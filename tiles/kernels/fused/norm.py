@@ -127,5 +127,5 @@ class Norm:
 
     def scratch(self, block_tokens: int, block_width: int) -> NormScratch:
         """Allocate what the backward keeps; call it inside the kernel."""
-        scale, slope = (self._dialect.scratch(block_tokens) for _ in range(2))
-        return NormScratch(scale, slope, self._dialect.scratch(block_tokens, block_width))
+        scratch = self._dialect.scratch
+        return NormScratch(scratch(block_tokens), scratch(block_tokens), scratch(block_tokens, block_width))

@@ -3,7 +3,7 @@
 Streams are flattened, x [T, nC]: stream i of a token begins at column i·C.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tilelang.language as T
@@ -77,9 +77,13 @@ class ForwardTile(_Tile):
         parts, columns, norm = width // dots_width, self.columns, Norm(problem, width, dialect)
         prefetch = prefetch_of(problem, dots_width, groups, dialect)
 
-        def of_norm(allocate: Callable[[int], Buffer], size: int) -> Any:
-            """What only a norm needs."""
-            return allocate(size) if problem.normalises else None
+        def total_of_columns() -> Any:
+            """For u'² of a token's columns, where u' is normalised."""
+            return dialect.accumulator(width) if problem.normalises else None
+
+        def total_of_rows() -> Any:
+            """The same for the rows of a register block."""
+            return dialect.scratch(rows) if problem.normalises else None
 
         @T.macro
         def merge(
@@ -88,7 +92,7 @@ class ForwardTile(_Tile):
             """x' and u' of a token's columns, x' into `staged` as well; x'² is added to squares[row], and u'², where u'
             will be normalised, to squares_of_u[row]."""
             pre, post, res = self.weights(p, token)
-            total_of_u = of_norm(dialect.accumulator, width)
+            total_of_u = total_of_columns()
             total, given = dialect.accumulator(width), self.load(p, token, column)
             mixed, gathered = [columns.result(p.x_next) for _ in streams], columns.row(p.u)
             for i in streams:
@@ -135,7 +139,7 @@ class ForwardTile(_Tile):
         @T.macro
         def run(p: Any, start: Expr, last: Expr) -> None:
             staged, squares = dialect.scratch(rows, tile_row(problem, schedule)), dialect.scratch(rows)
-            squares_of_u = of_norm(dialect.scratch, rows)
+            squares_of_u = total_of_rows()
             dots = dialect.dot_sums(rows, problem.outputs)
             for t in T.serial(rows):
                 squares[t] = T.float32(0)
