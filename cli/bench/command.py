@@ -48,10 +48,11 @@ SEED = 0
 Shape = tuple[int, int, int, str]
 """Streams, width, tokens, dtype."""
 
-BENCH_OPS, DEFAULT_DIRECTIONS = [*OPS, load_time.OP], list(DIRECTIONS)
-DEFAULT_IMPLS = [impl for impl in IMPLS if impl != "invariant"]
-"""All but what few caches hold."""
+ON_REQUEST = ("invariant",)
+"""Implementations that few caches hold."""
 
+BENCH_OPS, DEFAULT_DIRECTIONS = [*OPS, load_time.OP], list(DIRECTIONS)
+DEFAULT_IMPLS = [impl for impl in IMPLS if impl not in ON_REQUEST]
 OpOption = Annotated[
     list[str] | None, typer.Option("--op", help=f"Op: {', '.join(BENCH_OPS)}. May repeat.", show_default="all")
 ]
@@ -104,7 +105,7 @@ def bench(
     device = measured_device(target)
     found = shapes(model, streams, width, dtype, op, BENCH_OPS)
     check_choices("direction", direction, DIRECTIONS)
-    check_choices("impl", impl, list(IMPLS))
+    check_choices("impl", impl, [*DEFAULT_IMPLS, *ON_REQUEST])
     measured = _shapes(found, tokens)
     tuned = our_kernels.OF_CACHE.intersection(impl) or load_time.OP in found.ops
     folder = (existing_cache if tuned else cache_at)(cache).folder

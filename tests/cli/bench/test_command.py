@@ -65,7 +65,8 @@ def test_only_tuned_kernels_need_a_cache(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for impl in ("default", "eager"):
         done = CliRunner().invoke(app, [*given, "--impl", impl])
         assert done.exit_code == 0, done.stderr
-    for more in (["--impl", "tuned"], ["--impl", "default", "--impl", "separate"], ["--impl", "eager", "--op", "load"]):
+    of_cache = (["--impl", "tuned"], ["--impl", "default", "--impl", "separate"], ["--impl", "invariant"])
+    for more in (*of_cache, ["--impl", "eager", "--op", "load"]):
         done = CliRunner().invoke(app, [*given, *more])
         assert done.exit_code == 2
         assert "the kernel cache must hold tuned kernels, found none in" in done.stderr

@@ -29,7 +29,11 @@ def launches(op: str, tokens: int, streams: int = 4, rounds: int = PAPER_ROUNDS)
     return len(plan.launches)
 
 
-@pytest.mark.parametrize("op", LAUNCHES)
+FAST = ("merge", "step")
+OPS = [op if op in FAST else pytest.param(op, marks=pytest.mark.slow) for op in LAUNCHES]
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_launches_of_one_token(op: str) -> None:
     """Of two streams and one Sinkhorn round, which are lowered sooner."""
     assert launches(op, 1, streams=2, rounds=1) == LAUNCHES[op]
