@@ -78,15 +78,20 @@ int fake_cuKernelGetFunction(void **function, void *kernel) {
   if (!fake_context) return INVALID_CONTEXT;
   if (fake_capturing) return STREAM_CAPTURE_UNSUPPORTED;
   ((Kernel *)kernel)->asked[fake_current()] = true;
+#ifdef WITHOUT_FUNC_LOAD  // drivers before CUDA 12.4
+  ((Kernel *)kernel)->loaded[fake_current()] = true;
+#endif
   *function = kernel;
   return fake_failure;
 }
+#ifndef WITHOUT_FUNC_LOAD
 int fake_cuFuncLoad(void *function) {
   Kernel &kernel = *(Kernel *)function;
   if (!fake_context || !kernel.asked[fake_current()]) return INVALID_CONTEXT;
   kernel.loaded[fake_current()] = true;
   return 0;
 }
+#endif
 int fake_cuKernelSetAttribute(int attribute, int value, void *kernel, int device) {
   ++fake.attributes;
   fake.attribute = attribute;

@@ -30,11 +30,11 @@ def build_launcher(folder: Path, plan: Plan, arguments: Sequence[Argument]) -> P
     return folder / "kernel.so"
 
 
-def build_driver(folder: Path) -> str:
+def build_driver(folder: Path, *options: str) -> str:
     """The fake, under the real one's SONAME. It uses CUDA's own header where there is one."""
     path = folder / "libcuda.so.1"
     include = [f"-I{found}" for found in Path("/usr/local").glob("cuda*/include")]
-    command = ["g++", "-std=c++17", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", *include]
+    command = ["g++", "-std=c++17", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", *include, *options]
     subprocess.run([*command, str(HERE / "fake_driver.cpp"), "-o", str(path)], check=True)
     return str(path)
 

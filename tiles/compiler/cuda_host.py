@@ -107,7 +107,7 @@ int load_kernel(int index, int device) {{
   if (!failed && shared > 48 * 1024) failed = set_attribute(8, shared, kernel, device);
   if (!failed) failed = get_function(&function, kernel);
   if (!failed && load_function) failed = load_function(function);
-  if (!failed) kernels[index] = kernel;
+  if (!failed && !kernels[index]) kernels[index] = kernel;  // others may launch it on another device now
   return failed;
 }}
 

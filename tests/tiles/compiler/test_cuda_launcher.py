@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launching import IMAGE_BYTES, WORKSPACE, build_launcher, call, job, launched
+from launching import IMAGE_BYTES, WORKSPACE, build_driver, build_launcher, call, job, launched
 
 from tiles.compiler.compile import CompileError, _plan
 from tiles.compiler.cuda_launcher import (
@@ -179,6 +179,13 @@ def test_a_capture_may_be_the_first_to_launch_the_sum_over_splits(driver, tmp_pa
     (records,) = launched(driver, [job(built(tmp_path), *calls)])
     assert [record["status"] for record in records] == [0, 0, 0, 0]
     assert [launch["name"] for launch in records[1]["log"]] == ["toy_kernel", SUM_KERNEL]
+
+
+def test_drivers_before_cuda_12_4_load_what_is_asked_for(tmp_path):
+    """They have no cuFuncLoad."""
+    driver = build_driver(tmp_path, "-DWITHOUT_FUNC_LOAD")
+    (records,) = launched(driver, [job(built(tmp_path / "kernel"), 8, call(1000, capturing=1))])
+    assert [record["status"] for record in records] == [0, 0]
 
 
 @pytest.mark.parametrize("device", [0, 3])
