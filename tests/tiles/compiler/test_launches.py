@@ -40,6 +40,5 @@ def test_launches_of_one_token(op: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", LAUNCHES)
-def test_launches_of_64_tokens(op: str) -> None:
-    assert launches(op, 64) == LAUNCHES[op]
+def test_launches_of_64_tokens_and_four_streams() -> None:
+    assert launches("step", 64) == LAUNCHES["step"]
