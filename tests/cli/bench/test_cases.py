@@ -8,6 +8,7 @@ import torch
 from cli.bench import cases
 from cli.bench.cases import CPU, DIRECTIONS, DISTINCT_TOKENS, OPS, least_traffic, make_case, reference, repeat_tokens
 from cli.bench.torch_composites import STACK_LAYERS
+from mhc.sublayer_norm import NORM_EPS
 from tiles.kernels.arguments import PAPER_SCALARS
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Direction, Problem, Traffic
@@ -40,7 +41,8 @@ def test_what_is_wanted_is_what_the_ops_own_kernel_computes(op: str) -> None:
     case = make_case(op, *SHAPE, "float32", 1)
     problem = Problem(op, "forward", *SHAPE[:2], "float32", SHAPE[2])
     spec = kernel_spec(op, "forward")
-    given = dict(zip(case.names, (tensor.detach().double() for tensor in case.inputs), strict=True)) | PAPER_SCALARS
+    given = dict(zip(case.names, (tensor.detach().double() for tensor in case.inputs), strict=True))
+    given |= PAPER_SCALARS | {"norm_eps": NORM_EPS}
     outputs = [argument.name for argument in spec.arguments(problem) if argument.role == "output"]
     results = spec.reference(problem, given)
     for name, want in zip(outputs, case.expected[: len(case.grad_outputs)], strict=False):

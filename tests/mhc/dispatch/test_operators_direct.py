@@ -42,7 +42,7 @@ def outcome(run, op):
         pytest.param(
             kernels,
             op,
-            marks=pytest.mark.slow if kernels == "compiled" and op in ("pre", "step", "single_pass") else (),
+            marks=pytest.mark.slow if kernels == "compiled" and op.startswith(("pre", "step", "single_pass")) else (),
         )
         for kernels in ("reference", "compiled")
         for op in sorted(OPERATORS)

@@ -61,6 +61,7 @@ def test_the_streams_and_their_gradients_are_those_of_the_formulas(settings):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_blocks_stacks_and_recomputation_are_the_same_on_kernels(on_compiled):
     """One stack on compiled kernels, and the blocks one by one on the reference; which kernels ran is told."""
     blocks = [block() for _ in range(3)]

@@ -65,6 +65,7 @@ def digests() -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_generate_the_same():
     pytest.importorskip("tilelang")
     script = f"import runpy; junk = [object() for _ in range(12345)]; print(*runpy.run_path({__file__!r})['digests']())"

@@ -41,7 +41,6 @@ FAST = [
     ("merge", "forward", "sm_90a"),
     ("coefficients", "backward", "sm_90a"),
     ("project", "backward", "sm_100a"),
-    ("pre", "forward", "sm_90a"),
 ]
 TIERS = [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 

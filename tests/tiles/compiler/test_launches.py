@@ -29,7 +29,7 @@ def launches(op: str, tokens: int, streams: int = 4, rounds: int = PAPER_ROUNDS)
     return len(plan.launches)
 
 
-FAST = ("merge", "step")
+FAST = ("merge",)
 OPS = [op if op in FAST else pytest.param(op, marks=pytest.mark.slow) for op in LAUNCHES]
 
 

@@ -59,9 +59,8 @@ def merged() -> list[Any]:
 
 
 ALL = [*projections(), *chains(), *merged()]
-FAST = (0, 27)
-"""What is quick to lower: one stream, and step merged inside of tiles with phi split before. test_emulated.py has the
-other ops and tails."""
+FAST = (0,)
+"""What is quick to lower: one stream. test_emulated.py has the other ops and tails."""
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def source(request, cache):
 
 def compiled(records):
     """Stands in for the compiler."""
-    return [SimpleNamespace(binary=b"compiled here", source="") for _ in records]
+    return [SimpleNamespace(binary=b"compiled here", source="", made_with={}) for _ in records]
 
 
 def imported(cache, tmp_path, recompile=compiled):

@@ -39,7 +39,7 @@ def test_format_1_is_read(pack):
 
 def test_format_1_is_not_signed_so_its_code_is_not_trusted(pack, tmp_path):
     assert (pack.signed_by, pack.why_untrusted) == (None, "it is not signed")
-    compiled = SimpleNamespace(binary=b"compiled here", source="")
+    compiled = SimpleNamespace(binary=b"compiled here", source="", made_with={})
     cache = KernelCache(tmp_path)
     imported = import_pack(
         pack, cache, trust_binaries=False, recompile=lambda records: [compiled for record in records]
