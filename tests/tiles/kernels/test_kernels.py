@@ -14,12 +14,13 @@ from tiles.kernels.spec import DTYPES, IDENTITY, NORM, Problem
 from tiles.runtime.loaded_kernel import is_result
 
 STREAMS = (1, 2, 3, 4, 8, 16)
+FUSED = ("pre", "step", "single_pass")
 WIDTH = 72  # a multiple of 8 and of nothing larger, so that vectors have tails
 
 
 def problems() -> list[Problem]:
-    """All dtypes; those of the identity, whose texts are parts of the others', share them out, and those with a norm,
-    whose texts are the others' with a few more lines, have the shapes of `LARGE` and `NORMED`."""
+    """All dtypes; fused ops, and those of the identity, whose texts are parts of the others', share them out, and those
+    with a norm, whose texts are the others' with a few more lines, have the shapes of `LARGE` and `NORMED`."""
     found = [
         canonical(Problem(op, direction, n, WIDTH, dtype, tokens=64))
         for op, direction in kernel_specs()
@@ -33,7 +34,9 @@ def problems() -> list[Problem]:
 def chosen(op: str, direction: str, n: int, dtype: str, its_turn: bool) -> bool:
     if (n, dtype) in LARGE.get((op, direction), ()):
         return True
-    return (n, dtype) in NORMED.get((op, direction), ()) if NORM in op else its_turn or not op.endswith(IDENTITY)
+    if NORM in op:
+        return (n, dtype) in NORMED.get((op, direction), ())
+    return its_turn or not (op in FUSED or op.endswith(IDENTITY))
 
 
 LARGE = {
