@@ -67,7 +67,8 @@ def expect_same_when_compiled(model, backend):
     expected = outcome(model, h)
     found = outcome(torch.compile(model, fullgraph=True, backend=backend), h)
     for actual, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+        scale = wanted.abs().max()  # small elements of a gradient are sums that cancel
+        torch.testing.assert_close(actual / scale, wanted / scale, rtol=0, atol=2e-5)
 
 
 def test_step_and_sinkhorn_compile_in_one_graph_for_any_token_count():
