@@ -1,5 +1,5 @@
-"""Our kernels as implementations: tuned, tuned without fused kernels or for every token count, default schedules, and
-given schedules."""
+"""The implementations that run our kernels: tuned, tuned without fused kernels or for every token count, default
+schedules, and given schedules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Boundaries between sublayers, `step` and `single_pass`, timed against each other for results/: `python -m
+"""The comparison of boundaries between sublayers, `step` and `single_pass`, for results/: `python -m
 cli.maintain.compare_boundaries OUT.json`. `mhc-tune bench` times one op after another, and machines drift in between.
 """
 

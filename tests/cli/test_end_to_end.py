@@ -188,6 +188,7 @@ def test_bench_compares_implementations(tuned: Tuned, tmp_path: Path, monkeypatc
     assert "wrong" not in " ".join(printed["skipped"])
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     # A test run that was started in the background ignores Ctrl-C, and so would what it starts.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"

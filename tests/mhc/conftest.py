@@ -1,6 +1,8 @@
-"""Every test runs with a cache folder of its own session, on the torch reference unless it asks for `kernels`.
+"""Every test runs with a cache folder of this run, on the torch reference unless it asks for `kernels`.
 
 Tests on compiled kernels take n = 4 and C = 16 where they can: a kernel is compiled once a shape and dtype."""
+
+import os
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from mhc.dispatch.resolve import Resolver
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mhc_cache")
+    """Shared by the processes of a run: what one has compiled, the others load."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "mhc_cache"
+    folder.mkdir(mode=0o700, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MHC_TUNE_CACHE", str(folder))
         yield folder

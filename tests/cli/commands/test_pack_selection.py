@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from cli_helpers import put_kernel
 
 from cli.commands.pack_selection import compile_for_levels
@@ -12,6 +13,7 @@ from tiles.target import detect_device
 HERE = replace(detect_device("cpu"), arch="x86-64")
 
 
+@pytest.mark.slow
 def test_real_code_for_another_level(tmp_path: Path) -> None:
     """What is compiled for x86-64-v2 has no AVX register in it; for v3 it has."""
     record = put_kernel(KernelCache(tmp_path), "merge", 64, HERE)

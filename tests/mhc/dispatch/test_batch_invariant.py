@@ -26,7 +26,6 @@ FAST = {
     ("aggregate", "backward", 2, "bfloat16"),
     ("merge", "forward", 4, "bfloat16"),
     ("coefficients", "forward", 2, "float32"),
-    ("pre", "backward", 2, "bfloat16"),
 }
 
 

@@ -1,5 +1,5 @@
-"""The folder's helper `released` can be imported by its tests. What compiles step or single_pass is slow: tests/tiles
-compiles them in the fast tier."""
+"""The folder's helper `released` can be imported by its tests. What compiles a fused op is slow: tests/tiles compiles
+them in the fast tier."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-DEAR = ("step", "single_pass")
+DEAR = ("pre", "step", "single_pass")
 
 sys.path.insert(0, str(HERE))
 

@@ -76,13 +76,13 @@ DEFAULTS = [
     case("project", "backward", 4, 128, "bfloat16", "sm_90a", None, 16),
     case("pre", "forward", 2, 64, "float16", "sm_90a"),
     case("pre", "backward", 2, 64, "bfloat16", "sm_90a", None, 16),
-    case("step", "backward", 2, 64, "bfloat16", "sm_100a", None, 16, 32),
     case("single_pass", "forward", 2, 64, "bfloat16", "sm_90a"),
     case("merge_identity", "backward", 4, 64, "bfloat16", "sm_90a", None, 16),
 ]
 SINKHORN, FORWARD, BACKWARD, PRE_BACKWARD = DEFAULTS[7:9], DEFAULTS[9], DEFAULTS[10], DEFAULTS[12]
 
 MORE_DEFAULTS = [
+    case("step", "backward", 2, 64, "bfloat16", "sm_100a", None, 16, 32),
     case("single_pass_identity", "backward", 2, 64, "bfloat16", "sm_90a", None, 16, 32),
     case("merge", "backward", 9, 8, "bfloat16", "sm_90a", None, 16),
     case("project", "forward", 2, 72, "float16", "sm_90a"),
@@ -158,8 +158,8 @@ MERGED = [
 
 SMALL_TILES, EARLY = TILED[5], CHAINED[0]
 FAST = {*DEFAULTS, SMALL_TILES, EARLY}
-"""Each kernel once, but step and single_pass, which share their tiles, one pass each; and what no default does: small
-tiles of an odd width, an early start."""
+"""Each kernel once, of step and single_pass, which share their tiles, one pass; and what no default does: small tiles
+of an odd width, an early start."""
 
 FIXED = [*DEFAULTS, *MORE_DEFAULTS, *TILED, *CHAINED, *MERGED]
 

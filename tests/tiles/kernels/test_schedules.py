@@ -90,12 +90,11 @@ WITHOUT_SOURCES = [op for op in {spec.op for spec in SPECS} if op.startswith(("p
 
 def programs_and_sources() -> list[Any]:
     """Programs of all kernels on a CPU and CUDA, and the sources of those that mix streams, of fused ones step's."""
-    cpu, cuda = ("pre.backward", "step.forward", "single_pass.forward"), LARGE
     return [
         pytest.param(*spec.values, target, made, marks=pytest.mark.slow if made is generate_source else spec.marks)
         for made in (program, generate_source)
-        for target, slow in ((TARGETS[0], cpu), (TARGETS[2], cuda))
-        for spec in but_slow(slow)
+        for target in (TARGETS[0], TARGETS[2])
+        for spec in but_slow(LARGE)
         if made is program or spec.values[0].op not in WITHOUT_SOURCES
     ]
 
@@ -159,7 +158,7 @@ def _ends(values: tuple[int, ...]) -> tuple[int, int, int]:
     ("n", "width"),
     [(2, 72), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((4, 1280), (5, 72)))],
 )
-@pytest.mark.parametrize("spec", but_slow(("pre.forward", "pre.backward"), NORMED), ids=named)
+@pytest.mark.parametrize("spec", but_slow(("pre.forward", *LARGE), NORMED), ids=named)
 def test_a_kernel_allocates_the_scratch_that_it_states(spec, n, width):
     target, problem = TARGETS[0], problem_of(spec, n, width)
     schedule = spec.default(problem, target)
