@@ -126,10 +126,14 @@ typedef mhc_vector<MHC_LANES>::type mhc_lanes;
 typedef mhc_vector<8>::type mhc_eight;
 typedef mhc_vector<4>::type mhc_four;
 
-extern "C" {
-// sums[i][j] += a[i]·b[j] over `width` columns, a multiple of 8. A sum is MHC_LANES partial sums, of 16 places.
-MHC_OWN_REGISTERS int32_t mhc_add_dots(float *sums, int32_t sums_row, float *a, int32_t a_row, float *b, int32_t b_row,
-                                       int32_t rows, int32_t columns, int32_t width) {
+// Sizes of register blocks differ among the calls of a kernel, the last outputs being fewer. A size that the compiler
+// takes for a variable leaves the sums in memory, so that each gets a function of its own; others are dropped.
+#define MHC_EACH_SIZE(call) \
+  call(1) call(2) call(3) call(4) call(5) call(6) call(7) call(8)
+
+template <int columns>
+MHC_OWN_REGISTERS int32_t mhc_dots(float *sums, int32_t sums_row, float *a, int32_t a_row, float *b, int32_t b_row,
+                                   int32_t rows, int32_t width) {
   mhc_lanes total[MHC_BLOCK][MHC_BLOCK];
   int32_t c = 0;
   for (int32_t i = 0; i < rows; ++i)
@@ -149,6 +153,17 @@ MHC_OWN_REGISTERS int32_t mhc_add_dots(float *sums, int32_t sums_row, float *a, 
       for (int32_t j = 0; j < columns; ++j)
         *(mhc_eight *)(sums + i * sums_row + 16 * j) +=
             *(mhc_eight *)(a + i * (int64_t)a_row + c) * *(mhc_eight *)(b + j * (int64_t)b_row + c);
+  return 0;
+}
+
+extern "C" {
+// sums[i][j] += a[i]·b[j] over `width` columns, a multiple of 8. A sum is MHC_LANES partial sums, of 16 places.
+MHC_INLINE int32_t mhc_add_dots(float *sums, int32_t sums_row, float *a, int32_t a_row, float *b, int32_t b_row,
+                                int32_t rows, int32_t columns, int32_t width) {
+#define MHC_OF(size) \
+  case size: return mhc_dots<size>(sums, sums_row, a, a_row, b, b_row, rows, width);
+  switch (columns) { MHC_EACH_SIZE(MHC_OF) }
+#undef MHC_OF
   return 0;
 }
 
@@ -248,10 +263,9 @@ MHC_INLINE int32_t mhc_product_blocks(float *out, int32_t out_row, const float *
   return c;
 }
 
-// out[i] += Σ_{j < count} a[i][j] b[j] over `width` columns, a multiple of 8.
-extern "C" {
-MHC_OWN_REGISTERS int32_t mhc_add_product(float *out, int32_t out_row, float *a, int32_t a_row, int32_t a_column,
-                                          float *b, int32_t b_row, int32_t rows, int32_t count, int32_t width) {
+template <int rows>
+MHC_OWN_REGISTERS int32_t mhc_product(float *out, int32_t out_row, float *a, int32_t a_row, int32_t a_column, float *b,
+                                      int32_t b_row, int32_t count, int32_t width) {
 #define MHC_FROM(lanes, vectors) \
   mhc_product_blocks<lanes, vectors>(out, out_row, a, a_row, a_column, b, b_row, rows, count, c, width)
   int32_t c = 0;
@@ -260,6 +274,17 @@ MHC_OWN_REGISTERS int32_t mhc_add_product(float *out, int32_t out_row, float *a,
   c = MHC_FROM(MHC_LANES, 1);
   c = MHC_FROM(8, 1);
 #undef MHC_FROM
+  return 0;
+}
+
+extern "C" {
+// out[i] += Σ_{j < count} a[i][j] b[j] over `width` columns, a multiple of 8.
+MHC_INLINE int32_t mhc_add_product(float *out, int32_t out_row, float *a, int32_t a_row, int32_t a_column, float *b,
+                                   int32_t b_row, int32_t rows, int32_t count, int32_t width) {
+#define MHC_OF(size) \
+  case size: return mhc_product<size>(out, out_row, a, a_row, a_column, b, b_row, count, width);
+  switch (rows) { MHC_EACH_SIZE(MHC_OF) }
+#undef MHC_OF
   return 0;
 }
 }  // extern "C"

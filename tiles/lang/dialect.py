@@ -200,10 +200,10 @@ class Cpu:
         """What `load` gives back of a value that is stored."""
         return value if dtype == "float32" else T.call_extern("float32", f"mhc_round_{dtype}", value)
 
-    def prefetch(self, tensors: tuple[Buffer, ...], row: Expr, column: Expr, count: int) -> Any:
-        """Say that `count` elements of a row of each tensor are needed soon; they may lie past its end."""
+    def prefetch(self, tensors: tuple[Buffer, ...], place: tuple[Expr, ...], count: int) -> Any:
+        """Say that `count` elements of each tensor from a place on are needed soon; they may lie past its end."""
         for tensor in dict.fromkeys(tensors):
-            _call(f"mhc_prefetch_{tensor.dtype}", T.address_of(tensor[row, column]), count)
+            _call(f"mhc_prefetch_{tensor.dtype}", T.address_of(tensor[place]), count)
 
     def dot_sums(self, rows: int, columns: int) -> Buffer:
         """Storage for rows × columns running dot products, zero at first; read it with `dot_sum`."""

@@ -156,7 +156,7 @@ def gradients(problem: Problem, schedule: Any, dialect: Cpu, *, nontemporal: boo
         result = columns.result(p.dx)
         count = variable(T.min(schedule.block_tokens, last - start))
         for t in T.serial(count):
-            dialect.prefetch((p.x, p.dx, *also), start + t, column + width, width)
+            dialect.prefetch((p.x, p.dx, *also), (start + t, column + width), width)
             for index in dialect.parallel(width):
                 staged[t, index] = dialect.load(p.x[start + t, column + index], dtype)
         for g in T.serial(groups.whole):
@@ -201,7 +201,7 @@ def prefetch_of(problem: Problem, width: int, groups: Groups, dialect: Cpu) -> A
         for token in tokens:
             for tensor in tensors:
                 share = problem.fan_in // int(tensor.shape[1])
-                dialect.prefetch((tensor,), token, (column + call * piece) // share, -(-piece // share))
+                dialect.prefetch((tensor,), (token, (column + call * piece) // share), -(-piece // share))
 
     return prefetch
 

@@ -53,7 +53,7 @@ def backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
         return cuda_programs.backward(problem, schedule, dialect)
     assert isinstance(dialect, Cpu)
     outputs, fan_in = problem.outputs, problem.fan_in
-    block, rows, width = schedule.block_tokens, schedule.register_tokens, schedule.block_width
+    block, width = schedule.block_tokens, schedule.block_width
     tile, maps = BackwardTile(problem, schedule, dialect), gates.Backward(problem, block, dialect)
     row = tile_row(problem, schedule)
 
@@ -61,7 +61,7 @@ def backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
     def single_pass_backward(p: Any) -> None:
         with dialect.kernel(p.splits, threads=0) as split:
             held, sums, normed = maps.scratch(), dialect.scratch(block, outputs), tile.norm_scratch()
-            staged, grads, phi = (dialect.scratch(count, row) for count in (block, rows, outputs))
+            staged, phi = dialect.scratch(block, row), dialect.scratch(outputs, row)
             maps.clear(held)
             for k in T.serial(outputs):
                 for index in dialect.parallel(fan_in):
@@ -86,12 +86,11 @@ def backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
                     for t in T.serial(count):
                         tile.merge_again(p, staged, sums, normed, split, variable(start + t), chunk * width, t)
                     tile.add_dphi(p.dphi, staged, held.dz, split, chunk * width, count)
-                    for r in T.serial(T.ceildiv(count, rows)):
-                        tile.add_dx_next(p, phi, staged, grads, held, normed, start, chunk * width, r * rows, count)
-                        for t in T.serial(T.min(rows, count - r * rows)):
-                            tile.merge_back(
-                                p, grads, sums, variable(start + r * rows + t), chunk * width, t, r * rows + t
-                            )
+                    for t in T.serial(count):
+                        tile.start_grads(p, staged, held, normed, start, chunk * width, t)
+                    tile.add_through_z(phi, staged, held, count)
+                    for t in T.serial(count):
+                        tile.merge_back(p, staged, sums, variable(start + t), chunk * width, t)
                 for t in T.serial(count):
                     tile.store_sums(p, sums, variable(start + t), t)
             maps.store(held, p.dalpha, p.dbias, split)

@@ -51,9 +51,9 @@ CACHE_LINE = 16
 FORWARD_COLUMNS = 8192
 """Columns of all streams that a forward's default stages for a register block of tokens: what an L2 cache holds."""
 
-FEW_STREAMS = 4
-FEW_COLUMNS, MANY_COLUMNS = {"float32": 256, "bfloat16": 128, "float16": 128}, 64
-"""Columns of each stream that a backward's default takes at a time: of few streams, and of more."""
+FEW_STREAMS, MANY_STREAMS = 4, 8
+FEW_COLUMNS, MORE_COLUMNS = {"float32": 256, "bfloat16": 128, "float16": 128}, 64
+"""Columns of each stream that a backward's default takes at a time: of up to FEW_STREAMS, and of more."""
 
 
 def default(problem: Problem, target: Target) -> Schedule:
@@ -63,11 +63,11 @@ def default(problem: Problem, target: Target) -> Schedule:
         return chain_schedule.default(problem, target)
     forward = problem.direction == "forward"
     tokens, outputs = dots_block(target) if forward else (6, 6)
-    few = problem.streams <= FEW_STREAMS
     if forward:
         blocks, columns = 4, FORWARD_COLUMNS // problem.streams
     else:
-        blocks, columns = (8, FEW_COLUMNS[problem.dtype]) if few else (4, MANY_COLUMNS)
+        blocks = 8 if problem.streams <= MANY_STREAMS else 4
+        columns = FEW_COLUMNS[problem.dtype] if problem.streams <= FEW_STREAMS else MORE_COLUMNS
     width = divisors(problem.width, 8, columns)[-1]
     nontemporal = nontemporal_choices(problem, problem.streams, target)[0]
     return _fitting(problem, target, SinglePassSchedule(tokens * blocks, tokens, outputs, width, nontemporal))
@@ -130,7 +130,7 @@ def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
         held = rows * (problem.outputs * DOT_LANES + 1 + row + problem.normalises)
         return 4 * (coefficients.forward_scratch(problem, tokens, target) + held) + results
     results = _results_scratch(problem, schedule, problem.streams + 1)
-    held = tokens * problem.outputs + (tokens + rows + problem.outputs) * row + norm_scratch(problem, schedule)
+    held = tokens * problem.outputs + (tokens + problem.outputs) * row + norm_scratch(problem, schedule)
     return 4 * (coefficients.backward_scratch(problem, tokens, target) + held) + results
 
 

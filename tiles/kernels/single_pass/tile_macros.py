@@ -53,8 +53,8 @@ class _Tile:
         def prefetch(streams_of: Sequence[Buffer], rows_of: Sequence[Buffer], token: Expr, column: Expr) -> None:
             """Say that a token's next block of columns is needed soon."""
             for i in streams:
-                dialect.prefetch(tuple(streams_of), token, place(i, column + width), width)
-            dialect.prefetch(tuple(rows_of), token, column + width, width)
+                dialect.prefetch(tuple(streams_of), (token, place(i, column + width)), width)
+            dialect.prefetch(tuple(rows_of), (token, column + width), width)
 
         self.columns, self.place, self.load, self.x_next = columns, place, load, x_next
         self.prefetch, self._mixes = prefetch, problem.mixes
@@ -258,40 +258,32 @@ class BackwardTile(_Tile):
 
         @T.macro
         def add_dphi(dphi: Buffer, staged: Buffer, dz: Buffer, split: Expr, column: Expr, count: Expr) -> None:
-            """dphi += dzᵀ·x' of the staged tokens."""
+            """dphi += dzᵀ·x' of the staged tokens. Its rows lie too far apart for a processor to foresee them."""
             for i in T.serial(n):
                 for g in T.serial(groups.whole):
+                    for k in range(groups.size):
+                        dialect.prefetch((dphi,), (split, (g + 1) * groups.size + k, self.place(i, column)), width)
                     add_group(dphi, staged, dz, split, i, column, g * groups.size, groups.size, count)
                 if groups.rest > 0:
                     add_group(dphi, staged, dz, split, i, column, groups.whole * groups.size, groups.rest, count)
 
         @T.macro
-        def add_dx_next(
-            p: Any,
-            phi: Buffer,
-            staged: Buffer,
-            grads: Buffer,
-            held: Any,
-            normed: Any,
-            start: Expr,
-            column: Expr,
-            first: Expr,
-            count: Expr,
-        ) -> None:
-            """g of the tokens first .. first + register_tokens of a block: dx' + pre·du' + dz'·phi + 2x'·ds'."""
-            for t in T.serial(rows):
-                at = variable(T.min(first + t, count - 1))
-                token = variable(start + at)
-                slope = bind(2 * held.ds[at])
-                for i in T.serial(n):
-                    gate = bind(p.pre[token, i])
-                    for index in dialect.parallel(width):
-                        of_u = grad_of_u(normed, at, index, dialect.load(p.du[token, column + index], dtype))
-                        of_x_next = dialect.load(p.dx_next[token, self.place(i, column + index)], dtype)
-                        of_s = slope * staged[at, i * width + index]
-                        grads[t, i * width + index] = of_x_next + gate * of_u + of_s
+        def start_grads(p: Any, staged: Buffer, held: Any, normed: Any, start: Expr, column: Expr, row: Expr) -> None:
+            """dx' + pre·du' + 2x'·ds' of a token of a block, in the place of its x'."""
+            token, slope = variable(start + row), bind(2 * held.ds[row])
             for i in T.serial(n):
-                out, of_outputs = View(grads, (0, i * width), (0, 1)), View(held.dz, (0, first), (1, 0))
+                gate = bind(p.pre[token, i])
+                for index in dialect.parallel(width):
+                    of_u = grad_of_u(normed, row, index, dialect.load(p.du[token, column + index], dtype))
+                    of_x_next = dialect.load(p.dx_next[token, self.place(i, column + index)], dtype)
+                    of_s = slope * staged[row, i * width + index]
+                    staged[row, i * width + index] = of_x_next + gate * of_u + of_s
+
+        @T.macro
+        def add_through_z(phi: Buffer, grads: Buffer, held: Any, count: Expr) -> None:
+            """g += dz'·phi of a block, stream by stream: phi's columns of one stay in the nearest cache."""
+            for i, r in T.grid(n, T.ceildiv(count, rows)):
+                out, of_outputs = View(grads, (r * rows, i * width), (0, 1)), View(held.dz, (0, r * rows), (1, 0))
                 dialect.add_product(out, of_outputs, View(phi, (0, i * width), (0, 1)), rows, problem.outputs, width)
 
         @T.macro
@@ -302,7 +294,6 @@ class BackwardTile(_Tile):
             sums: Buffer,
             token: Expr,
             row: Expr,
-            place: Expr,
             first: Expr,
             step: int,
         ) -> None:
@@ -313,17 +304,17 @@ class BackwardTile(_Tile):
                 for i in streams:
                     totals[i][0] += grads[row, i * width + index] * value
             for i in streams:
-                sums[place, first + i * step] = sums[place, first + i * step] + totals[i][0]
+                sums[row, first + i * step] = sums[row, first + i * step] + totals[i][0]
 
         @T.macro
-        def merge_back(p: Any, grads: Buffer, sums: Buffer, token: Expr, column: Expr, row: Expr, place: Expr) -> None:
+        def merge_back(p: Any, grads: Buffer, sums: Buffer, token: Expr, column: Expr, row: Expr) -> None:
             """dx and df of a token's columns, and their part of dpost and dres, from its row of g. Sums have loops of
             their own: those of all streams would not fit the registers."""
             _pre, post, res = self.weights(p, token)
-            add_dots(p.f, column, grads, sums, token, row, place, n, 1)
+            add_dots(p.f, column, grads, sums, token, row, n, 1)
             if problem.mixes:
                 for j in streams:
-                    add_dots(p.x, self.place(j, column), grads, sums, token, row, place, 2 * n + j, n)
+                    add_dots(p.x, self.place(j, column), grads, sums, token, row, 2 * n + j, n)
             state_grads, sublayer_grads = [columns.result(p.dx) for _ in streams], columns.result(p.df)
             for j in streams:
                 state_grads[j].store_at(token, self.place(j, column))
@@ -349,7 +340,8 @@ class BackwardTile(_Tile):
                     p.dres[token, i, j] = sums[row, 2 * n + i * n + j]
 
         self.load_grads, self.load_phi, self.merge_again, self.add_dphi = load_grads, load_phi, merge_again, add_dphi
-        self.add_dx_next, self.merge_back, self.store_sums = add_dx_next, merge_back, store_sums
+        self.start_grads, self.add_through_z = start_grads, add_through_z
+        self.merge_back, self.store_sums = merge_back, store_sums
         self.norm_factors = norm_factors
 
         def norm_scratch() -> NormScratch | None:
