@@ -45,11 +45,11 @@ class SinglePassSchedule:
 
 Schedule = SinglePassSchedule | ChainSchedule
 
-CACHE_LINE = 16
-"""Floats of a cache line."""
+CACHE_LINE, PAGE = 16, 1024
+"""Floats of a cache line, and of all sets of an L1 cache."""
 
-FORWARD_COLUMNS = 8192
-"""Columns of all streams that a forward's default stages for a register block of tokens: what an L2 cache holds."""
+FORWARD_COLUMNS = 10240
+"""Columns of all streams that a forward's default stages for a register block of tokens: half of an L2 cache."""
 
 FEW_STREAMS, MANY_STREAMS = 4, 8
 FEW_COLUMNS, MORE_COLUMNS = {"float32": 256, "bfloat16": 128, "float16": 128}, 64
@@ -140,5 +140,10 @@ def _results_scratch(problem: Problem, schedule: SinglePassSchedule, rows: int) 
 
 
 def tile_row(problem: Problem, schedule: SinglePassSchedule) -> int:
-    """Floats from one row of a tile of all streams to the next: rows of whole pages would share the sets of a cache."""
-    return problem.streams * schedule.block_width + CACHE_LINE
+    """Floats from one row of a tile of all streams to the next. Rows of whole pages would share the sets of a cache:
+    forward those of a register block, which are read side by side, begin in sets that lie evenly apart."""
+    columns = problem.streams * schedule.block_width
+    if problem.direction == "backward":
+        return columns + CACHE_LINE
+    apart = PAGE // schedule.register_tokens // CACHE_LINE * CACHE_LINE
+    return columns + (apart - columns) % PAGE
