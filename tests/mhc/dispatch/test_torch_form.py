@@ -158,7 +158,7 @@ NETS = {
 }
 
 
-SLOW = ("stack", "recompute", "single pass")
+SLOW = ("block", "stack", "recompute", "single pass")
 """Those of kernels that take long to compile."""
 
 

@@ -54,9 +54,18 @@ def single_pass(blocks):
     return mhc.recompute(blocks, segment=2, single_pass=True)
 
 
+def tiers(cases):
+    """On the reference, then on compiled kernels; step and single_pass take long to compile."""
+    reference, compiled = ([(kernels, *case) for case in cases] for kernels in ("reference", "compiled"))
+    return reference + [
+        case if case[1] is NETS["block"] else pytest.param(*case, marks=pytest.mark.slow) for case in compiled
+    ]
+
+
 @pytest.mark.parametrize(
-    ("net", "how", "mode"),
-    [*IN_PLACE, *(pytest.param(single_pass, how, "mhc", marks=pytest.mark.slow) for how in ("relu", "mul"))],
+    ("kernels", "net", "how", "mode"),
+    tiers([*IN_PLACE, *((single_pass, how, "mhc") for how in ("relu", "mul"))]),
+    indirect=["kernels"],
 )
 @pytest.mark.usefixtures("_from_torch_or_the_pool")
 def test_a_sublayer_may_begin_in_place(kernels, net, how, mode):

@@ -66,6 +66,7 @@ def assert_close(found, wanted):
 
 
 @pytest.mark.parametrize("join", [mhc.HyperConnectionStack, mhc.recompute])
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("compiled", marks=pytest.mark.slow)], indirect=True)
 def test_a_stack_of_twelve_is_the_recurrence(kernels, join):
     made = blocks(12, ({"hc_eps": 1e-3, "post_scale": 1.5},))
     x, upstream = torch.randn(2, TOKENS, STREAMS, WIDTH), torch.randn(2, TOKENS, WIDTH)

@@ -51,14 +51,14 @@ LARGE = {
     ("single_pass", "forward"): ((4, "bfloat16"),),
     ("single_pass", "backward"): ((3, "float32"),),
     ("merge_identity", "forward"): ((4, "bfloat16"),),
-    ("merge_identity", "backward"): ((4, "bfloat16"), (3, "float32")),
+    ("merge_identity", "backward"): ((4, "bfloat16"),),
     ("pre_identity", "forward"): ((4, "bfloat16"),),
-    ("pre_identity", "backward"): ((3, "float32"),),
+    ("pre_identity", "backward"): (),
     ("step_identity", "forward"): (),
     ("step_identity", "backward"): (),
-    ("single_pass_identity", "forward"): ((4, "float32"),),
+    ("single_pass_identity", "forward"): (),
     ("single_pass_identity", "backward"): ((2, "bfloat16"),),
-    ("pre_norm", "forward"): ((4, "bfloat16"),),
+    ("pre_norm", "forward"): (),
     ("pre_norm", "backward"): ((3, "float32"),),
     ("step_norm", "forward"): (),
     ("step_norm", "backward"): (),
@@ -73,7 +73,7 @@ LARGE = {
 }
 """What of the kernels that take long to compile is fast."""
 NORMED = {
-    ("pre_norm", "forward"): ((16, "float16"),),
+    ("pre_norm", "forward"): ((16, "float16"), (4, "bfloat16")),
     ("pre_norm", "backward"): ((1, "float16"), (8, "bfloat16")),
     ("step_norm", "forward"): ((3, "float32"),),
     ("step_norm", "backward"): ((4, "float16"),),
