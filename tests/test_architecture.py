@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PARTS = {
     "tiles": ("errors", "folders", "target", "lang", "kernels", "compiler", "runtime", "cache", "pack"),
-    "autotune": (*("measuring", "processes", "search", "study", "events", "decision", "recorded", "tuner", "buckets"),),
+    "autotune": (
+        *("measuring", "sass", "processes", "search", "study", "events", "decision", "recorded", "tuner", "buckets"),
+    ),
     "mhc": (
         *("checks", "sublayer_norm", "dispatch", "functional", "manifolds", "modules", "converters", "diagnostics"),
         *("distributed", "integrations", "serving", "__init__", "examples"),

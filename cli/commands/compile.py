@@ -12,6 +12,8 @@ from rich.progress import track
 from autotune.measuring.resource_check import resource_usage, why_rejected
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Job, Workers
+from autotune.sass.bytes_in_flight import GPUS, LATENCY, KernelLook, least_ratio, look
+from autotune.sass.disassembler import NotDisassembled
 from autotune.search.pool import enumerate_pool
 from cli.ui import options
 from cli.ui.options import problems
@@ -25,6 +27,10 @@ from tiles.kernels.spec import Problem
 from tiles.target import Target, parse_target
 
 GPU_COLUMNS = ("registers", "spilled_bytes", "shared_bytes", "occupancy_percent")
+NOTE = (
+    "in flight / need: bytes in flight, of those that fill the GPU's memory, by a look at\n"
+    "the code; of the kernel that has the least of those that read streams"
+)
 
 Row = dict[str, Any]
 
@@ -49,7 +55,8 @@ def compile_(
 
     By default, every kernel's default schedule is compiled. For a GPU, shows the registers, spills and shared memory
     that the compiler reports, the occupancy that follows, and which schedules tuning would drop for these reasons; this
-    needs nvcc but no GPU. Exits with 1 when a kernel does not compile.
+    needs nvcc but no GPU. Where nvdisasm is installed, also how many bytes the code has in flight, of those that fill
+    the GPU's memory: a look at the code, no measurement. Exits with 1 when a kernel does not compile.
     """
     targets = list(dict.fromkeys(parse_target(each) for each in target))
     for built in targets:
@@ -63,9 +70,12 @@ def compile_(
     say(f"compiling {len(jobs)} schedules for {', '.join(map(str, targets))}")
     with stdout_to_stderr(json), Workers() as workers:
         done = list(track(workers.compile_each(jobs), total=len(jobs), console=messages, transient=True))
-    rows = _rows(jobs, done)
+    looks, unread = _looks(jobs, done)
+    rows = _rows(jobs, done, looks)
+    for reason in unread:
+        say(f"no look at bytes in flight: {reason}")
     if json:
-        show_json({"targets": [str(built) for built in targets], "results": rows})
+        show_json({"targets": [str(built) for built in targets]} | _looked_at_for(targets, looks) | {"results": rows})
     for built in targets:
         _report(built, [row for row in rows if row["target"] == str(built)], shown=not json)
     if any("failed" in row for row in rows):
@@ -83,7 +93,29 @@ def _jobs(problem: Problem, target: Target, count: int) -> list[Job]:
     return [(problem, spec.schedule_from(pool.values(member)), target) for member in (pool.default, *others[::step])]
 
 
-def _rows(jobs: Sequence[Job], done: Sequence[Artifact | TaskFailed]) -> list[Row]:
+def _looks(jobs: Sequence[Job], done: Sequence[Artifact | TaskFailed]) -> tuple[list[list[KernelLook]], list[str]]:
+    """A look at the kernels of each schedule for a GPU that compiled, and the reasons why there is none, each once."""
+    found: list[list[KernelLook]] = [[] for _ in jobs]
+    reasons: dict[str, None] = {}
+    for place, ((problem, _, target), artifact) in enumerate(zip(jobs, done, strict=True)):
+        if isinstance(artifact, Artifact) and target.kind == "cuda":
+            try:
+                found[place] = look(artifact, problem.tokens)
+            except NotDisassembled as why:
+                reasons[str(why)] = None
+    return found, list(reasons)
+
+
+def _looked_at_for(targets: Sequence[Target], looks: Sequence[Sequence[KernelLook]]) -> Row:
+    """What the look assumes of each target's GPU, where there is one."""
+    gpus = {str(target): GPUS[target.arch] for target in targets if target.arch in GPUS}
+    assumed = {target: asdict(gpu) | {"latency_seconds": LATENCY} for target, gpu in gpus.items()}
+    return {"in_flight_assumes": assumed} if any(looks) else {}
+
+
+def _rows(
+    jobs: Sequence[Job], done: Sequence[Artifact | TaskFailed], looks: Sequence[Sequence[KernelLook]]
+) -> list[Row]:
     """One row per schedule, in order; each is compared with the others of its kernel and target."""
     others: dict[tuple[Problem, Target], list[Artifact]] = {}
     for (problem, _, target), artifact in zip(jobs, done, strict=True):
@@ -93,7 +125,8 @@ def _rows(jobs: Sequence[Job], done: Sequence[Artifact | TaskFailed]) -> list[Ro
         {"target": str(target), **asdict(problem), "schedule": asdict(schedule)}
         | ({"failed": str(artifact)} if isinstance(artifact, TaskFailed) else _resources(problem, artifact))
         | _dropped(artifact, others.get((problem, target), []))
-        for (problem, schedule, target), artifact in zip(jobs, done, strict=True)
+        | _seen(seen)
+        for (problem, schedule, target), artifact, seen in zip(jobs, done, looks, strict=True)
     ]
 
 
@@ -103,6 +136,10 @@ def _resources(problem: Problem, artifact: Artifact) -> Row:
     moved = traffic(problem, 1025).bytes - traffic(problem, 1).bytes
     seen = resource_usage(artifact)
     return {"code_bytes": len(artifact.binary), "bytes_per_token": moved / 1024} | (asdict(seen) if seen else {})
+
+
+def _seen(looks: Sequence[KernelLook]) -> Row:
+    return {"in_flight_ratio": least_ratio(looks), "kernels": [each.as_json() for each in looks]} if looks else {}
 
 
 def _dropped(artifact: Artifact | TaskFailed, others: Sequence[Artifact]) -> Row:
@@ -143,12 +180,16 @@ def _kernel(row: Mapping[str, Any]) -> str:
 
 
 def _show(target: Target, rows: Sequence[Row]) -> None:
-    columns = (*(GPU_COLUMNS if target.kind == "cuda" else ()), "bytes_per_token", "code_bytes")
+    looked = ("in_flight_ratio",) if any("in_flight_ratio" in row for row in rows) else ()
+    columns = (*(GPU_COLUMNS if target.kind == "cuda" else ()), *looked, "bytes_per_token", "code_bytes")
     made = table(f"schedules for {target}", (), ())
     made.add_column("kernel, schedule", min_width=20)
     for name in columns:
-        made.add_column(name.replace("_percent", " %").replace("_", " "), justify="right")
+        heading = "in flight / need" if name == "in_flight_ratio" else name.replace("_percent", " %").replace("_", " ")
+        made.add_column(heading, justify="right")
     for row in rows:
-        cells = [number(row[name]) for name in columns[:-1]] + [str(row["code_bytes"])]
+        cells = [number(row.get(name)) for name in columns[:-1]] + [str(row["code_bytes"])]
         made.add_row(f"{_kernel(row)}\n  {schedule_text(row['schedule'])}", *cells)
+    if looked:
+        made.caption = NOTE
     show(made)

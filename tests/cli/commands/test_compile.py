@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Job
+from autotune.sass.bytes_in_flight import KernelLook
+from autotune.sass.disassembler import find_disassembler
 from cli.commands import compile as command
 from cli.main import app
 from cli.ui.options import MIXING_OPS
@@ -40,6 +42,9 @@ def test_a_gpu_that_is_not_there_is_compiled_for_and_its_resources_are_told() ->
         assert row["spilled_bytes"] == 0
         assert 0 < row["occupancy_percent"] <= 100
         assert row["limited_by"] in ("warps", "blocks", "registers", "shared memory")
+        if find_disassembler():
+            assert row["in_flight_ratio"] == row["kernels"][0]["ratio"] > 0
+            assert row["kernels"][0]["registers"] == row["registers"]
     forward = found["results"][0]
     assert forward["bytes_per_token"] == 2 * 64 * (2 + 1 + 2) + 4 * (4 + 2)  # x, f, x' in bfloat16; res, post
 
@@ -102,6 +107,50 @@ def test_one_that_does_not_compile_is_told_and_the_others_are_shown() -> None:
     assert "the compiler's words" in done.stderr
     assert "merge backward n=2 C=64 bfloat16 for cuda:sm_90a" in done.stderr
     assert done.stdout.count("1234") == 2 * len(MIXING_OPS) - 1
+
+
+def looked(artifact: Artifact, tokens: int) -> list[KernelLook]:
+    """Of a call on `tokens`: a kernel that reads streams, then one that reads coefficients."""
+    assert artifact.binary == b"code"
+    held = {"threads": 128, "registers": 77, "shared_bytes": 0, "resident_blocks": 4, "resident_warps": 16}
+    held |= {"blocks": tokens, "wave_blocks": 528, "waves": tokens / 528, "bulk": 0, "in_loop": True, "barriers": 2}
+    held |= {"needed_bytes": 40000, "thread_loads": 4}
+    streams = {"load_bytes": {16: 64}, "thread_bytes": 64, "in_flight_bytes": 32768, "ratio": 0.819}
+    others = {"load_bytes": {4: 16}, "thread_bytes": 16, "in_flight_bytes": 8192, "ratio": 0.205}
+    return [KernelLook("streams", **held, **streams), KernelLook("others", **held, **others)]
+
+
+@pytest.mark.usefixtures("fake")
+def test_bytes_in_flight_are_told_of_every_kernel_and_the_table_shows_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "look", looked)
+    given = ["--target", "cuda:sm_90a", "--target", "cpu", "--op", "sinkhorn", "--tokens", "64"]
+    code, found = compiled(*given)
+    assert code == 0
+    assert found["in_flight_assumes"] == {
+        "cuda:sm_90a": {"name": "H200", "bandwidth": 4.8e12, "multiprocessors": 132, "latency_seconds": 1.1e-6}
+    }
+    gpu, cpu = found["results"][:2], found["results"][2:]
+    assert all("kernels" not in row and "in_flight_ratio" not in row for row in cpu)
+    for row in gpu:
+        assert row["in_flight_ratio"] == 0.819
+        assert [(each["name"], each["load_bytes"], each["blocks"]) for each in row["kernels"]] == [
+            ("streams", {"16": 64}, 64),
+            ("others", {"4": 16}, 64),
+        ]
+    done = CliRunner().invoke(app, ["compile", *SMALL, *given])
+    assert done.stdout.count("in flight / need:") == 1
+    assert done.stdout.count("0.819") == 2
+    assert "bytes in flight" not in done.stderr
+
+
+@pytest.mark.usefixtures("fake")
+def test_without_a_look_the_reason_is_said_once() -> None:
+    done = CliRunner().invoke(app, ["compile", *SMALL, "--target", "cuda:sm_90a", "--op", "sinkhorn", "--json"])
+    assert done.exit_code == 0
+    assert done.stderr.count("no look at bytes in flight: the library carries no CUDA code") == 1
+    found = json.loads(done.stdout)
+    assert "in_flight_assumes" not in found
+    assert not any("kernels" in row or "in_flight_ratio" in row for row in found["results"])
 
 
 @pytest.mark.usefixtures("fake")

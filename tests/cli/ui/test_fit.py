@@ -65,6 +65,7 @@ def compiled(target: Target, monkeypatch: pytest.MonkeyPatch) -> Table:
     spec = kernel_spec("coefficients", "backward")
     row = asdict(WIDE) | {"schedule": asdict(spec.default(WIDE, target)), "bytes_per_token": 123456.0}
     row |= {"code_bytes": 7654321, "registers": 255, "spilled_bytes": 1234, "shared_bytes": 232448}
+    row |= {"in_flight_ratio": 1.234} if target.kind == "cuda" else {}
     shown: list[Table] = []
     monkeypatch.setattr(compile_command, "show", shown.append)
     compile_command._show(target, [row | {"occupancy_percent": 12.5}])
