@@ -36,6 +36,37 @@ def test_one_token_gets_more_threads_for_its_row_than_one_of_many():
     assert (many.row_threads, many.coefficient_tokens) == (64, 8)
 
 
+def test_few_tokens_are_aggregated_by_the_block_that_has_their_coefficients():
+    for op, streams, tokens, fused in (
+        ("pre", 4, 1, 1),
+        ("pre", 8, 64, 1),
+        ("step", 4, 64, 1),
+        ("step_identity", 4, 1, 1),
+        ("pre", 4, 65, 0),
+        ("pre", 9, 1, 0),
+        ("single_pass", 4, 1, 0),
+    ):
+        at_hand = replace(problem("forward", tokens, streams), op=op)
+        schedule = chain_schedule.default(at_hand, HOPPER)
+        assert schedule.fuse_aggregate == fused, (op, streams, tokens)
+        assert chain_schedule.space(at_hand, HOPPER)["fuse_aggregate"] == ((0, 1) if fused else (0,))
+        assert not fused or schedule.coefficient_tokens == 1, "a block each"
+
+
+@pytest.mark.parametrize(
+    ("op", "direction", "streams"), [("pre", "backward", 4), ("single_pass", "forward", 4), ("step", "forward", 9)]
+)
+def test_what_has_no_pass_that_aggregates_cannot_fuse_it(op, direction, streams):
+    at_hand = replace(problem(direction, 1, streams), op=op)
+    schedule = replace(chain_schedule.default(at_hand, HOPPER), fuse_aggregate=1)
+    assert kernel_spec(op, direction).why_invalid(at_hand, schedule, HOPPER) == (
+        "fuse_aggregate must be 0 but in the forward of pre and step of up to 8 streams, got 1 for "
+        f"{op} {direction} of {streams}: choose 0"
+    )
+    why = kernel_spec(op, direction).why_invalid(at_hand, replace(schedule, fuse_aggregate=2), HOPPER)
+    assert why == "fuse_aggregate must be 0 or 1, got 2: choose 0"
+
+
 @pytest.mark.parametrize("streams", range(1, 17))
 def test_the_threads_of_a_block_add_up_every_sum_of_its_tokens(streams):
     for tokens in (1, 3, 8):
@@ -44,7 +75,7 @@ def test_the_threads_of_a_block_add_up_every_sum_of_its_tokens(streams):
         turns, elements = split_sums(at_hand, schedule)
         assert elements <= chain_schedule.SUM_ELEMENTS
         wanted = tokens * (at_hand.outputs + 1)
-        threads = coefficient_threads(at_hand)
+        threads = coefficient_threads(at_hand, schedule)
         assert wanted <= turns * elements * threads < wanted + (turns + 1) * threads
 
 

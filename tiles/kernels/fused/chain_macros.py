@@ -60,14 +60,11 @@ class Forward:
 
     def __init__(self, problem: Problem, schedule: ChainSchedule, dialect: Cuda, presplit: PresplitPhi) -> None:
         block, outputs, splits = schedule.coefficient_tokens, problem.outputs, schedule.splits
-        maps, tiles, rows = (
-            gates.Forward(problem, coefficient_threads(problem), dialect),
-            TensorCores(dialect),
-            Rows(schedule),
-        )
+        threads = coefficient_threads(problem, schedule)
+        maps, tiles, rows = gates.Forward(problem, threads, dialect), TensorCores(dialect), Rows(schedule)
         apply = Aggregate(problem, schedule.row_width, dialect, schedule.row_threads)
         turns, elements = split_sums(problem, schedule)
-        turn, ahead = coefficient_threads(problem) * elements, min(splits, max(1, LOADS_AHEAD // elements))
+        turn, ahead = threads * elements, min(splits, max(1, LOADS_AHEAD // elements))
         self._problem, self._schedule, self._dialect, self._presplit = problem, schedule, dialect, presplit
 
         @T.macro
@@ -96,13 +93,24 @@ class Forward:
         @T.macro
         def launch_coefficients(p: Any) -> None:
             """From project's sums: pre, post, res, z and s, a thread for each token."""
-            with dialect.kernel(T.ceildiv(p.tokens, block), threads=coefficient_threads(problem)) as group:
+            with dialect.kernel(T.ceildiv(p.tokens, block), threads=threads) as group:
                 dialect.pdl_wait(schedule.use_pdl)
                 coefficients(p, group, as_value(p.tokens))
 
         @T.macro
+        def after_project_fused(p: Any) -> None:
+            """The coefficients, then u from x, of each block of tokens."""
+            with dialect.kernel(T.ceildiv(p.tokens, block), threads=threads) as group:
+                dialect.pdl_wait(schedule.use_pdl)
+                coefficients(p, group, as_value(p.tokens))
+                dialect.barrier()
+                for t in T.serial(T.min(block, p.tokens - group * block)):
+                    token = variable(group * block + t)
+                    apply.aggregate(p.x, p.u, token, apply.gates(p.pre, token))
+
+        @T.macro
         def after_project(p: Any) -> None:
-            """The coefficients, then u from x."""
+            """The coefficients of all tokens, then u from x."""
             launch_coefficients(p)
             with dialect.kernel(rows.blocks(p.tokens), threads=schedule.row_threads) as group:
                 dialect.pdl_wait(schedule.use_pdl)
@@ -110,7 +118,8 @@ class Forward:
                     token = rows.token(group, turn)
                     apply.aggregate(p.x, p.u, token, apply.gates(p.pre, token))
 
-        self.launch_coefficients, self.after_project = launch_coefficients, after_project
+        self.launch_coefficients = launch_coefficients
+        self.after_project = after_project_fused if schedule.fuse_aggregate else after_project
 
     def groups(self, tokens: Expr) -> Expr:
         """Tiles of tokens of project."""

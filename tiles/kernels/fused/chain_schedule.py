@@ -25,6 +25,9 @@ ROW_THREADS = (64, 128, 160, 256, 320)
 ROW_BLOCKS = (0, 528)
 """Thread blocks of a pass over rows: four for each multiprocessor of a Hopper GPU; 0: one for each token."""
 
+FEW_TOKENS = 64
+"""Up to here launches cost more than thread blocks of many warps where one would do for the coefficients."""
+
 SUM_ELEMENTS = 32
 """Sums over splits that a thread holds at a time."""
 
@@ -53,6 +56,8 @@ class ChainSchedule:
     chunk_tokens: all kernels take so many tokens before the next ones are touched; 0: all at once.
     merged: 1 if step merges inside of project's tiles, which then have the same columns of all streams: x' is not read
         back (forward), or not even written (backward); 0 if passes of their own merge.
+    fuse_aggregate: 1 if thread blocks of the coefficients, of row_threads threads, also aggregate their tokens: a
+        launch less; 0 if a pass of its own aggregates.
     """
 
     block_tokens: int
@@ -69,6 +74,7 @@ class ChainSchedule:
     use_pdl: int = 0
     merged: int = 0
     presplit_phi: int = 0
+    fuse_aggregate: int = 0
 
 
 def tiled(schedule: ChainSchedule) -> TiledSchedule:
@@ -76,14 +82,27 @@ def tiled(schedule: ChainSchedule) -> TiledSchedule:
     return TiledSchedule(*(getattr(schedule, field.name) for field in fields(TiledSchedule)))
 
 
-def coefficient_threads(problem: Problem) -> int:
-    """Threads of a block of the coefficients: a warp whose registers hold its matrices, or fewer in shared memory."""
-    return 32 if problem.streams**2 <= OWNED_REGISTERS else 8
+def coefficient_threads(problem: Problem, schedule: ChainSchedule | None = None) -> int:
+    """Threads of a block of the coefficients: a warp whose registers hold its matrices, or fewer in shared memory; as
+    many as a row has where the block aggregates too."""
+    if schedule and schedule.fuse_aggregate:
+        return schedule.row_threads
+    return 32 if _in_registers(problem) else 8
+
+
+def _in_registers(problem: Problem) -> bool:
+    """Whether the matrices of a token's coefficients fit a thread's registers."""
+    return problem.streams**2 <= OWNED_REGISTERS
+
+
+def _aggregates(problem: Problem) -> bool:
+    """Whether a pass of its own aggregates, which may be fused with the coefficients."""
+    return problem.direction == "forward" and problem.base_op != "single_pass"
 
 
 def split_sums(problem: Problem, schedule: ChainSchedule) -> tuple[int, int]:
     """How a thread adds up its share of a block's N + 1 sums of each token: in how many turns, how many at a time."""
-    share = -(-schedule.coefficient_tokens * (problem.outputs + 1) // coefficient_threads(problem))
+    share = -(-schedule.coefficient_tokens * (problem.outputs + 1) // coefficient_threads(problem, schedule))
     turns = -(-share // SUM_ELEMENTS)
     return turns, -(-share // turns)
 
@@ -99,11 +118,11 @@ def default(problem: Problem, target: Target) -> ChainSchedule:
     part = within or tensor_core_schedule.default(problem, target, staged=_staged(problem))
     rows = _rows(problem, target)
     walk = {"row_width": rows.block_width, "row_threads": rows.threads, "row_blocks": 0}
-    most = 8 if problem.direction == "forward" else 32
+    fuses = _aggregates(problem) and _in_registers(problem) and problem.tokens <= FEW_TOKENS
+    most = 1 if fuses else 8 if problem.direction == "forward" else 32
     coefficient_tokens = max(1, min(most, problem.tokens, coefficient_threads(problem)))
-    return ChainSchedule(
-        **vars(part), coefficient_tokens=coefficient_tokens, **walk, chunk_tokens=0, merged=int(within is not None)
-    )
+    modes = {"merged": int(within is not None), "fuse_aggregate": int(fuses)}
+    return ChainSchedule(**vars(part), coefficient_tokens=coefficient_tokens, **walk, chunk_tokens=0, **modes)
 
 
 def _why_norm(problem: Problem) -> str | None:
@@ -146,6 +165,7 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
     vectors = sorted({*vectors[:1], *vectors[-1:]})
     threads = [count // 8 for count in vectors] or [64, 128]
     choices |= {"coefficient_tokens": [8, coefficient_threads(problem)], "row_width": vectors, "row_threads": threads}
+    choices["fuse_aggregate"] = [0, usual.fuse_aggregate]
     if problem.outputs < tensor_core_schedule.MUCH_OF_PHI:
         choices["presplit_phi"] = []
     chunk = tensor_core_schedule.power_of_two(CHUNK_BYTES // (problem.fan_in * DTYPE_BYTES[problem.dtype]))
@@ -172,6 +192,13 @@ def why_invalid(problem: Problem, schedule: ChainSchedule, target: Target) -> st
     for name, count in (("row_blocks", schedule.row_blocks), ("chunk_tokens", schedule.chunk_tokens)):
         if not 0 <= count < 2**31:
             return f"{name} must be in 0..2**31 - 1, got {count}: choose 0"
+    if schedule.fuse_aggregate not in (0, 1):
+        return f"fuse_aggregate must be 0 or 1, got {schedule.fuse_aggregate}: choose 0"
+    if schedule.fuse_aggregate and not (_aggregates(problem) and _in_registers(problem)):
+        return (
+            "fuse_aggregate must be 0 but in the forward of pre and step of up to 8 streams, got 1 for "
+            f"{problem.op} {problem.direction} of {problem.streams}: choose 0"
+        )
     most = coefficient_threads(problem)
     if not 1 <= schedule.coefficient_tokens <= most:
         return f"coefficient_tokens must be in 1..{most}, got {schedule.coefficient_tokens}: choose 8"
@@ -199,7 +226,7 @@ def scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
 
 def _coefficient_scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
     """Bytes for a block of tokens in the kernel of the coefficients; forward, the sums over splits as well."""
-    count = coefficient_threads(problem)
+    count = coefficient_threads(problem, schedule)
     if problem.direction == "backward":
         return 4 * coefficients.backward_scratch(problem, count, target)
     turns, elements = split_sums(problem, schedule)
