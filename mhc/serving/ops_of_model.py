@@ -11,6 +11,7 @@ from torch import nn
 
 from mhc.checks import STREAM_DTYPES
 from mhc.functional import ANY_WIDTH, ROUNDS
+from mhc.integrations.plain_call import is_plain_call
 from mhc.integrations.transformers_connections import Connection, Head
 from mhc.integrations.transformers_layers import Layer
 from mhc.modules.hyper_connection import FUSED_MANIFOLD, HyperConnection
@@ -145,11 +146,15 @@ def _normed(block: HyperConnection, op: str) -> OpCall:
 
 
 def _of_layer(layer: Layer) -> Iterator[OpCall]:
-    """A patched layer merges by itself, or in one pass with what follows."""
-    for connection in (layer.attn_hc, layer.ffn_hc):
-        if isinstance(connection, Connection):
-            for op in ("pre", "step", "merge") if layer.steps else ("pre", "merge"):
-                yield _of_connection(connection, op)
+    """A patched layer merges by itself, or in one pass with what follows; the norm before a sublayer runs inside."""
+    sublayers = (layer.attn_hc, layer.input_layernorm), (layer.ffn_hc, layer.post_attention_layernorm)
+    for connection, norm in sublayers:
+        if not isinstance(connection, Connection):
+            continue
+        inside = is_plain_call(connection) and layer.inside(norm, connection.matrix.device) is not None
+        for op in ("pre", "step") if layer.steps else ("pre",):
+            yield _of_connection(connection, op)._replace(normed=inside)
+        yield _of_connection(connection, "merge")
 
 
 def _of_head(head: Head, *, joined: bool) -> Iterator[OpCall]:

@@ -170,7 +170,8 @@ def test_a_step_of_training_runs_on_kernels_alone(make, on_compiled, family, end
     before = outcome(model, ids)
     expect_same(outcome(mhc.patch(model), ids), before)
     rows = {(row.op, row.direction): row.runs for row in mhc.kernel_report() if (row.streams, row.width) == (4, 16)}
-    expected = {(op + ending, direction) for op in ("pre", "step") for direction in ("forward", "backward")}
+    ops = ("pre_norm", "step_norm", "step")
+    expected = {(op + ending, direction) for op in ops for direction in ("forward", "backward")}
     assert expected <= rows.keys()
     assert "reference" not in rows.values()
 
