@@ -87,8 +87,8 @@ def _has_weight(norm: nn.Module) -> bool:
 
 
 def _computes_rms_norm(module: Any) -> bool:
-    """Whether a copy with a random weight does so in training and evaluation, of inputs for which eps is of no account
-    and of others for which it is half of the sum."""
+    """Whether a copy with a random weight does so in training and evaluation, of inputs of ordinary size and of others
+    whose mean square is about eps; tokens differ in size."""
     eps, (width,) = eps_of(module), module.weight.shape
     if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         return False
@@ -97,14 +97,14 @@ def _computes_rms_norm(module: Any) -> bool:
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu")
 
-    weight, u = drawn(width), drawn(1, TOKENS, width)
-    u *= torch.rsqrt(u.square().mean(-1, keepdim=True))
+    weight, tokens = drawn(width), drawn(1, TOKENS, 1) * drawn(1, TOKENS, width)
     probe = copy.copy(module)
     probe._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for training, scale in itertools.product((True, False), (1.0, math.sqrt(eps) or 1e-3)):
-            probe.training = training
-            if not _alike(probe.forward(scale * u), weight * u / math.sqrt(1 + eps / scale**2)):
+            probe.training, u = training, scale * tokens
+            wanted = weight * u / torch.sqrt(u.square().mean(-1, keepdim=True) + eps)
+            if not _alike(probe.forward(u.clone()), wanted):
                 return False
     return True
 
