@@ -202,15 +202,9 @@ def _merge(before: Before, f: torch.Tensor) -> torch.Tensor:
 
 def _step(before: Before, f: torch.Tensor, connection: Any, norm: nn.Module | None) -> Before:
     """Merge, and what is before the sublayer of `connection`, or in a head, with the norm where one is given."""
-    x, u, post, res = functional.step(
-        before.x,
-        f.to(before.x.dtype),
-        before.post,
-        before.res,
-        *connection.parameters_for_ops(),
-        **connection.settings_for_ops(),
-        **rms_norm.settings_for_ops(norm),
-    )
+    settings = connection.settings_for_ops() | rms_norm.settings_for_ops(norm)
+    given = before.x, f.to(before.x.dtype), before.post, before.res
+    x, u, post, res = functional.step(*given, *connection.parameters_for_ops(), **settings)
     return Before(x, u, post, res, normed=norm is not None)
 
 
