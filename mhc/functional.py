@@ -182,17 +182,18 @@ def pre(
     with phi [2n, K], alpha [2] and bias [2n], res is None: the identity.
 
     With norm_weight [C], u comes out normalised, as by `torch.nn.functional.rms_norm`: u·rsqrt(mean(u²) + norm_eps)·
-    norm_weight, without a pass of its own over u on a CPU. On CUDA torch's rms_norm follows the kernel, which moves 2C
-    elements a token more, and u is saved for the backward.
+    norm_weight, without a pass of its own over u on a CPU. On CUDA, and where a kernel was tuned for the op without a
+    norm and none for the op with it, torch's rms_norm follows the kernel, which moves 2C elements a token more, and u
+    is saved for the backward.
     """
     n, width, mixes = check_pre(x, phi, alpha, bias)
     check_scalars(hc_eps, post_scale)
-    norm, leading = sublayer_norm(x, norm_weight, norm_eps), x.shape[:-2]
-    op, scalars = _op("pre" + norm.ending, mixes), (eps, hc_eps, post_scale, *norm.eps)
+    norm, leading = sublayer_norm(_op("pre", mixes), x, norm_weight, norm_eps, rounds), x.shape[:-2]
+    scalars = eps, hc_eps, post_scale, *norm.eps
     given = (x.reshape(-1, n, width), phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
     if out is not None:
-        return norm.write(write_results(op, given, leading, out), 0)
-    u, post, *res = call(op, *given)[:-2]
+        return norm.write(write_results(norm.op, given, leading, out), 0)
+    u, post, *res = call(norm.op, *given)[:-2]
     return norm.apply(u.view(*leading, width)), post.view(*leading, n), _unflat_res(res, leading)
 
 
@@ -255,13 +256,13 @@ def step(
     """
     n, width, leading = _check_boundary(x, f, post, res, (phi, alpha, bias))
     check_scalars(hc_eps, post_scale)
-    norm = sublayer_norm(x, norm_weight, norm_eps)
+    norm = sublayer_norm(_op("step", res is not None), x, norm_weight, norm_eps, rounds)
     flat = x.reshape(-1, n, width), f.reshape(-1, width), post.reshape(-1, n), *_flat_res(res, n)
-    op, scalars = _op("step" + norm.ending, res is not None), (eps, hc_eps, post_scale, *norm.eps)
+    scalars = eps, hc_eps, post_scale, *norm.eps
     given = (*flat, phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
     if out is not None:
-        return norm.write(write_results(op, given, leading, out), 1)
-    x_next, u, post_next, *res_next = call(op, *given)[:-2]
+        return norm.write(write_results(norm.op, given, leading, out), 1)
+    x_next, u, post_next, *res_next = call(norm.op, *given)[:-2]
     maps = post_next.view(*leading, n), _unflat_res(res_next, leading)
     return x_next.view(x.shape), norm.apply(u.view(*leading, width)), *maps
 
@@ -295,14 +296,14 @@ def single_pass(
     """
     n, width, leading = _check_boundary(x, f, post, res, (phi, alpha, bias))
     check_scalars(hc_eps, post_scale)
-    norm = sublayer_norm(x, norm_weight, norm_eps)
+    norm = sublayer_norm(_op("single_pass", res is not None), x, norm_weight, norm_eps, rounds)
     expect("pre", pre, (*leading, n), torch.float32, x.device)
     gates = pre.reshape(-1, n), post.reshape(-1, n)
     flat = x.reshape(-1, n, width), f.reshape(-1, width), *gates, *_flat_res(res, n)
-    op, scalars = _op("single_pass" + norm.ending, res is not None), (eps, hc_eps, post_scale, *norm.eps)
+    scalars = eps, hc_eps, post_scale, *norm.eps
     given = (*flat, phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
     if out is not None:
-        return norm.write(write_results(op, given, leading, out), 1)
-    x_next, u, pre_next, post_next, *res_next = call(op, *given)[:-2]
+        return norm.write(write_results(norm.op, given, leading, out), 1)
+    x_next, u, pre_next, post_next, *res_next = call(norm.op, *given)[:-2]
     maps = pre_next.view(*leading, n), post_next.view(*leading, n), _unflat_res(res_next, leading)
     return x_next.view(x.shape), norm.apply(u.view(*leading, width)), *maps

@@ -17,7 +17,7 @@ PARTS = {
         *("measuring", "sass", "processes", "search", "study", "events", "decision", "recorded", "tuner", "buckets"),
     ),
     "mhc": (
-        *("checks", "sublayer_norm", "dispatch", "functional", "manifolds", "modules", "converters", "diagnostics"),
+        *("checks", "dispatch", "sublayer_norm", "functional", "manifolds", "modules", "converters", "diagnostics"),
         *("distributed", "integrations", "serving", "__init__", "examples"),
     ),
     "cli": ("ui", "report", "bench", "commands", "gpu", "maintain", "main"),

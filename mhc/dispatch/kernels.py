@@ -19,7 +19,7 @@ from tiles.cache.cache import KernelCache, default_folder, token_bucket
 from tiles.errors import BadInput
 from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.registry import kernel_spec
-from tiles.kernels.spec import EVERY_TOKENS, Direction, Problem
+from tiles.kernels.spec import EVERY_TOKENS, IDENTITY, NORM, Direction, Problem
 from tiles.pack.pack import Pack
 from tiles.runtime.loaded_kernel import LoadedKernel, is_given
 
@@ -38,6 +38,7 @@ class Kernels:
         self.resolver, self.batch_invariant = resolver, batch_invariant
         self._batch_invariant_form: Kernels | None = self if batch_invariant else None
         self._resolved: dict[tuple[Any, ...], Resolved] = {}
+        self._tuned_without_norm: dict[tuple[Any, ...], bool] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -117,6 +118,20 @@ class Kernels:
         key = (op, direction, streams, width, rounds, first.dtype, first.device, tokens)
         return self._resolved.get(key) or self._resolve(key)
 
+    def tuned_without_norm(
+        self, op: str, streams: int, width: int, rounds: int, dtype: torch.dtype, device: torch.device
+    ) -> bool:
+        """Whether a kernel is stored for an op and none for the op that normalises too, whatever their token counts."""
+        key = (op, streams, width, rounds, dtype, device)
+        found = self._tuned_without_norm.get(key)
+        if found is None:
+            plain = Problem(op, "forward", streams, width, DTYPE_NAMES[dtype], EVERY_TOKENS, rounds)
+            normed = replace(plain, op=normalising(op))
+            with self._lock:
+                found = self.resolver.has_stored(plain, device) and not self.resolver.has_stored(normed, device)
+            self._tuned_without_norm[key] = found
+        return found
+
     def batch_invariant_form(self) -> Kernels:
         """The same kernels, with one schedule for every token count."""
         if self._batch_invariant_form is None:
@@ -145,6 +160,12 @@ class Kernels:
         if ranks.is_distributed() and not mine.from_rank0 and mine.source is not None and mine.stored_records():
             text = "every rank chooses kernels by itself: call mhc.load_kernels after init_process_group, on all ranks"
             mine.warn_once("ranks", text)
+
+
+def normalising(op: str) -> str:
+    """The op that does what `op` does and normalises the sublayer's input."""
+    base_op = op.removesuffix(IDENTITY)
+    return base_op + NORM + op.removeprefix(base_op)
 
 
 @gc_paused()

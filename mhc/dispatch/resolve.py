@@ -174,6 +174,16 @@ class Resolver:
         yield KernelCandidate("default", "default schedule, not tuned", schedule=asdict(schedule), folder="defaults")
         yield KernelCandidate("reference", "no kernel serves")
 
+    def has_stored(self, problem: Problem, device: torch.device) -> bool:
+        """Whether a stored kernel serves a problem, be it for another token count; never raises."""
+        if self.source is None:
+            return False
+        try:
+            found = stored_candidates(self.stored_records(), problem, _fingerprint(device), self.without_code)
+        except Exception:  # `resolve` reads the same records, and says what is wrong with them
+            return False
+        return any(candidate.why_refused is None for candidate in found)
+
     def stored_records(self) -> list[Record]:
         """The source's records, read once, so that what runs does not depend on when an op first runs."""
         if self.records is None:

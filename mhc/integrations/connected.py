@@ -13,7 +13,7 @@ from mhc.modules.stack import HyperConnectionStack
 from mhc.modules.streams import expand_streams, reduce_streams
 
 MakeConnection = Callable[[nn.Module, int, float], HyperConnection]
-"""Makes the block around a sublayer, from the sublayer, its width and its dropout."""
+"""Makes the block around a sublayer that has a `norm` of its input, from the sublayer, its width and its dropout."""
 
 
 class ConnectedLayer(HyperConnectionStack):

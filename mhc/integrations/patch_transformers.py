@@ -13,6 +13,7 @@ from torch import nn
 from mhc.checks import check_problem
 from mhc.integrations import probes
 from mhc.integrations.patched_class import Patched, check_restorable, patched_class, restore
+from mhc.integrations.rms_norm import known_norms
 from mhc.integrations.transformers_connections import (
     Connection,
     Head,
@@ -40,13 +41,15 @@ def patch(model: nn.Module, *, steps: bool = True) -> nn.Module:
 
     Each hyper-connection runs `mhc.functional.pre`, each layer mixes its streams with `mhc.functional.merge`, and where
     one follows the other, from attention to MLP, from layer to layer and from the last layer to a learned head, both
-    are one `mhc.functional.step`. The maps stay float32 where the layers' own code rounds them to the streams' dtype.
+    are one `mhc.functional.step`, with the layers' RMSNorms of what attention and MLP get inside of them. The maps stay
+    float32 where the layers' own code rounds them to the streams' dtype.
 
     Parameters stay the objects that they are, under their names: optimisers, checkpoints, `save_pretrained` and FSDP
-    units see no change. Hooks stay and run, sublayers may be replaced later (adapters), copies and pickles of a patched
-    model are patched. Layers are fused inside of themselves, but not with the next one, under gradient checkpointing,
-    when they are FSDP2 units or compiled one by one, with hooks on layers (transformers hooks them when it records
-    hidden states or router logits), and where the next one lies on another device.
+    units see no change. Hooks stay and run, sublayers and norms may be replaced later (adapters), copies and pickles of
+    a patched model are patched. A norm that has hooks, was replaced, or is no RMSNorm is called as a module. Layers are
+    fused inside of themselves, but not with the next one, under gradient checkpointing, when they are FSDP2 units or
+    compiled one by one, with hooks on layers (transformers hooks them when it records hidden states or router logits),
+    and where the next one lies on another device.
 
     A model that is patched already is patched anew, with these settings. A layer whose forward is not one that we know
     keeps it, with a line in the log `mhc`; its hyper-connections run on our kernels.
@@ -69,6 +72,7 @@ def patch(model: nn.Module, *, steps: bool = True) -> nn.Module:
             module.ready = None  # here, as a compiler sees the first call leave it on the module and compiles anew
         if isinstance(module, Layer):
             module.steps = steps
+            module.norms = known_norms(module.input_layernorm, module.post_attention_layernorm)
     for module in model.modules():
         layers = getattr(module, "layers", None)
         if steps and isinstance(layers, nn.ModuleList) and any(isinstance(layer, Layer) for layer in layers):

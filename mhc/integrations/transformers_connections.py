@@ -15,18 +15,21 @@ from torch.nn.functional import pad
 
 from mhc import functional
 from mhc.converters.packing import transpose_res
+from mhc.integrations import rms_norm
 from mhc.integrations.patched_class import Patched
 from mhc.modules.pre_with_residual import pre_with_residual
 from mhc.modules.unview import unview
 
 
 class Before(NamedTuple):
-    """What is before a sublayer: the streams x, its input u, and the maps that its output will be merged with."""
+    """What is before a sublayer: the streams x, its input u, and the maps that its output will be merged with;
+    `normed` says whether u has gone through the norm of the sublayer's input."""
 
     x: torch.Tensor
     u: torch.Tensor
     post: torch.Tensor
     res: torch.Tensor | None
+    normed: bool = False
 
 
 class Connection(Patched):
@@ -60,10 +63,12 @@ class Connection(Patched):
     def settings_for_ops(self) -> dict[str, Any]:
         """rounds, eps, hc_eps and post_scale, as the module says."""
 
-    def before(self, x: torch.Tensor) -> Before:
-        """Everything before the sublayer; its x is for merge or step alone."""
-        u, post, res, x = pre_with_residual(x, *self.parameters_for_ops(), **self.settings_for_ops())
-        return Before(x, u, post, res)
+    def before(self, x: torch.Tensor, norm: nn.Module | None) -> Before:
+        """Everything before the sublayer, with an RMSNorm of its input where one is given; its x is for merge or step
+        alone."""
+        settings = self.settings_for_ops() | rms_norm.settings_for_ops(norm)
+        u, post, res, x = pre_with_residual(x, *self.parameters_for_ops(), **settings)
+        return Before(x, u, post, res, normed=norm is not None)
 
 
 class SinkhornConnection(Connection):

@@ -9,6 +9,9 @@ Layers are not joined where the next one's parameters may not be ready before it
 once more, or where somebody else sees what it returns, whose gradient would not be whole: under gradient checkpointing,
 FSDP2 by layers, compilation by layers, and with hooks on layers. A hyper-connection with hooks of its own is called as
 a module.
+
+The RMSNorms of the sublayers' inputs run inside of pre and step. One that is no RMSNorm, has hooks, or was put there
+after the patch is called as a module: that is seen at every call.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 from mhc import functional
+from mhc.integrations import rms_norm
+from mhc.integrations.plain_call import is_plain_call
 from mhc.integrations.transformers_connections import Before, Connection, Head, Receiver
 from mhc.modules.unview import unview
 
@@ -46,29 +50,40 @@ class Layer(Receiver):
     steps: bool = True
     """Whether merge and the next pre run in one pass."""
 
-    own_attributes = (*Receiver.own_attributes, "steps")
+    norms: tuple[rms_norm.KnownNorm, ...] = ()
+    """Its RMSNorms, as they were when the model was patched."""
+
+    own_attributes = (*Receiver.own_attributes, "steps", "norms")
 
     @staticmethod
     @abstractmethod
     def attention_outputs(layer: nn.Module) -> int:
         """How many values the attention of such a layer returns; one stands alone."""
 
+    def inside(self, norm: nn.Module, device: torch.device) -> nn.Module | None:
+        """The norm, where an op on streams of this device does its work."""
+        return norm if rms_norm.runs_inside(norm, self.norms, device) else None
+
     def start(self, x: torch.Tensor) -> Before:
         """What is before attention."""
-        return self.take_ready(x) or _before(self.attn_hc, x)
+        ready, norm = self.take_ready(x), self.inside(self.input_layernorm, x.device)
+        if ready is None or (ready.normed and norm is None):
+            return _before(self.attn_hc, x, norm)
+        return ready
 
     def between(self, before: Before, f: torch.Tensor) -> Before:
         """What is before the MLP, after attention has returned f [B, S, C]."""
+        norm = self.inside(self.post_attention_layernorm, before.x.device)
         if self.steps and _runs_as_known(self.ffn_hc):
-            return _step(before, f, self.ffn_hc)
-        return _before(self.ffn_hc, _merge(before, f))
+            return _step(before, f, self.ffn_hc, norm)
+        return _before(self.ffn_hc, _merge(before, f), norm)
 
     def finish(self, before: Before, f: torch.Tensor, order: Order | None) -> torch.Tensor:
         """x', after the MLP has returned f; with what is before the next layer's attention, or in the head."""
         following = self._following(order, before.x)
         if following is None:
             return unview(_merge(before, f))
-        joined = _step(before, f, _entry(following))
+        joined = _step(before, f, _entry(following), _entry_norm(following, before.x.device))
         joined = joined._replace(x=unview(joined.x))
         following.receive(joined)
         return joined.x
@@ -102,9 +117,9 @@ class DeepseekLayer(Layer):
     ) -> torch.Tensor:
         """As the original's."""
         before = self.start(hidden_states)
-        f, _ = self.self_attn(self.input_layernorm(before.u), **kwargs)
+        f, _ = self.self_attn(_normed(before, self.input_layernorm), **kwargs)
         before = self.between(before, f)
-        f = self.mlp(self.post_attention_layernorm(before.u), input_ids=input_ids)
+        f = self.mlp(_normed(before, self.post_attention_layernorm), input_ids=input_ids)
         return self.finish(before, f, mhc_order)
 
 
@@ -131,7 +146,8 @@ class IndexedLayer(Layer):
     ) -> tuple[torch.Tensor, Any]:
         """As the original's."""
         before = self.start(hidden_states)
-        given = {"hidden_states": self.input_layernorm(before.u), "attention_mask": attention_mask, "cache": cache}
+        u = _normed(before, self.input_layernorm)
+        given = {"hidden_states": u, "attention_mask": attention_mask, "cache": cache}
         if _is_linear(self):
             f, topk_indices = self.self_attn(**given, **kwargs), None
         else:
@@ -139,7 +155,7 @@ class IndexedLayer(Layer):
             given |= {"use_cache": use_cache, "prev_topk_indices": prev_topk_indices}
             f, _, topk_indices = self.self_attn(**given, **kwargs)
         before = self.between(before, f)
-        f = self.mlp(self.post_attention_layernorm(before.u))
+        f = self.mlp(_normed(before, self.post_attention_layernorm))
         return self.finish(before, f, mhc_order), topk_indices
 
 
@@ -162,10 +178,20 @@ def _entry(module: Receiver) -> Any:
     return module.attn_hc if isinstance(module, Layer) else module
 
 
-def _before(connection: Any, x: torch.Tensor) -> Before:
-    """What is before a sublayer, by a hyper-connection that may be any module."""
+def _entry_norm(module: Receiver, device: torch.device) -> nn.Module | None:
+    """The norm that an op runs inside there; a head has none."""
+    return module.inside(module.input_layernorm, device) if isinstance(module, Layer) else None
+
+
+def _normed(before: Before, norm: nn.Module) -> Any:
+    """The sublayer's input, through its norm where no op has done that."""
+    return before.u if before.normed else norm(before.u)
+
+
+def _before(connection: Any, x: torch.Tensor, norm: nn.Module | None) -> Before:
+    """What is before a sublayer, by a hyper-connection that may be any module; the norm runs inside if it can."""
     if _runs_as_known(connection):
-        return connection.before(x)
+        return connection.before(x, norm)
     post, *comb, u = connection(x)
     return Before(x, u, post.float(), comb[0].transpose(-1, -2).float() if comb else None)
 
@@ -174,17 +200,12 @@ def _merge(before: Before, f: torch.Tensor) -> torch.Tensor:
     return functional.merge(before.x, f.to(before.x.dtype), before.res, before.post)
 
 
-def _step(before: Before, f: torch.Tensor, connection: Any) -> Before:
-    """Merge, and what is before the sublayer of `connection`, or in a head."""
-    x, u, post, res = functional.step(
-        before.x,
-        f.to(before.x.dtype),
-        before.post,
-        before.res,
-        *connection.parameters_for_ops(),
-        **connection.settings_for_ops(),
-    )
-    return Before(x, u, post, res)
+def _step(before: Before, f: torch.Tensor, connection: Any, norm: nn.Module | None) -> Before:
+    """Merge, and what is before the sublayer of `connection`, or in a head, with the norm where one is given."""
+    settings = connection.settings_for_ops() | rms_norm.settings_for_ops(norm)
+    given = before.x, f.to(before.x.dtype), before.post, before.res
+    x, u, post, res = functional.step(*given, *connection.parameters_for_ops(), **settings)
+    return Before(x, u, post, res, normed=norm is not None)
 
 
 def _runs_twice(layer: nn.Module) -> bool:
@@ -193,10 +214,6 @@ def _runs_twice(layer: nn.Module) -> bool:
     return checkpoints or "forward" in vars(layer) or layer._compiled_call_impl is not None
 
 
-def _runs_as_known(module: Any) -> Any:
+def _runs_as_known(module: Any) -> bool:
     """Whether a call of the module would be its forward alone, and that is ours."""
-    if not isinstance(module, (Connection, Head)) or "forward" in vars(module):
-        return False
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    everywhere = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-    return not any(hooks) and not any(everywhere)
+    return isinstance(module, (Connection, Head)) and is_plain_call(module)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mhc.integrations.connected import ConnectedLayer
+from mhc.integrations.rms_norm import torch_norm
 from mhc.integrations.wrap_llama import PARTS, wrap_llama_layer
 from mhc.integrations.wrap_pytorch import wrap_pytorch_layer
 from mhc.manifolds import Manifold
@@ -42,6 +43,10 @@ def wrap(
     replaced layers are lost. In transformers, generation with its caches, gradient checkpointing, attentions and the
     router's logits work as before; `output_hidden_states` gives an empty tuple, as it looks for the replaced layers.
 
+    A norm that is an RMSNorm without hooks, of whatever class, becomes the block's own, with the same weight and eps
+    (`norm` of `HyperConnection`): kernels normalise what the sublayer gets, hooks on it do not run, and its weight is
+    named `blocks.<i>.norm.weight`. It is recognised by what it computes; any other norm stays in the sublayer.
+
     Args:
         model: changed in place, also returned.
         streams: n, in 1..16.
@@ -63,7 +68,8 @@ def wrap(
 
     def connection(sublayer: nn.Module, width: int, dropout: float) -> HyperConnection:
         with next(sublayer.parameters(), torch.empty(0)).device:
-            return HyperConnection(width, streams, sublayer, dropout=dropout, **settings)
+            norm = _taken_norm(sublayer)
+            return HyperConnection(width, streams, sublayer, norm=norm, dropout=dropout, **settings)
 
     def connected(layer: nn.Module) -> ConnectedLayer | None:
         made = wrap_pytorch_layer(layer, connection, width) or wrap_llama_layer(layer, connection, width)
@@ -88,6 +94,14 @@ def wrap(
         layers.training = parent.training
         setattr(parent, name, layers)
     return model
+
+
+def _taken_norm(sublayer: Any) -> nn.RMSNorm | None:
+    """The norm of a sublayer's input, taken out of the sublayer for its block; None where it has to stay there."""
+    norm = torch_norm(sublayer.norm)
+    if norm is not None:
+        sublayer.norm = nn.Identity()
+    return norm
 
 
 def _lists_of_modules(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.ModuleList]]:

@@ -101,8 +101,7 @@ def pre_with_residual(
         named |= {"norm_weight": norm_weight, "norm_eps": norm_eps}
         return (*functional.pre(*given, rounds=rounds, **named), x)
     *_shape, mixes = functional.check_pre(*given)
-    norm = sublayer_norm(x, norm_weight, norm_eps)
-    op = "pre" + norm.ending + ("" if mixes else IDENTITY)
-    settings = (rounds, (eps, hc_eps, post_scale, *norm.eps), op)
+    norm = sublayer_norm("pre" if mixes else "pre" + IDENTITY, x, norm_weight, norm_eps, rounds)
+    settings = (rounds, (eps, hc_eps, post_scale, *norm.eps), norm.op)
     u, post, *res, residual = _PreWithResidual.apply(*given, *settings, *norm.weight)  # type: ignore[no-untyped-call]
     return norm.apply(u), post, res[0] if res else None, residual

@@ -51,11 +51,12 @@ def warm_up(model: nn.Module, tokens: Sequence[int], *, dtype: torch.dtype | Non
         raise BadInput(f"dtype must be one of {', '.join(DTYPE_NAMES.values())}, got {dtype}: pass the streams' dtype")
     directions: tuple[Direction, ...] = ("forward", "backward") if model.training else ("forward",)
     kernels, rows = active(), dict[Row, None]()
-    for op, streams, width, rounds, device, alone in calls:
-        problem = Problem(op, "forward", streams, width, DTYPE_NAMES[dtype], rounds=rounds)
+    for call in calls:
+        shape = call.streams, call.width, DTYPE_NAMES[dtype]
+        problem = Problem(call.called(dtype), "forward", *shape, rounds=call.rounds)
         for direction in directions:
-            for count in [1] if alone else counts:
-                found = kernels.warm_up(replace(problem, direction=direction, tokens=count), device)
+            for count in [1] if call.alone else counts:
+                found = kernels.warm_up(replace(problem, direction=direction, tokens=count), call.device)
                 rows |= dict.fromkeys(each.row for each in found)
     return WarmUpReport(rows)
 

@@ -163,14 +163,20 @@ def test_under_checkpointing_layers_are_not_joined(make, counted):
 
 
 @pytest.mark.parametrize(
-    ("family", "ending"), [("deepseek_v4", ""), pytest.param("hy_v4", "_identity", marks=pytest.mark.slow)]
+    ("family", "ending", "head"),
+    [
+        ("glm5_next", "", ()),
+        pytest.param("deepseek_v4", "", ("step",), marks=pytest.mark.slow),
+        pytest.param("hy_v4", "_identity", ("step",), marks=pytest.mark.slow),
+    ],
 )
-def test_a_step_of_training_runs_on_kernels_alone(make, on_compiled, family, ending):
+def test_a_step_of_training_runs_on_kernels_alone(make, on_compiled, family, ending, head):
     model, ids = make(family, hidden=16), batch()
     before = outcome(model, ids)
     expect_same(outcome(mhc.patch(model), ids), before)
     rows = {(row.op, row.direction): row.runs for row in mhc.kernel_report() if (row.streams, row.width) == (4, 16)}
-    expected = {(op + ending, direction) for op in ("pre", "step") for direction in ("forward", "backward")}
+    ops = ("pre_norm", "step_norm", *head)
+    expected = {(op + ending, direction) for op in ops for direction in ("forward", "backward")}
     assert expected <= rows.keys()
     assert "reference" not in rows.values()
 
