@@ -165,7 +165,7 @@ def test_under_checkpointing_layers_are_not_joined(make, counted):
 @pytest.mark.parametrize(
     ("family", "ending", "head"),
     [
-        ("glm5_next", "", ()),
+        pytest.param("glm5_next", "", (), marks=pytest.mark.slow),
         pytest.param("deepseek_v4", "", ("step",), marks=pytest.mark.slow),
         pytest.param("hy_v4", "_identity", ("step",), marks=pytest.mark.slow),
     ],
