@@ -160,6 +160,7 @@ def test_rounds_and_eps_reach_the_kernels(kernels):
     assert_close(dull, torch.sigmoid(bias[:4]).double().expand(TOKENS, 4), "an eps that drowns z")
 
 
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("compiled", marks=pytest.mark.slow)], indirect=True)
 def test_leading_dimensions_are_tokens(kernels):
     x, f, res, post = inputs("merge", 4, "float32")
     given = x[:4], f[:4], res[:4], post[:4]

@@ -86,6 +86,7 @@ def test_blocks_stacks_and_recomputation_are_the_same_on_kernels(on_compiled):
     assert set(ran.values()) == {"default"}
 
 
+@pytest.mark.slow
 def test_single_pass_feeds_a_sublayer_through_the_pre_before(on_compiled):
     """Against the recurrence in plain torch (DeepSeek-V4.1's report, equation 6, with res the identity)."""
     blocks = [block() for _ in range(3)]

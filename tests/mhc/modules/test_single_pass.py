@@ -88,6 +88,7 @@ def test_it_runs_the_kernel_between_blocks():
     assert {row.op for row in active.report()} == {"project", "coefficients", "aggregate", "single_pass", "merge"}
 
 
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("compiled", marks=pytest.mark.slow)], indirect=True)
 def test_blocks_that_no_kernel_computes_follow_too(kernels):
     made = blocks(5, ({}, {"manifold": "orthogonal"}, {"dynamic": False}, {"mode": "hc"}))
     x, upstream = torch.randn(TOKENS, STREAMS, WIDTH), torch.randn(TOKENS, WIDTH)
