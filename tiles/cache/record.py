@@ -204,9 +204,13 @@ def check_scalars(values: Mapping[str, Any], what: str, kinds: tuple[type, ...])
             )
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2  # of a whole manifest, records within records would fill the screen
+
+
 def shown(value: object) -> str:
     """A short, printable form of an untrusted value, for one-line messages."""
-    return _UNPRINTABLE.sub("?", reprlib.repr(value))
+    return _UNPRINTABLE.sub("?", _SHORT.repr(value))
 
 
 def check_schedule(record: Record) -> None:
