@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from autotune.sass.code import Code, read_code
-from autotune.sass.disassembler import disassembled
+from autotune.sass.disassembler import NotDisassembled, disassembled
 from autotune.sass.launches import Launch, launches
 from autotune.sass.loads import thread_loads
 from tiles.compiler.compile import Artifact
@@ -105,8 +105,12 @@ def look(artifact: Artifact, tokens: int) -> list[KernelLook]:
 
     Raises `disassembler.NotDisassembled` where the code cannot be read here.
     """
-    code = read_code(disassembled(artifact.binary))
-    return [look_at(code[launch.kernel], launch, artifact.target.arch) for launch in launches(artifact.source, tokens)]
+    text = disassembled(artifact.binary)
+    try:
+        code = read_code(text)
+        return [look_at(code[each.kernel], each, artifact.target.arch) for each in launches(artifact.source, tokens)]
+    except (LookupError, ValueError) as error:  # versions of nvdisasm may print what the look does not know
+        raise NotDisassembled(f"nvdisasm prints what is not understood here: {error!r}") from error
 
 
 def look_at(code: Code, launch: Launch, arch: str) -> KernelLook:

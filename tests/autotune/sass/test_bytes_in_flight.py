@@ -12,7 +12,7 @@ from sass_text import code_of, printed
 from autotune.measuring.resource_check import resource_usage
 from autotune.sass import bytes_in_flight
 from autotune.sass.bytes_in_flight import GPUS, KernelLook, least_ratio, look, look_at
-from autotune.sass.disassembler import find_disassembler
+from autotune.sass.disassembler import NotDisassembled, find_disassembler
 from autotune.sass.launches import Launch
 from tiles.compiler.compile import Artifact, compile_kernel
 from tiles.compiler.cuda_launcher import IMAGE, Plan, with_cuda_launcher
@@ -32,6 +32,14 @@ def seen(
     body: str = TWO_LOADS, blocks: int = 10**6, threads: int = 256, shared: int = 0, arch: str = "sm_90a"
 ) -> KernelLook:
     return look_at(code_of(body), Launch("toy", blocks, threads, shared), arch)
+
+
+@pytest.mark.parametrize("text", ["", "what another version prints", printed(TWO_LOADS, name="another_kernel")])
+def test_what_is_not_understood_is_one_line(monkeypatch, text):
+    monkeypatch.setattr(bytes_in_flight, "disassembled", lambda binary: text)
+    monkeypatch.setattr(bytes_in_flight, "launches", lambda source, tokens: [Launch("toy", 1, 32, 0)])
+    with pytest.raises(NotDisassembled, match="nvdisasm prints what is not understood here: KeyError"):
+        look(Artifact(HOPPER, "", b"", {}), 4096)
 
 
 @pytest.mark.parametrize(("arch", "needed"), [("sm_80", 20370), ("sm_90a", 40000), ("sm_100a", 59459)])
