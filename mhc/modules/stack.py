@@ -124,9 +124,9 @@ def run_blocks(
     return x
 
 
-def has_hooks(block: HyperConnection) -> bool:
-    """Whether somebody has registered hooks on this block's forward or backward."""
-    kinds = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody has registered hooks on this module's forward or backward."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(kinds)
 
 
