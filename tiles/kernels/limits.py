@@ -49,9 +49,26 @@ def why_bad_nontemporal(nontemporal: int, target: Target) -> str | None:
     return f"nontemporal must be 0, or 1 on a CPU, got {nontemporal} on {target}: choose 0"
 
 
-def dots_block(target: Target) -> tuple[int, int]:
-    """Rows × columns of dot products that leave registers for their operands."""
-    return (6, 2) if target.arch in FEW_REGISTERS else (8, 3)
+FEW_OUTPUTS = 8
+"""Those of two streams."""
+
+SMALL_PHI = 1024 * 1024
+"""Bytes of phi that an L2 cache of today may hold."""
+
+
+def dots_block(problem: Problem, target: Target) -> tuple[int, int]:
+    """Tokens × outputs of a register block of dot products, which leave registers for their operands: of 32 registers
+    the squarest, which reads least for a product, unless there are too few outputs to fill such blocks."""
+    if target.arch in FEW_REGISTERS:
+        return 6, 2
+    return (8, 3) if problem.outputs <= FEW_OUTPUTS else (5, 5)
+
+
+def dots_width(problem: Problem, target: Target) -> int:
+    """Most columns of the streams that are multiplied with phi at a time: more where phi comes from a near cache, and
+    registers take long enough to make up for it."""
+    near = 4 * problem.outputs * problem.fan_in <= SMALL_PHI
+    return 1280 if near and target.arch not in FEW_REGISTERS else 640
 
 
 def scratch_bytes(target: Target) -> int:

@@ -9,24 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from typing import Any, Protocol
 
 import tilelang.language as T
 
-from tiles.lang.rows import (
-    CopiedRow,
-    CudaRow,
-    ElementRow,
-    NontemporalRow,
-    PairRow,
-    PrefetchedRow,
-    ResultRow,
-    Row,
-    SourceRow,
-    prefetch,
-)
+from tiles.lang.rows import CudaRow, ResultRow, SourceRow, cpu_result, cpu_row, prefetch
 from tiles.lang.storage import DOT_LANES, OWNED_REGISTERS
 from tiles.lang.values import Buffer, Expr
 from tiles.target import Target, compute_capability
@@ -180,13 +168,10 @@ class Cpu:
     def row(
         self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False, prefetched: bool = False
     ) -> SourceRow:
-        in_place = _row_in_place(dtype)
-        row = CopiedRow(in_place, tensor, width) if copied else in_place(tensor)
-        return PrefetchedRow(row, tensor, width) if prefetched else row
+        return cpu_row(tensor, dtype, width, copied=copied, prefetched=prefetched)
 
     def result(self, tensor: Buffer, dtype: str, width: int, *, nontemporal: bool = False) -> ResultRow:
-        row = _row_in_place(dtype)
-        return NontemporalRow(row, tensor, width) if nontemporal else row(tensor)
+        return cpu_result(tensor, dtype, width, nontemporal=nontemporal)
 
     def packed(self, dtype: str) -> int:
         return 1 if dtype == "float32" else 2
@@ -242,10 +227,6 @@ class Cpu:
         """out[i, c] += Σ_{j < count} a[i, j] b[j, c]: a register block of a matrix product, c over `width`."""
         factors = a.pointer(), a.stride(0), a.stride(1)
         _call("mhc_add_product", out.pointer(), out.stride(0), *factors, b.pointer(), b.stride(0), rows, count, width)
-
-
-def _row_in_place(dtype: str) -> Callable[[Buffer], Row]:
-    return ElementRow if dtype == "float32" else partial(PairRow, dtype=dtype)
 
 
 class Cuda:

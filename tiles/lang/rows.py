@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import tilelang.language as T
@@ -160,6 +161,21 @@ class NontemporalRow:
 
     def flush(self) -> None:
         move("mhc_stream", self._held, (0, 0), self._tensor, self._at, self._width)
+
+
+def cpu_row(tensor: Buffer, dtype: str, width: int, *, copied: bool, prefetched: bool) -> SourceRow:
+    """See `Dialect.row`."""
+    row = CopiedRow(_in_place(dtype), tensor, width) if copied else _in_place(dtype)(tensor)
+    return PrefetchedRow(row, tensor, width) if prefetched else row
+
+
+def cpu_result(tensor: Buffer, dtype: str, width: int, *, nontemporal: bool) -> ResultRow:
+    """See `Dialect.result`."""
+    return NontemporalRow(_in_place(dtype), tensor, width) if nontemporal else _in_place(dtype)(tensor)
+
+
+def _in_place(dtype: str) -> Callable[[Buffer], Row]:
+    return ElementRow if dtype == "float32" else partial(PairRow, dtype=dtype)
 
 
 class CudaRow:

@@ -13,6 +13,7 @@ from tiles.kernels.fused.chain_schedule import ChainSchedule
 from tiles.kernels.limits import (
     divisors,
     dots_block,
+    dots_width,
     why_bad_register_block,
     why_bad_threads,
     why_not_divisor,
@@ -57,10 +58,10 @@ def default(problem: Problem, target: Target) -> Schedule:
         return chain_schedule.default(problem, target)
     forward = problem.direction == "forward"
     columns = problem.fan_in if forward else problem.width
-    tokens, outputs = dots_block(target) if forward else (6, 6)
+    tokens, outputs = dots_block(problem, target) if forward else (6, 6)
     cached = min(8, max(1, CACHED_BYTES // (problem.fan_in * DTYPE_BYTES[problem.dtype] * tokens)))
     blocks = cached if forward else max(cached, -(-problem.outputs // tokens))
-    width = divisors(columns, 8, 640 if forward else 256)[-1]
+    width = divisors(columns, 8, dots_width(problem, target) if forward else 256)[-1]
     row = divisors(problem.width, 8, 128)[-1]
     return _fitting(problem, target, FusedSchedule(tokens * blocks, tokens, outputs, width, row, 0))
 
@@ -85,8 +86,8 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
     widths = divisors(problem.fan_in, 64, 2560) if forward else divisors(problem.width, 64, 256)
     rows = divisors(problem.width, 64, 2048)
     return {
-        "block_tokens": tuple(sorted({8, 16, 24, 48, 96, 192, usual.block_tokens})),
-        "register_tokens": tuple(sorted({2, 3, 4, 6, 8, usual.register_tokens})),
+        "block_tokens": tuple(sorted({8, 16, 20, 24, 40, 48, 80, 96, 192, usual.block_tokens})),
+        "register_tokens": (2, 3, 4, 5, 6, 8),
         "register_outputs": (2, 3, 4, 5, 6, 8),
         "block_width": tuple(sorted({*widths, usual.block_width})),
         "row_width": tuple(sorted({*rows, usual.row_width})),

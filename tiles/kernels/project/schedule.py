@@ -9,6 +9,7 @@ from typing import Any
 from tiles.kernels.limits import (
     divisors,
     dots_block,
+    dots_width,
     nontemporal_choices,
     why_bad_nontemporal,
     why_bad_register_block,
@@ -71,8 +72,8 @@ def default(problem: Problem, target: Target) -> Schedule:
     if target.kind == "cuda":
         return tensor_core_schedule.default(problem, target)
     if problem.direction == "forward":
-        tokens, outputs = dots_block(target)
-        return ForwardSchedule(tokens, outputs, divisors(problem.fan_in, 64, 640)[-1], 0)
+        tokens, outputs = dots_block(problem, target)
+        return ForwardSchedule(tokens, outputs, divisors(problem.fan_in, 64, dots_width(problem, target))[-1], 0)
     nontemporal = nontemporal_choices(problem, problem.streams, target)[0]
     return BackwardSchedule(48, 6, 6, divisors(problem.fan_in, 8, 64)[-1], 1, 0, nontemporal)
 

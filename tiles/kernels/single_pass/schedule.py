@@ -62,9 +62,9 @@ def default(problem: Problem, target: Target) -> Schedule:
     if target.kind == "cuda":
         return chain_schedule.default(problem, target)
     forward = problem.direction == "forward"
-    tokens, outputs = dots_block(target) if forward else (6, 6)
+    tokens, outputs = dots_block(problem, target) if forward else (6, 6)
     if forward:
-        blocks, columns = 4, FORWARD_COLUMNS // problem.streams
+        blocks, columns = 8, FORWARD_COLUMNS // problem.streams
     else:
         blocks = 8 if problem.streams <= MANY_STREAMS else 4
         columns = FEW_COLUMNS[problem.dtype] if problem.streams <= FEW_STREAMS else MORE_COLUMNS
@@ -94,8 +94,8 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
     usual = default(problem, target)
     assert isinstance(usual, SinglePassSchedule)
     return {
-        "block_tokens": tuple(sorted({4, 8, 16, 24, 48, 96, usual.block_tokens})),
-        "register_tokens": tuple(sorted({2, 3, 4, 6, 8, usual.register_tokens})),
+        "block_tokens": tuple(sorted({4, 8, 16, 20, 24, 40, 48, 96, usual.block_tokens})),
+        "register_tokens": (2, 3, 4, 5, 6, 8),
         "register_outputs": (2, 3, 4, 5, 6, 8),
         "block_width": tuple(sorted({*divisors(problem.width, 32, 1280), usual.block_width})),
         "nontemporal": tuple(sorted(nontemporal_choices(problem, problem.streams, target))),
