@@ -72,6 +72,10 @@ class Columns:
         """Which of the block's columns that is, on a CPU."""
         return outer * self._packed + inner
 
+    def aside(self, outer: Expr, inner: Expr) -> Expr:
+        """A place for it in a row of a CPU's scratch, such that neighbours in the outer loop are neighbours there."""
+        return inner * (self._block // self._packed) + outer
+
 
 class ThreadRow:
     """A `Row` of threads × share elements in registers; an element's index is (thread, place in its share)."""

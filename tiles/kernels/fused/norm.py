@@ -1,8 +1,8 @@
 """The RMSNorm of a sublayer's input on a CPU, as macros that pre, step and single_pass share.
 
-u = Σ_i pre_i x_i as ever, rounded to the streams' dtype; r = rsqrt(mean(u²) + norm_eps); the sublayer gets u·r·w. The
-row of a token is scaled while it is in the nearest cache. The backward makes u again from the streams; with
-g = w·du, du the gradient of what the sublayer gets, and a factor for each token,
+u = Σ_i pre_i x_i as ever; r = rsqrt(mean(u²) + norm_eps); the sublayer gets u·r·w. The row of a token is scaled while
+it is in the nearest cache. The backward makes u again from the streams; with g = w·du, du the gradient of what the
+sublayer gets, and a factor for each token,
 
     slope = r³ Σ_c u_c g_c / C,  the gradient of u is r·g − slope·u, and that of w is Σ_t du·u·r.
 """
@@ -56,20 +56,24 @@ class Norm:
 
         @T.macro
         def aggregate(p: Any, token: Expr, pre: Sequence[Expr]) -> None:
-            """u of a token, normalised."""
-            state, mixed, total = [columns.row(p.x) for _ in streams], columns.result(p.u), dialect.accumulator(block)
+            """u of a token, normalised before it is rounded."""
+            state, held = [columns.row(p.x) for _ in streams], dialect.scratch(width)
             for chunk in T.serial(width // block):
                 for i in streams:
                     state[i].load(token, i * width + chunk * block)
-                mixed.store_at(token, chunk * block)
                 for outer in columns.outer():
                     for inner in columns.inner():
-                        column = columns.index(outer, inner)
-                        u = bind(weighted(pre, [row.get(column) for row in state]))
-                        mixed.put(column, u)
-                        total[0] += u * u
-                mixed.flush()
-            scale_row(p, token, total[0])
+                        values = [row.get(columns.index(outer, inner)) for row in state]
+                        held[chunk * block + columns.aside(outer, inner)] = weighted(pre, values)
+            scale, normed = bind(inverse_root(dialect.squares(held, width), p.norm_eps)), columns.result(p.u)
+            for chunk in T.serial(width // block):
+                normed.store_at(token, chunk * block)
+                for outer in columns.outer():
+                    for inner in columns.inner():
+                        weight = bind(p.norm_weight[chunk * block + columns.place(outer, inner)])
+                        u = held[chunk * block + columns.aside(outer, inner)]
+                        normed.put(columns.index(outer, inner), u * scale * weight)
+                normed.flush()
 
         @T.macro
         def store_factors(p: Any, kept: Any, row: Expr, squares: Expr, product: Expr) -> None:

@@ -120,6 +120,7 @@ def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
         return chain_schedule.scratch(problem, schedule, target)
     if problem.direction == "forward":
         held = coefficients.forward_scratch(problem, schedule.block_tokens, target) + forward_scratch(problem, schedule)
+        held += problem.width * problem.normalises
     else:
         held = coefficients.backward_scratch(problem, schedule.block_tokens, target) + backward_scratch(schedule)
         held += norm_scratch(problem, schedule)

@@ -93,7 +93,7 @@ class ForwardTile(_Tile):
             will be normalised, to squares_of_u[row]."""
             pre, post, res = self.weights(p, token)
             total_of_u = total_of_columns()
-            total, given = dialect.accumulator(width), self.load(p, token, column)
+            totals, given = [dialect.accumulator(width) for _ in streams], self.load(p, token, column)
             mixed, gathered = [columns.result(p.x_next) for _ in streams], columns.row(p.u)
             for i in streams:
                 mixed[i].store_at(token, self.place(i, column))
@@ -104,7 +104,7 @@ class ForwardTile(_Tile):
                     for i in streams:
                         mixed[i].put(columns.index(outer, inner), values[i], rounded=True)
                         staged[row, i * width + columns.place(outer, inner)] = values[i]
-                        total[0] += values[i] * values[i]
+                        totals[i][0] += values[i] * values[i]  # one sum of all would wait for each addition
                     if problem.normalises:
                         u = bind(weighted(pre, values))
                         total_of_u[0] += u * u
@@ -113,7 +113,7 @@ class ForwardTile(_Tile):
                         gathered.put(columns.index(outer, inner), weighted(pre, values))
             for i in streams:
                 mixed[i].flush()
-            squares[row] = squares[row] + total[0]
+            squares[row] = squares[row] + sum(total[0] for total in totals)
             if problem.normalises:
                 squares_of_u[row] = squares_of_u[row] + total_of_u[0]
 
