@@ -8,7 +8,8 @@ from itertools import product
 import pytest
 
 from tiles.kernels.fused import chain_schedule
-from tiles.kernels.fused.chain_schedule import coefficient_threads, split_sums
+from tiles.kernels.fused.chain_schedule import coefficient_threads, split_sums, tiled
+from tiles.kernels.fused.merged_schedule import frees_early
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
 from tiles.target import Target
@@ -157,3 +158,13 @@ def test_one_kernel_has_nothing_to_overlap_with():
         "use_pdl must be 0 where one split makes one kernel, got 1"
     )
     assert spec.why_invalid(at_hand, replace(one, splits=2), HOPPER) is None
+
+
+def test_a_backward_frees_the_stage_of_a_tile_where_a_threads_share_fits_its_registers():
+    for op, n in product(("step", "single_pass", "step_identity"), (1, 2, 4)):
+        at_hand = replace(problem("backward", 4096, n), op=op)
+        assert frees_early(at_hand, tiled(chain_schedule.default(at_hand, HOPPER))), (op, n)
+    four = replace(problem("backward", 4096), op="step")
+    tiles = tiled(chain_schedule.default(four, HOPPER))
+    assert frees_early(four, replace(tiles, threads=128))
+    assert not frees_early(four, replace(tiles, threads=64))

@@ -26,6 +26,9 @@ MERGING = ("step", "single_pass")
 STAGES = {"forward": 4, "backward": 3}
 """Most tiles on their way at a time."""
 
+TAKEN_REGISTERS = 40
+"""Registers of a thread that a backward's tile of x, f and their gradients may take: as many as its products."""
+
 MANY_STREAMS = 4
 """Streams whose values and weights take most registers of a thread."""
 
@@ -69,6 +72,13 @@ def weights_row(problem: Problem) -> int:
 def summed(problem: Problem) -> int:
     """What a backward's tile sums over its columns for each token: dpost, dres and, where one pass does all, dpre."""
     return problem.weights + (problem.streams if problem.base_op == "single_pass" else 0)
+
+
+def frees_early(problem: Problem, tiles: TiledSchedule) -> bool:
+    """Whether a backward's threads hold all that they take of a tile in registers before they work on it: its stage is
+    free for another tile then, and as many tiles as there are stages are under way."""
+    copied = 2 * (problem.streams + 1) * tiles.block_tokens * columns_of(problem, tiles) * DTYPE_BYTES[problem.dtype]
+    return copied <= 4 * TAKEN_REGISTERS * tiles.threads
 
 
 def usual(problem: Problem, target: Target) -> TiledSchedule | None:
