@@ -19,7 +19,7 @@ HOPPER = Target("cuda", "sm_90a")
 OPS = ("aggregate", "merge", "project", "pre", "step", "single_pass")
 ENOUGH = 1.5
 
-ONE_BLOCK = ("step", "single_pass")
+ONE_BLOCK = ("single_pass",)
 """Ops whose tiles are so large that one thread block has a multiprocessor's registers and shared memory."""
 
 

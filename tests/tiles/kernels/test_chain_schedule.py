@@ -168,3 +168,18 @@ def test_a_backward_frees_the_stage_of_a_tile_where_a_threads_share_fits_its_reg
     tiles = tiled(chain_schedule.default(four, HOPPER))
     assert frees_early(four, replace(tiles, threads=128))
     assert not frees_early(four, replace(tiles, threads=64))
+
+
+@pytest.mark.parametrize("op", ["step", "step_identity"])
+def test_a_forward_of_four_streams_has_two_blocks_of_a_warpgroup_a_multiprocessor(op):
+    """Where a multiprocessor has more than one of them to run, and tiles of parts take no registers."""
+    for tokens, dtype, blocks, threads in (
+        (4096, "bfloat16", 2, 128),
+        (512, "bfloat16", 2, 128),
+        (256, "bfloat16", 1, 256),
+        (4096, "float16", 1, 256),
+    ):
+        schedule = chain_schedule.default(replace(problem("forward", tokens), op=op, dtype=dtype), HOPPER)
+        assert schedule.merged
+        assert (schedule.min_blocks_per_sm, schedule.threads) == (blocks, threads), (tokens, dtype)
+        assert schedule.block_tokens == 64
