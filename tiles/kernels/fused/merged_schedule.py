@@ -27,9 +27,6 @@ MERGING = ("step", "single_pass")
 STAGES = {"forward": 4, "backward": 3}
 """Most tiles on their way at a time."""
 
-TAKEN_REGISTERS = 40
-"""Registers of a thread that a backward's tile of x, f and their gradients may take: as many as its products."""
-
 MANY_STREAMS = 4
 """Streams whose values and weights take most registers of a thread."""
 
@@ -79,10 +76,9 @@ def summed(problem: Problem) -> int:
 
 
 def frees_early(problem: Problem, tiles: TiledSchedule) -> bool:
-    """Whether a backward's threads hold all that they take of a tile in registers before they work on it: its stage is
-    free for another tile then, and as many tiles as there are stages are under way."""
-    copied = 2 * (problem.streams + 1) * tiles.block_tokens * columns_of(problem, tiles) * DTYPE_BYTES[problem.dtype]
-    return copied <= 4 * TAKEN_REGISTERS * tiles.threads
+    """Whether a backward's threads take all of a tile to registers, one vector of each row that is copied, before they
+    work on it: its stage is free for another tile then, and as many tiles as there are stages are under way."""
+    return tiles.block_tokens * columns_of(problem, tiles) == tiles.threads * vector(problem, tiles)
 
 
 def usual(problem: Problem, target: Target) -> TiledSchedule | None:
