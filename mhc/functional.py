@@ -52,9 +52,7 @@ def project(x: torch.Tensor, phi: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """
     n, width = stream_shape(x)
     expect("phi", phi, (n * n + 2 * n, n * width), torch.float32, x.device)
-    leading = x.shape[:-2]
-    z, s = call("project", x.reshape(-1, n, width), phi, n, width, ROUNDS)
-    return z.view(*leading, n * n + 2 * n), s.view(leading)
+    return call("project", x, phi, n, width, ROUNDS)
 
 
 def coefficients(
@@ -79,17 +77,15 @@ def coefficients(
     """
     check_problem(streams, width)
     check_scalars(hc_eps, post_scale)
-    n, outputs = streams, streams * streams + 2 * streams
-    leading = s.shape
+    outputs, leading = streams * streams + 2 * streams, s.shape
     expect("s", s, leading, torch.float32, z.device)
     expect("z", z, (*leading, outputs), torch.float32, z.device)
     expect("alpha", alpha, (3,), torch.float32, z.device)
     expect("bias", bias, (outputs,), torch.float32, z.device)
-    given = (z.reshape(-1, outputs), s.reshape(-1), alpha, bias, eps, hc_eps, post_scale, n, width, rounds)
+    given = (z, s, alpha, bias, eps, hc_eps, post_scale, streams, width, rounds)
     if out is not None:
         return write_results("coefficients", given, leading, out)
-    pre, post, res = call("coefficients", *given)
-    return pre.view(*leading, n), post.view(*leading, n), res.view(*leading, n, n)
+    return call("coefficients", *given)
 
 
 def sinkhorn(logits: torch.Tensor, rounds: int = ROUNDS, *, hc_eps: float = 0.0) -> torch.Tensor:
@@ -104,7 +100,7 @@ def sinkhorn(logits: torch.Tensor, rounds: int = ROUNDS, *, hc_eps: float = 0.0)
     n = logits.shape[-1]
     check_problem(n)
     expect("logits", logits, (*logits.shape[:-2], n, n), torch.float32, logits.device)
-    return call("sinkhorn", logits.reshape(-1, n, n), hc_eps, n, ANY_WIDTH, rounds).view(logits.shape)
+    return call("sinkhorn", logits, hc_eps, n, ANY_WIDTH, rounds)
 
 
 def aggregate(x: torch.Tensor, pre: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -115,10 +111,10 @@ def aggregate(x: torch.Tensor, pre: torch.Tensor, *, out: torch.Tensor | None = 
     n, width = stream_shape(x)
     leading = x.shape[:-2]
     expect("pre", pre, (*leading, n), torch.float32, x.device)
-    given = (x.reshape(-1, n, width), pre.reshape(-1, n), n, width, ROUNDS)
+    given = (x, pre, n, width, ROUNDS)
     if out is not None:
         return write_results("aggregate", given, leading, out)
-    return call("aggregate", *given).view(*leading, width)
+    return call("aggregate", *given)
 
 
 def merge(
@@ -130,11 +126,10 @@ def merge(
     """
     check_merge(x, f, res, post)
     n, width = x.shape[-2:]
-    flat = x.reshape(-1, n, width), f.reshape(-1, width), *_flat_res(res, n), post.reshape(-1, n)
-    op, given = _op("merge", res is not None), (*flat, n, width, ROUNDS)
+    op, given = _op("merge", res is not None), (x, f, *_given(res), post, n, width, ROUNDS)
     if out is not None:
         return write_results(op, given, x.shape[:-2], out)
-    return call(op, *given).view(x.shape)
+    return call(op, *given)
 
 
 def check_merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor | None, post: torch.Tensor) -> torch.Size:
@@ -152,13 +147,8 @@ def _op(base_op: str, mixes: bool) -> str:
     return base_op if mixes else base_op + IDENTITY
 
 
-def _flat_res(res: torch.Tensor | None, streams: int) -> tuple[torch.Tensor, ...]:
-    return () if res is None else (res.reshape(-1, streams, streams),)
-
-
-def _unflat_res(res: Sequence[torch.Tensor], leading: torch.Size) -> torch.Tensor | None:
-    """res [..., n, n] where there is one among the results."""
-    return res[0].view(*leading, *res[0].shape[1:]) if res else None
+def _given(res: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    return () if res is None else (res,)
 
 
 def pre(
@@ -188,13 +178,13 @@ def pre(
     """
     n, width, mixes = check_pre(x, phi, alpha, bias)
     check_scalars(hc_eps, post_scale)
-    norm, leading = sublayer_norm(_op("pre", mixes), x, norm_weight, norm_eps, rounds), x.shape[:-2]
+    norm = sublayer_norm(_op("pre", mixes), x, norm_weight, norm_eps, rounds)
     scalars = eps, hc_eps, post_scale, *norm.eps
-    given = (x.reshape(-1, n, width), phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
+    given = (x, phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
     if out is not None:
-        return norm.write(write_results(norm.op, given, leading, out), 0)
+        return norm.write(write_results(norm.op, given, x.shape[:-2], out), 0)
     u, post, *res = call(norm.op, *given)[:-2]
-    return norm.apply(u.view(*leading, width)), post.view(*leading, n), _unflat_res(res, leading)
+    return norm.apply(u), post, res[0] if res else None
 
 
 def check_pre(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[int, int, bool]:
@@ -257,14 +247,12 @@ def step(
     n, width, leading = _check_boundary(x, f, post, res, (phi, alpha, bias))
     check_scalars(hc_eps, post_scale)
     norm = sublayer_norm(_op("step", res is not None), x, norm_weight, norm_eps, rounds)
-    flat = x.reshape(-1, n, width), f.reshape(-1, width), post.reshape(-1, n), *_flat_res(res, n)
     scalars = eps, hc_eps, post_scale, *norm.eps
-    given = (*flat, phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
+    given = (x, f, post, *_given(res), phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
     if out is not None:
         return norm.write(write_results(norm.op, given, leading, out), 1)
     x_next, u, post_next, *res_next = call(norm.op, *given)[:-2]
-    maps = post_next.view(*leading, n), _unflat_res(res_next, leading)
-    return x_next.view(x.shape), norm.apply(u.view(*leading, width)), *maps
+    return x_next, norm.apply(u), post_next, res_next[0] if res_next else None
 
 
 def single_pass(
@@ -298,12 +286,9 @@ def single_pass(
     check_scalars(hc_eps, post_scale)
     norm = sublayer_norm(_op("single_pass", res is not None), x, norm_weight, norm_eps, rounds)
     expect("pre", pre, (*leading, n), torch.float32, x.device)
-    gates = pre.reshape(-1, n), post.reshape(-1, n)
-    flat = x.reshape(-1, n, width), f.reshape(-1, width), *gates, *_flat_res(res, n)
     scalars = eps, hc_eps, post_scale, *norm.eps
-    given = (*flat, phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
+    given = (x, f, pre, post, *_given(res), phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
     if out is not None:
         return norm.write(write_results(norm.op, given, leading, out), 1)
     x_next, u, pre_next, post_next, *res_next = call(norm.op, *given)[:-2]
-    maps = pre_next.view(*leading, n), post_next.view(*leading, n), _unflat_res(res_next, leading)
-    return x_next.view(x.shape), norm.apply(u.view(*leading, width)), *maps
+    return x_next, norm.apply(u), pre_next, post_next, res_next[0] if res_next else None

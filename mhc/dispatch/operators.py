@@ -3,13 +3,13 @@
 All are made from the kernels' arguments. A backward takes the forward's tensors, the results that it saved, the
 gradients of its other results, and its scalars; it returns the gradients of the forward's tensors. A tensor whose
 gradient is that of the forward's result (x of x + post f) may be left out of both. Arguments that a kernel adds to
-start at zero here. The ints after the arguments are streams, width and Sinkhorn rounds. Tensors have one
-leading dimension, tokens.
+start at zero here. The ints after the arguments are streams, width and Sinkhorn rounds. Tensors of custom ops have one
+leading dimension, tokens; those of `call` have any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -98,14 +98,44 @@ def _custom_op(name: str, op: str, direction: Direction) -> Any:
 
 
 class _Differentiation(NamedTuple):
-    """How an op's backward is called: the number of the forward's inputs that are tensors (they come first), the
-    positions of its results that are saved for the backward and of those whose gradients it takes, and the positions of
-    the tensors that it leaves out."""
+    """How an op's backward is called: which of the forward's inputs that are tensors (they come first) have tokens, and
+    the dimensions after tokens of the first; the positions of its results that are saved for the backward and of those
+    whose gradients it takes; the positions of the tensors that it leaves out."""
 
-    tensors: int
+    has_tokens: tuple[bool, ...]
+    dims: int
     saved: tuple[int, ...]
     differentiated: tuple[int, ...]
     left_out: tuple[int, ...]
+
+    @property
+    def tensors(self) -> int:
+        """The number of inputs that are tensors."""
+        return len(self.has_tokens)
+
+    def leading(self, first: torch.Tensor) -> torch.Size:
+        """The leading dimensions of an input with tokens, which the first one is."""
+        return first.shape[: first.dim() - self.dims]
+
+    def flat(self, values: Sequence[Any], leading: torch.Size) -> Sequence[Any]:
+        """Inputs with one dimension of tokens in the place of these, and what follows the tensors."""
+        if len(leading) == 1:
+            return values
+        flat = [
+            value.reshape(-1, *value.shape[len(leading) :]) if has_tokens else value
+            for has_tokens, value in zip(self.has_tokens, values, strict=False)
+        ]
+        return [*flat, *values[len(flat) :]]
+
+    def unflat(self, results: Sequence[torch.Tensor], leading: torch.Size) -> tuple[torch.Tensor, ...]:
+        """Results with these leading dimensions; those that are saved for the backward stay as they are."""
+        if len(leading) == 1:
+            return tuple(results)
+        kept = set(self.saved)
+        return tuple(
+            result if index in kept else result.view((*leading, *result.shape[1:]))
+            for index, result in enumerate(results)
+        )
 
     def given(self, kept: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """Of the tensors and results that are saved, those that the backward takes."""
@@ -116,20 +146,32 @@ class _Differentiation(NamedTuple):
         found = iter(results)
         return tuple(grad if index in self.left_out else next(found) for index in range(self.tensors))
 
+    def unflat_gradients(
+        self, gradients: Sequence[torch.Tensor | None], leading: torch.Size
+    ) -> Sequence[torch.Tensor | None]:
+        """Gradients of the inputs, those of inputs with tokens with these leading dimensions."""
+        if len(leading) == 1:
+            return gradients
+        return [
+            grad.view((*leading, *grad.shape[1:])) if has_tokens and grad is not None else grad
+            for has_tokens, grad in zip(self.has_tokens, gradients, strict=True)
+        ]
+
 
 def _differentiation(op: str) -> _Differentiation:
     (given, results), (taken, _) = _arguments(op, "forward"), _arguments(op, "backward")
-    names, tensors = {argument.name for argument in taken}, [a.name for a in given if a.role == "input"]
+    names, tensors = {argument.name for argument in taken}, [a for a in given if a.role == "input"]
     saved = tuple(index for index, argument in enumerate(results) if argument.name in names)
     differentiated = tuple(index for index in range(len(results)) if index not in saved)
-    left_out = tuple(index for index, name in enumerate(tensors) if name not in names)
-    return _Differentiation(len(tensors), saved, differentiated, left_out)
+    left_out = tuple(index for index, argument in enumerate(tensors) if argument.name not in names)
+    has_tokens = tuple(argument.shape[:1] == (TOKENS,) for argument in tensors)
+    return _Differentiation(has_tokens, len(tensors[0].shape) - 1, saved, differentiated, left_out)
 
 
 def _differentiable_op(op: str) -> Any:
     """An op's forward as a custom op whose gradient is its backward kernel."""
     forward, backward = _custom_op(op, op, "forward"), _custom_op(f"{op}_backward", op, "backward")
-    how = _differentiation(op)
+    how = _HOW[op]
     tensors, saved, differentiated = how.tensors, how.saved, how.differentiated
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -173,45 +215,67 @@ def _autograd_function(op: str) -> type[torch.autograd.Function]:
     """The same for plain tensors, without torch's dispatcher, which costs more than a small kernel does, and much more
     when its code is no longer in the processor's caches."""
     forward_kernel, backward_kernel = _runner(op, "forward"), _runner(op, "backward")
-    how = _differentiation(op)
+    how = _HOW[op]
     tensors, saved, differentiated = how.tensors, how.saved, how.differentiated
 
     class Direct(torch.autograd.Function):
+        """Leading dimensions are flattened in here, where autograd keeps no record of it."""
+
         @staticmethod
         def forward(ctx: Any, *values: Any) -> Any:
-            outputs = forward_kernel(*values)
-            ctx.save_for_backward(*values[:tensors], *(outputs[index] for index in saved))
-            ctx.mark_non_differentiable(*(outputs[index] for index in saved))
-            ctx.settings = values[tensors:]
-            return _alone_or_all(outputs)
+            ctx.leading, ctx.settings = how.leading(values[0]), values[tensors:]
+            outputs = forward_kernel(*how.flat(values, ctx.leading))
+            kept = [outputs[index] for index in saved]
+            ctx.save_for_backward(*values[:tensors], *kept)
+            ctx.mark_non_differentiable(*kept)
+            if len(ctx.leading) == 1:
+                return _alone_or_all(outputs)
+            # No views in autograd's sense: it forbids a sublayer that begins in place to write to one of several.
+            made = zip(outputs, how.unflat(outputs, ctx.leading), strict=True)
+            return _alone_or_all(tuple(flat if result is flat else result.detach() for flat, result in made))
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            taken = [grads[index] for index in differentiated]
+            kept, taken = ctx.saved_tensors, [grads[index] for index in differentiated]
+            if len(ctx.leading) != 1:
+                taken = [grad.reshape(-1, *grad.shape[len(ctx.leading) :]) for grad in taken]
             if torch_form.kernel_is_not_enough(taken):
-                results = torch_form.gradients(op, ctx.saved_tensors[:tensors], ctx.settings, taken, differentiated)
+                with torch.enable_grad():
+                    given = how.flat(kept[:tensors], ctx.leading)
+                results = torch_form.gradients(op, given, ctx.settings, taken, differentiated)
             else:
-                found = backward_kernel(*how.given(ctx.saved_tensors), *taken, *ctx.settings)
-                results = how.gradients(found, taken[0])
-            return (*results, *(None for _ in ctx.settings))
+                flat = how.flat(kept, ctx.leading)
+                results = how.gradients(backward_kernel(*how.given(flat), *taken, *ctx.settings), taken[0])
+            return (*how.unflat_gradients(results, ctx.leading), *(None for _ in ctx.settings))
 
     return Direct
 
 
-OPERATORS = {op: _differentiable_op(op) for op in sorted({op for op, _ in kernel_specs()})}
+_HOW = {op: _differentiation(op) for op in sorted({op for op, _ in kernel_specs()})}
+
+OPERATORS = {op: _differentiable_op(op) for op in _HOW}
 """The differentiable custom ops by name."""
 
 _DIRECT = {op: _autograd_function(op) for op in OPERATORS}
 
 
 def call(op: str, *values: Any) -> Any:
-    """Run an op, differentiably: as a custom op where `needs_dispatcher`, else directly; under transforms and in
-    forward mode in plain torch (`mhc.dispatch.torch_form`)."""
-    if torch_form.is_transformed(values):
-        return _alone_or_all(torch_form.outputs(op, values))
-    if needs_dispatcher(values):
-        return OPERATORS[op](*values)
-    return _DIRECT[op].apply(*values)
+    """Run an op, differentiably, on tensors with any leading dimensions, which the results have too, but for those that
+    only a backward takes: as a custom op where `needs_dispatcher`, else directly; under transforms and in forward mode
+    in plain torch (`mhc.dispatch.torch_form`)."""
+    if not needs_dispatcher(values):
+        return _DIRECT[op].apply(*values)
+    how = _HOW[op]
+    leading = how.leading(values[0])
+    flat = how.flat(values, leading)
+    outputs = torch_form.outputs(op, flat) if torch_form.is_transformed(values) else OPERATORS[op](*flat)
+    return _alone_or_all(how.unflat(outputs if isinstance(outputs, tuple) else (outputs,), leading))
+
+
+def flattened(op: str, values: Sequence[Any]) -> Sequence[Any]:
+    """The values of `call` with one leading dimension, tokens."""
+    how = _HOW[op]
+    return how.flat(values, how.leading(values[0]))
 
 
 def needs_dispatcher(values: Iterable[Any]) -> bool:

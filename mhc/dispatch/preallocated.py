@@ -11,7 +11,7 @@ import torch
 
 from mhc.checks import expect
 from mhc.dispatch.kernels import DTYPE_NAMES, active
-from mhc.dispatch.operators import needs_dispatcher
+from mhc.dispatch.operators import flattened, needs_dispatcher
 from tiles.compiler.cuda_launcher import ALIGNMENT
 from tiles.errors import BadInput
 from tiles.kernels.reference_inputs import DTYPES
@@ -55,7 +55,8 @@ def write_results(op: str, values: Sequence[Any], leading: torch.Size, out: Any)
             )
     read = [(name, value) for name, value in zip(names, inputs, strict=True) if isinstance(value, torch.Tensor)]
     _check_memory(read, [(result.name, tensor) for result, tensor in zip(results, given, strict=True)])
-    contiguous = [value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs]
+    flat = flattened(op, inputs)
+    contiguous = [value.contiguous() if isinstance(value, torch.Tensor) else value for value in flat]
     active().run_into(op, streams, width, rounds, contiguous, given)
     for tensor in given:
         if not tensor.is_inference():  # a kernel writes through a pointer, which autograd does not see

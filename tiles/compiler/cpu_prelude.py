@@ -167,15 +167,16 @@ MHC_INLINE int32_t mhc_add_dots(float *sums, int32_t sums_row, float *a, int32_t
   return 0;
 }
 
-// Brings in the cache lines of `count` elements. It may name memory that is not there.
-MHC_INLINE int32_t mhc_prefetch_float32(float *first, int32_t count) {
-  for (int32_t i = 0; i < count; i += 16) __builtin_prefetch(first + i, 0, 2);
-  return 0;
-}
-MHC_INLINE int32_t mhc_prefetch_uint16(uint16_t *first, int32_t count) {
-  for (int32_t i = 0; i < count; i += 32) __builtin_prefetch(first + i, 0, 2);
-  return 0;
-}
+// Brings the cache lines of `count` elements into the cache of a level. It may name memory that is not there.
+#define MHC_PREFETCH(level, name, type) \
+  MHC_INLINE int32_t mhc_prefetch_l##level##_##name(type *first, int32_t count) { \
+    for (int32_t i = 0; i < count; i += 64 / sizeof(type)) __builtin_prefetch(first + i, 0, 4 - level); \
+    return 0; \
+  }
+MHC_PREFETCH(1, float32, float)
+MHC_PREFETCH(1, uint16, uint16_t)
+MHC_PREFETCH(2, float32, float)
+MHC_PREFETCH(2, uint16, uint16_t)
 
 // Four sums of every fourth lane, then (0 + 2) + (1 + 3). In an order that is left to the compiler, tokens for which it
 // vectorises a loop around this would be added up in another than the last ones.

@@ -20,13 +20,22 @@ class Columns:
     and adds up in one register what it sums over them (`sums`, added to at `dialect.partial_index(outer)`). Columns
     that threads cannot share evenly, as narrow rows have them, are left to a parallel loop.
 
-    With `nontemporal`, a CPU stores `result` rows past its caches; they are not read again then.
+    With `nontemporal`, a CPU stores `result` rows past its caches; they are not read again then. With `prefetched`, it
+    brings in what the next row has in the same columns.
     """
 
     def __init__(
-        self, block: int, dtype: str, dialect: Dialect, threads: int = 0, *, nontemporal: bool = False
+        self,
+        block: int,
+        dtype: str,
+        dialect: Dialect,
+        threads: int = 0,
+        *,
+        nontemporal: bool = False,
+        prefetched: bool = False,
     ) -> None:
-        self._block, self._dtype, self._dialect, self._nontemporal = block, dtype, dialect, nontemporal
+        self._block, self._dtype, self._dialect = block, dtype, dialect
+        self._nontemporal, self._prefetched = nontemporal, prefetched
         self._threads = 0 if threads and block % threads else threads
         self._packed = dialect.packed(dtype)
 
@@ -34,7 +43,8 @@ class Columns:
         """See `Dialect.row`."""
         if self._threads:
             return ThreadRow(tensor, self._dtype, self._threads, self._block // self._threads)
-        return self._dialect.row(tensor, self._dtype, self._block, copied=copied and not self._nontemporal)
+        copied = copied and not self._nontemporal
+        return self._dialect.row(tensor, self._dtype, self._block, copied=copied, prefetched=self._prefetched)
 
     def result(self, tensor: Buffer) -> ResultRow:
         """A row that is written."""

@@ -15,7 +15,18 @@ from typing import Any, Protocol
 
 import tilelang.language as T
 
-from tiles.lang.rows import CopiedRow, CudaRow, ElementRow, NontemporalRow, PairRow, ResultRow, Row, SourceRow
+from tiles.lang.rows import (
+    CopiedRow,
+    CudaRow,
+    ElementRow,
+    NontemporalRow,
+    PairRow,
+    PrefetchedRow,
+    ResultRow,
+    Row,
+    SourceRow,
+    prefetch,
+)
 from tiles.lang.storage import DOT_LANES, OWNED_REGISTERS
 from tiles.lang.values import Buffer, Expr
 from tiles.target import Target, compute_capability
@@ -65,8 +76,11 @@ class Dialect(Protocol):
         """Numerator or divisor of a quotient that may be so small that `reciprocal` would take it for 0: both times a
         power of two where that is so, which changes no bit of other quotients. Values stay below 1e20."""
 
-    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> SourceRow:
-        """`width` elements of a tensor's row that a parallel loop reads; `copied` where it also writes there."""
+    def row(
+        self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False, prefetched: bool = False
+    ) -> SourceRow:
+        """`width` elements of a tensor's row that a parallel loop reads; `copied` where it also writes there,
+        `prefetched` where rows are read one after the other."""
 
     def result(self, tensor: Buffer, dtype: str, width: int, *, nontemporal: bool = False) -> ResultRow:
         """`width` elements of a tensor's row that a parallel loop writes; `nontemporal` where a CPU's caches have
@@ -163,9 +177,12 @@ class Cpu:
     def upscaled(self, value: Expr) -> Expr:
         return value
 
-    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> SourceRow:
-        row = _row_in_place(dtype)
-        return CopiedRow(row, tensor, width) if copied else row(tensor)
+    def row(
+        self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False, prefetched: bool = False
+    ) -> SourceRow:
+        in_place = _row_in_place(dtype)
+        row = CopiedRow(in_place, tensor, width) if copied else in_place(tensor)
+        return PrefetchedRow(row, tensor, width) if prefetched else row
 
     def result(self, tensor: Buffer, dtype: str, width: int, *, nontemporal: bool = False) -> ResultRow:
         row = _row_in_place(dtype)
@@ -203,7 +220,7 @@ class Cpu:
     def prefetch(self, tensors: tuple[Buffer, ...], place: tuple[Expr, ...], count: int) -> Any:
         """Say that `count` elements of each tensor from a place on are needed soon; they may lie past its end."""
         for tensor in dict.fromkeys(tensors):
-            _call(f"mhc_prefetch_{tensor.dtype}", T.address_of(tensor[place]), count)
+            prefetch(tensor, place, count, level=2)
 
     def dot_sums(self, rows: int, columns: int) -> Buffer:
         """Storage for rows × columns running dot products, zero at first; read it with `dot_sum`."""
@@ -276,7 +293,9 @@ class Cuda:
     def upscaled(self, value: Expr) -> Expr:
         return value * T.float32(2.0**60)  # the least denormal number becomes 1.6e-27
 
-    def row(self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False) -> SourceRow:
+    def row(
+        self, tensor: Buffer, dtype: str, width: int, *, copied: bool = False, prefetched: bool = False
+    ) -> SourceRow:
         return CudaRow(tensor, dtype, width)
 
     def result(self, tensor: Buffer, dtype: str, width: int, *, nontemporal: bool = False) -> ResultRow:

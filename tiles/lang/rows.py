@@ -123,6 +123,21 @@ class CopiedRow:
         return self._row.get(index)
 
 
+class PrefetchedRow:
+    """A CPU's `SourceRow` of the tensor's rows one after the other: while a part of one is worked on, the same part of
+    the next is brought into the L1 cache. A stream's row is too short for the processor to see that by itself."""
+
+    def __init__(self, row: SourceRow, tensor: Buffer, width: int) -> None:
+        self._row, self._tensor, self._width = row, tensor, width
+
+    def load(self, row: Expr, column: Expr) -> None:
+        prefetch(self._tensor, (row + 1, column), self._width, level=1)
+        self._row.load(row, column)
+
+    def get(self, index: Any) -> Expr:
+        return self._row.get(index)
+
+
 class NontemporalRow:
     """A CPU's `ResultRow` that is kept as it is stored, and moved past the caches when it is whole. `row` makes
     the row of what is kept."""
@@ -180,6 +195,11 @@ def _put(tensor: Buffer, index: Any, value: Expr) -> None:
 def move(how: str, source: Buffer, first: Any, target: Buffer, at: Any, count: int) -> Any:
     """Move `count` elements as they are stored: mhc_copy, or mhc_stream past a CPU's caches (non-temporal stores)."""
     _call(f"{how}_{target.dtype}", T.address_of(target[at]), T.address_of(source[first]), count)
+
+
+def prefetch(tensor: Buffer, place: tuple[Expr, ...], count: int, *, level: int) -> Any:
+    """Bring `count` elements into a CPU's cache of a level, 1 or 2; they may lie past the tensor's end."""
+    _call(f"mhc_prefetch_l{level}_{tensor.dtype}", T.address_of(tensor[place]), count)
 
 
 @T.macro

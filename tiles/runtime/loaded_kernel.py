@@ -56,8 +56,10 @@ class LoadedKernel:
         self._scalars = [argument for argument in self.arguments if argument.role == "scalar"]
         self._pointers: Any = ctypes.c_void_p * len(self._tensors)
         self._floats: Any = ctypes.c_float * len(self._scalars)
+        self._partials = [argument.name for argument in self._tensors if argument.role == "partial"]
         self._token_bytes = max(1, sum(arg.nbytes(2) - arg.nbytes(1) for arg in self._tensors))
         self._expected = lru_cache(maxsize=64)(self._shapes)
+        self._made = lru_cache(maxsize=64)(self._results)
 
     @property
     def device(self) -> torch.device:
@@ -104,25 +106,22 @@ class LoadedKernel:
         self, inputs: Sequence[Value], tokens: int, slices: int, out: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, ...]:
         """Run on exactly `slices` slices."""
-        values = {argument.name: value for argument, value in zip(self._given, inputs, strict=True)}
-        outputs = (argument.name for argument in self._tensors if argument.role == "output")
-        results = dict(zip(outputs, out, strict=False))
-        for argument in self._tensors:
-            if argument.name in results:
-                continue
-            if argument.role == "updated":
-                results[argument.name] = values[argument.name]  # type: ignore[assignment]
-            elif argument.role != "input":
-                results[argument.name] = empty_result(argument, tokens, slices, inputs[0].device)  # type: ignore[union-attr]
+        values: dict[str, Any] = {argument.name: value for argument, value in zip(self._given, inputs, strict=True)}
+        device, results, given = inputs[0].device, {}, iter(out)  # type: ignore[union-attr]
+        for name, role, shape, dtype in self._made(tokens, slices):
+            if role == "updated":
+                results[name] = values[name]
+            elif role == "partial" or (result := next(given, None)) is None:
+                results[name] = _empty(shape, dtype, device)
+            else:
+                results[name] = result
         self.launch(values, results, tokens, slices)
-        return tuple(
-            summed(results[argument.name]) if argument.role == "partial" else results[argument.name]
-            for argument in self._tensors
-            if argument.role != "input"
-        )
+        for name in self._partials if slices > 1 else ():
+            results[name] = summed(results[name])
+        return tuple(results.values())
 
     def launch(self, inputs: dict[str, Value], results: dict[str, torch.Tensor], tokens: int, slices: int) -> None:
-        """Write `results` (partials shaped [slices, ...]) from `inputs`; the caller owns every tensor.
+        """Write `results` (partials of [slices, ...] elements) from `inputs`; the caller owns every tensor.
 
         Raises `BadInput` for a result on a CUDA device that does not begin at a multiple of 32 bytes.
         """
@@ -171,13 +170,13 @@ class LoadedKernel:
         """The token count, after checking every input: a wrong pointer would corrupt memory."""
         first = inputs[0]
         tokens: int = first.shape[0] if isinstance(first, torch.Tensor) and first.dim() else 0
+        device = first.device if isinstance(first, torch.Tensor) and first.device.type == self.kind else None
         for argument, (shape, dtype), value in zip(self._given, self._expected(tokens), inputs, strict=True):
             if argument.role == "scalar":
                 continue
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"{self.spec.name}: {argument.name} must be a tensor, got {value!r}")
-            misplaced = value.device.type != self.kind or value.device != first.device  # type: ignore[union-attr]
-            if value.shape != shape or value.dtype != dtype or misplaced or not value.is_contiguous():
+            if value.shape != shape or value.dtype != dtype or value.device != device or not value.is_contiguous():
                 raise ValueError(
                     f"{self.spec.name}: {argument.name} must be a contiguous {argument.dtype} {self.kind} tensor of "
                     f"shape {shape}, on one device with the others, got {value.dtype} {tuple(value.shape)} on "
@@ -188,6 +187,19 @@ class LoadedKernel:
     def _shapes(self, tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every argument that the caller passes."""
         return [(argument.sized(tokens), DTYPES[argument.dtype]) for argument in self._given]
+
+    def _results(self, tokens: int, slices: int) -> list[tuple[str, str, tuple[int, ...], torch.dtype]]:
+        """Name, role, shape and dtype of every result; a partial of a single slice is the result itself."""
+        return [
+            (
+                argument.name,
+                argument.role,
+                _shape(argument, tokens, slices if slices > 1 else None),
+                DTYPES[argument.dtype],
+            )
+            for argument in self._tensors
+            if is_result(argument)
+        ]
 
 
 def is_given(argument: Argument) -> bool:
@@ -205,11 +217,19 @@ CPU = torch.device("cpu")
 
 def empty_result(argument: Argument, tokens: int, slices: int, device: torch.device = CPU) -> torch.Tensor:
     """An uninitialised tensor for a result; a partial has one row per slice: [slices, ...]."""
+    return _empty(_shape(argument, tokens, slices), DTYPES[argument.dtype], device)
+
+
+def _shape(argument: Argument, tokens: int, slices: int | None) -> tuple[int, ...]:
+    """A result's shape; with `slices`, a partial has one row for each."""
     shape = argument.sized(tokens)
-    shape = (slices, *shape) if argument.role == "partial" else shape
+    return (slices, *shape) if argument.role == "partial" and slices is not None else shape
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
-        return MEMORY_POOL.empty(shape, DTYPES[argument.dtype])
-    return torch.empty(shape, dtype=DTYPES[argument.dtype], device=device)
+        return MEMORY_POOL.empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def summed(partials: torch.Tensor) -> torch.Tensor:

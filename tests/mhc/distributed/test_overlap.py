@@ -45,7 +45,7 @@ def overlapped_pipeline(runner):
     return names, between
 
 
-@pytest.mark.parametrize("runner", ["stack", "recompute"])
+@pytest.mark.parametrize("runner", [pytest.param("stack", marks=pytest.mark.slow), "recompute"])
 def test_gradients_are_the_same_and_streams_are_made_again_before_the_gradient_arrives(ranks, runner):
     answers = ranks.run(overlapped_pipeline, runner)
     for _names, pairs in answers:

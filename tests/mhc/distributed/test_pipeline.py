@@ -15,7 +15,7 @@ from mhc.distributed.pipeline import v_stages
 @pytest.mark.parametrize(
     ("schedule", "modes", "microbatches", "counts"),
     [
-        ("ScheduleDualPipeV", ["mhc"], 4, None),
+        pytest.param("ScheduleDualPipeV", ["mhc"], 4, None, marks=pytest.mark.slow),
         ("ScheduleDualPipeV", ["mhc"], 7, [1, 3, 1, 1]),
         ("ScheduleDualPipeV", ["hc", "mhc", "residual"], 5, [1, 1, 1, 3]),
         ("ScheduleZBVZeroBubble", ["mhc"], 6, None),

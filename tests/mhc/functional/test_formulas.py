@@ -133,9 +133,9 @@ def test_reference_follows_its_formula(op, n, dtype):
 
 
 # Compiling takes seconds a kernel; tests/tiles compiles every family at more stream counts.
-COMPILED = [("coefficients", 4, "float32"), ("merge", 4, "bfloat16")]
+COMPILED = [("coefficients", 4, "float32")]
 REST = [(op, 3, "float16") for op in OPS] + [(op, 4, "float32") for op in OPS if op != "coefficients"]
-REST += [("project", 4, "bfloat16"), ("aggregate", 4, "bfloat16")]
+REST += [(op, 4, "bfloat16") for op in ("project", "aggregate", "merge")]
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,8 @@ def test_gradients(name, n):
 
 
 @pytest.mark.parametrize(
-    "name", ["kronecker", "orthogonal", "identity", pytest.param("permutations", marks=pytest.mark.slow)]
+    "name",
+    ["orthogonal", "identity", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kronecker", "permutations"))],
 )
 def test_compiles_whole(name):
     """Into one graph, gradients included; a graph of its own for each name."""

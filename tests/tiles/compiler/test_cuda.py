@@ -39,7 +39,6 @@ CASES = [
 FAST = [
     ("aggregate", "backward", "sm_80"),
     ("merge", "forward", "sm_90a"),
-    ("coefficients", "backward", "sm_90a"),
     ("project", "backward", "sm_100a"),
     ("pre", "forward", "sm_90a"),
 ]

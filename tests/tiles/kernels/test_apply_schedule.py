@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import product
 
 import pytest
 
+from tiles.compiler.compile import generate_source
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
 from tiles.target import Target
@@ -32,6 +34,29 @@ def test_the_default_of_merges_backward_holds_four_streams_down_to_128_registers
     for op, n in (("merge", 2), ("merge", 8), ("merge_identity", 16), ("aggregate", 4)):
         problem = Problem(op, "backward", n, width, "bfloat16", tokens=4096)
         assert kernel_spec(op, "backward").default(problem, GPU).min_blocks_per_sm == 1
+
+
+def test_a_cpu_walks_a_row_in_few_columns_where_vectors_divide_it():
+    spec = kernel_spec("merge", "forward")
+    for width, block in ((1280, 64), (96, 32), (72, 72)):
+        assert spec.default(Problem("merge", "forward", 4, width, "bfloat16", tokens=64), CPU).block_width == block
+
+
+@pytest.mark.parametrize(("op", "direction"), [("merge", "forward"), ("aggregate", "backward")])
+def test_a_cpu_brings_in_what_the_next_token_has_in_the_same_columns(op, direction):
+    """Of every row that it reads."""
+    spec, problem = kernel_spec(op, direction), Problem(op, direction, 4, 128, "float32", tokens=64)
+    source = generate_source(spec, problem, spec.default(problem, CPU), CPU)
+    places = re.findall(r"mhc_prefetch_l1_float32\(\(&\((\w+)\[(.+)\]\)\), 64\);", source)
+    read = [(name, place) for token, chunk in ((6, 0), (6, 1)) for name, place in brought_in(places, token, chunk)]
+    rows = {"x": 4 * 128, {"merge": "f", "aggregate": "du"}[op]: 128}
+    assert sorted(read) == sorted((name, 7 * row + at) for name, row in rows.items() for at in range(0, row, 64))
+
+
+def brought_in(places, token, chunk):
+    """The tensor and the place of every prefetch, for these values of the loops."""
+    for name, place in places:
+        yield name, eval(place.replace("(int64_t)", ""), {"token": token, "row": token, "chunk": chunk})
 
 
 def test_more_blocks_than_registers_serve_are_refused_in_one_line():

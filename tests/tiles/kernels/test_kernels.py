@@ -40,12 +40,12 @@ def chosen(op: str, direction: str, n: int, dtype: str, its_turn: bool) -> bool:
 
 
 LARGE = {
-    ("coefficients", "forward"): ((3, "float32"), (16, "float32")),
+    ("coefficients", "forward"): ((3, "float32"),),
     ("coefficients", "backward"): ((3, "float32"),),
     ("project", "forward"): ((3, "bfloat16"),),
     ("project", "backward"): ((4, "float32"),),
     ("pre", "forward"): ((3, "float16"),),
-    ("pre", "backward"): ((2, "float32"),),
+    ("pre", "backward"): (),
     ("step", "forward"): ((3, "float32"),),
     ("step", "backward"): ((4, "bfloat16"),),
     ("single_pass", "forward"): ((4, "bfloat16"),),
@@ -82,7 +82,7 @@ NORMED = {
     ("single_pass_norm_identity", "backward"): ((2, "float32"),),
 }
 """What of those with a norm is slow."""
-FEW = (1, 3, 16)
+FEW = (1, 3)
 """The fast stream counts of sinkhorn, which knows one dtype."""
 
 

@@ -96,7 +96,7 @@ def programs_and_sources() -> list[Any]:
         pytest.param(*spec.values, target, made, marks=pytest.mark.slow if made is generate_source else spec.marks)
         for made in (program, generate_source)
         for target in (TARGETS[0], TARGETS[2])
-        for spec in but_slow(LARGE)
+        for spec in but_slow(LARGE if target.kind == "cpu" else ("pre.forward", *LARGE))
         if made is program or not has_parts_of_others(spec.values[0].op)
     ]
 
@@ -137,7 +137,7 @@ def neighbours(spec, problem, target, default, name):
 
 
 @pytest.mark.parametrize("most", [1, pytest.param(3, marks=pytest.mark.slow)], ids=["one", "all"])
-@pytest.mark.parametrize("spec", but_slow(LARGE), ids=named)
+@pytest.mark.parametrize("spec", but_slow(("coefficients.backward", "project.backward", *LARGE)), ids=named)
 def test_schedules_far_from_the_default_compute_the_same(spec, tmp_path, most):
     target, problem = parse_target("cpu"), problem_of(spec, 3, 384)
     space = spec.space(problem, target)

@@ -26,12 +26,19 @@ class Aggregate:
     """
 
     def __init__(
-        self, problem: Problem, block: int, dialect: Dialect, threads: int = 0, *, nontemporal: bool = False
+        self,
+        problem: Problem,
+        block: int,
+        dialect: Dialect,
+        threads: int = 0,
+        *,
+        nontemporal: bool = False,
+        prefetched: bool = False,
     ) -> None:
         n, width = problem.streams, problem.width
         self.streams = streams = tuple(range(n))
         self._values = quads_of if threads else values_of
-        columns = Columns(block, problem.dtype, dialect, threads, nontemporal=nontemporal)
+        columns = Columns(block, problem.dtype, dialect, threads, nontemporal=nontemporal, prefetched=prefetched)
 
         @T.macro
         def aggregate(x: Buffer, u: Buffer, token: Expr, pre: Sequence[Expr]) -> None:
@@ -113,8 +120,8 @@ def put_column(tensor: Buffer, column: Expr, row: Expr, value: Expr) -> None:
 
 def aggregate_of(problem: Problem, schedule: ApplySchedule, dialect: Dialect) -> Aggregate:
     """The macros for a schedule."""
-    nontemporal = bool(schedule.nontemporal)
-    return Aggregate(problem, schedule.block_width, dialect, schedule.threads, nontemporal=nontemporal)
+    how = {"nontemporal": bool(schedule.nontemporal), "prefetched": True}
+    return Aggregate(problem, schedule.block_width, dialect, schedule.threads, **how)
 
 
 def aggregate_forward(problem: Problem, schedule: ApplySchedule, dialect: Dialect) -> Any:

@@ -59,10 +59,11 @@ class Merge:
         group: int | None = None,
         *,
         nontemporal: bool = False,
+        prefetched: bool = False,
     ) -> None:
         n, width = problem.streams, problem.width
         streams, self._held, self._mixes = tuple(range(n)), group is None, problem.mixes
-        columns = Columns(block, problem.dtype, dialect, threads, nontemporal=nontemporal)
+        columns = Columns(block, problem.dtype, dialect, threads, nontemporal=nontemporal, prefetched=prefetched)
         outputs, members, held = (1, tuple(range(min(group, n))), False) if group else (n, streams, True)
         members = members if problem.mixes else ()
 
@@ -257,8 +258,8 @@ class _Unread(NamedTuple):
 def merge_of(problem: Problem, schedule: ApplySchedule, dialect: Dialect) -> Merge:
     """The macros for a schedule: in groups where a CUDA thread could not hold n² weights."""
     group = GROUP if in_groups(problem, schedule) else None
-    nontemporal = bool(schedule.nontemporal)
-    return Merge(problem, schedule.block_width, dialect, schedule.threads, group, nontemporal=nontemporal)
+    how = {"nontemporal": bool(schedule.nontemporal), "prefetched": True}
+    return Merge(problem, schedule.block_width, dialect, schedule.threads, group, **how)
 
 
 def merge_forward(problem: Problem, schedule: ApplySchedule, dialect: Dialect) -> Any:

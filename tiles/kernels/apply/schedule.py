@@ -18,6 +18,10 @@ from tiles.kernels.occupancy import REGISTER_FILE
 from tiles.kernels.spec import DTYPE_BYTES, Problem
 from tiles.target import Target
 
+CPU_BLOCKS = (64, 32)
+"""Columns that a CPU's default works on at a time, the first that divides the width: few, so that what is brought in of
+the next token is spread evenly over the work on this one."""
+
 STAGED_BYTES = 32 * 1024
 """What is kept aside of a token's rows at a time: most of an L1 cache."""
 
@@ -65,11 +69,13 @@ class ApplySchedule:
 
 
 def default(problem: Problem, target: Target) -> ApplySchedule:
-    """On a CPU the whole row, or what L1 holds of it where rows are kept aside; on CUDA as many threads as a row
-    keeps busy with the longest vectors that the registers take. A backward needs most of them: there, few threads make
-    room for other blocks, whose loads are under way while one adds up."""
+    """On a CPU a few vectors at a time; in odd widths the whole row, or what L1 holds of it where rows are kept aside.
+    On CUDA as many threads as a row keeps busy with the longest vectors that the registers take. A backward needs most
+    of them: there, few threads make room for other blocks, whose loads are under way while one adds up."""
     if target.kind == "cpu":
         nontemporal = _nontemporal(problem, target)[0]
+        for block in (block for block in CPU_BLOCKS if problem.width % block == 0):
+            return ApplySchedule(block, 0, nontemporal)
         row_bytes = DTYPE_BYTES[problem.dtype] * staged_rows(problem, nontemporal)
         most = max(8, STAGED_BYTES // row_bytes) if row_bytes else problem.width
         whole = problem.width <= most
