@@ -28,6 +28,21 @@ def variable(value: Expr) -> Expr:
     return held[0]
 
 
+def values_of(tensor: Buffer, index: tuple[Expr, ...], count: int) -> list[Expr]:
+    """So many neighbouring elements of a tensor, from an index on, each named."""
+    return [bind(tensor[(*index[:-1], index[-1] + k)]) for k in range(count)]
+
+
+def quads_of(tensor: Buffer, index: tuple[Expr, ...], count: int) -> list[Expr]:
+    """The same of float32 elements, which a CUDA thread loads four at a time where index and count are multiples of it;
+    one by one where not."""
+    if count % 4:
+        return values_of(tensor, index, count)
+    held = T.alloc_local((count,), "float32")
+    _load_quads(tensor, index, held)
+    return [held[k] for k in range(count)]
+
+
 def as_value(size: Expr) -> Expr:
     """A dynamic size to hand to a macro: TileLang 0.1.15 would rename the size itself to the macro's parameter."""
     return T.max(size, 0)
@@ -46,6 +61,13 @@ def token_range(tokens: Expr, split: Expr, splits: Expr, block: int) -> tuple[Bu
 @T.macro
 def _set(held: Buffer, value: Expr) -> None:
     held[0] = value
+
+
+@T.macro
+def _load_quads(tensor: Buffer, index: tuple[Expr, ...], held: Buffer) -> None:
+    for quad in T.unroll(held.shape[0] // 4):
+        for lane in T.vectorized(4):
+            held[quad * 4 + lane] = tensor[(*index[:-1], index[-1] + quad * 4 + lane)]
 
 
 @T.macro

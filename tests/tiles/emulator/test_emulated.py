@@ -109,6 +109,8 @@ MORE_DEFAULTS = [
     case("single_pass_identity", "forward", 4, 72, "float16", "sm_80"),
     case("single_pass_identity", "forward", 9, 16, "bfloat16", "sm_90a"),
     case("single_pass_identity", "backward", 9, 16, "bfloat16", "sm_100a", None, 16),
+    case("merge", "forward", 8, 128, "bfloat16", "sm_90a"),
+    case("merge", "backward", 8, 72, "float16", "sm_80", None, 16),
 ]
 
 TILED = (
@@ -155,12 +157,14 @@ MERGED = [
     for direction, n, width, dtype, arch, tiles, modes, cuts in (
         ("forward", 2, 40, "float16", "sm_90a", (64, 32, 3, 2, 1, 128), (1, 1, 0), (0, 32)),
         ("forward", 4, 72, "bfloat16", "sm_90a", (64, 64, 2, 2, 1, 128), (1, 1, 1), (0, 32)),
+        ("forward", 4, 136, "bfloat16", "sm_90a", (64, 128, 2, 2, 2, 128), (0, 1, 0), (0, 32)),
         ("backward", 2, 40, "float32", "sm_80", (16, 32, 2, 4, 1, 32), (0, 1, 0), (8, 16)),
         ("backward", 4, 64, "bfloat16", "sm_90a", (64, 64, 3, 4, 1, 128), (1, 1, 0), (32,)),
+        ("backward", 8, 72, "bfloat16", "sm_90a", (16, 128, 1, 2, 1, 64), (0, 1, 0), (16,)),
     )
 ]
 
-EARLY = CHAINED[0]
+EARLY, MERGED_BACKWARD = CHAINED[0], MORE_DEFAULTS[14]
 FAST = set(DEFAULTS)
 """Each kernel once, of step and single_pass, which share their tiles, one pass."""
 
@@ -361,6 +365,7 @@ WAIT = r"cudaGridDependencySynchronize\(\);"
         (BACKWARD, r"tl::fence_proxy_async\(\);", "", 2, r"race .* without fence\.proxy\.async"),
         (BACKWARD, r"tl::warpgroup_wait<0>\(\);", "", 2, "race .* wgmma|dx: "),
         (BACKWARD, r"<1, 640, 64>", "<1, 640, 32>", 1, "dx: "),
+        slow(MERGED_BACKWARD, r"cp_async_wait<10>", "cp_async_wait<20>", 0, "race .* no wait"),
         (BACKWARD, r"\(dphi \+ ", "(dphi + 24576 + ", 0, "invalid access .* past the end of of_dphi"),
         (EARLY, WAIT, "", 0, "before it waits for a kernel|has not waited"),
         slow(EARLY, WAIT, "", 1, "before it waits for a kernel|has not waited"),

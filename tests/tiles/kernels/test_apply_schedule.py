@@ -23,6 +23,19 @@ def test_a_default_leaves_registers_to_the_compiler():
         assert kernel_spec(op, direction).default(problem, target).min_blocks_per_sm == 1
 
 
+@pytest.mark.parametrize("width", [1280, 2560, 4096, 7168])
+def test_the_default_of_merges_backward_holds_four_streams_down_to_128_registers(width):
+    spec = kernel_spec("merge", "backward")
+    for tokens, held in ((4096, True), (64, False)):
+        problem = Problem("merge", "backward", 4, width, "bfloat16", tokens=tokens)
+        schedule = spec.default(problem, GPU)
+        assert schedule.min_blocks_per_sm * schedule.threads == (512 if held else schedule.threads)
+        assert schedule.min_blocks_per_sm in spec.space(problem, GPU)["min_blocks_per_sm"]
+    for op, n in (("merge", 2), ("merge", 8), ("merge_identity", 16), ("aggregate", 4)):
+        problem = Problem(op, "backward", n, width, "bfloat16", tokens=4096)
+        assert kernel_spec(op, "backward").default(problem, GPU).min_blocks_per_sm == 1
+
+
 def test_a_cpu_walks_a_row_in_few_columns_where_vectors_divide_it():
     spec = kernel_spec("merge", "forward")
     for width, block in ((1280, 64), (96, 32), (72, 72)):
@@ -48,11 +61,11 @@ def brought_in(places, token, chunk):
 
 def test_more_blocks_than_registers_serve_are_refused_in_one_line():
     problem, spec = Problem("merge", "forward", 4, 2560, "bfloat16", tokens=4096), kernel_spec("merge", "forward")
-    six, nine = (replace(spec.default(problem, GPU), min_blocks_per_sm=count) for count in (6, 9))
+    six, many = (replace(spec.default(problem, GPU), min_blocks_per_sm=count) for count in (6, 17))
     assert spec.why_invalid(problem, six, GPU) == (
         "min_blocks_per_sm must leave a thread 44 registers, got 34 with 6 blocks of 320 threads: choose fewer"
     )
-    assert spec.why_invalid(problem, nine, GPU) == "min_blocks_per_sm must be in 1..8 on cuda:sm_90a, got 9: choose 1"
+    assert spec.why_invalid(problem, many, GPU) == "min_blocks_per_sm must be in 1..16 on cuda:sm_90a, got 17: choose 1"
 
 
 def test_a_record_from_before_leaves_registers_to_the_compiler():

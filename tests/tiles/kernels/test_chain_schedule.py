@@ -8,7 +8,8 @@ from itertools import product
 import pytest
 
 from tiles.kernels.fused import chain_schedule
-from tiles.kernels.fused.chain_schedule import coefficient_threads, split_sums
+from tiles.kernels.fused.chain_schedule import coefficient_threads, split_sums, tiled
+from tiles.kernels.fused.merged_schedule import frees_early
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
 from tiles.target import Target
@@ -157,3 +158,24 @@ def test_one_kernel_has_nothing_to_overlap_with():
         "use_pdl must be 0 where one split makes one kernel, got 1"
     )
     assert spec.why_invalid(at_hand, replace(one, splits=2), HOPPER) is None
+
+
+def test_a_backward_frees_the_stage_of_a_tile_where_threads_have_one_vector_of_each_row():
+    for op, (n, early) in product(("step", "single_pass", "step_identity"), ((1, False), (2, False), (4, True))):
+        at_hand = replace(problem("backward", 4096, n), op=op)
+        assert frees_early(at_hand, tiled(chain_schedule.default(at_hand, HOPPER))) == early, (op, n)
+
+
+@pytest.mark.parametrize("op", ["step", "step_identity"])
+def test_a_forward_of_four_streams_has_two_blocks_of_a_warpgroup_a_multiprocessor(op):
+    """Where a multiprocessor has more than one of them to run, and tiles of parts take no registers."""
+    for tokens, dtype, blocks, threads in (
+        (4096, "bfloat16", 2, 128),
+        (512, "bfloat16", 2, 128),
+        (256, "bfloat16", 1, 256),
+        (4096, "float16", 1, 256),
+    ):
+        schedule = chain_schedule.default(replace(problem("forward", tokens), op=op, dtype=dtype), HOPPER)
+        assert schedule.merged
+        assert (schedule.min_blocks_per_sm, schedule.threads) == (blocks, threads), (tokens, dtype)
+        assert schedule.block_tokens == 64

@@ -58,6 +58,8 @@ def test_a_cuda_thread_moves_its_columns_as_vectors_and_sums_them_in_one_registe
     assert source.count("*(uint4*)(dx + ") == vectors
     assert source.count("= *(uint4*)(x + ") == source.count("= *(uint4*)(g + ") == vectors
     assert source.count("*(uint4*)(df + ") == (1 if vectors else 0)
+    # Its weights come four at a time where there are so many of them.
+    assert source.count("= *(float4*)(res + ") == source.count("= *(float4*)(post + ") * n == (n if n % 4 == 0 else 0)
     if vectors:
         assert len(re.findall(r"float accumulator\w*\[1\];", source)) == n * n + n
         assert len(re.findall(r"float \w+\[8\];", source)) == 0

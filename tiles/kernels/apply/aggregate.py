@@ -16,7 +16,7 @@ from tiles.kernels.spec import Problem
 from tiles.lang.columns import Columns
 from tiles.lang.dialect import Dialect
 from tiles.lang.program import program
-from tiles.lang.values import Buffer, Expr, bind
+from tiles.lang.values import Buffer, Expr, quads_of, values_of
 
 
 class Aggregate:
@@ -37,6 +37,7 @@ class Aggregate:
     ) -> None:
         n, width = problem.streams, problem.width
         self.streams = streams = tuple(range(n))
+        self._values = quads_of if threads else values_of
         columns = Columns(block, problem.dtype, dialect, threads, nontemporal=nontemporal, prefetched=prefetched)
 
         @T.macro
@@ -103,7 +104,7 @@ class Aggregate:
 
     def gates(self, weights: Buffer, token: Expr) -> list[Expr]:
         """The n values of one token of weights [T, n]."""
-        return [bind(weights[token, i]) for i in self.streams]
+        return self._values(weights, (token, 0), len(self.streams))
 
 
 @T.macro

@@ -18,7 +18,7 @@ from tiles.lang.columns import Columns
 from tiles.lang.dialect import Dialect
 from tiles.lang.program import program
 from tiles.lang.rows import ResultRow, SourceRow
-from tiles.lang.values import Buffer, Expr, bind
+from tiles.lang.values import Buffer, Expr, bind, quads_of, values_of
 
 Matrix = Sequence[Sequence[Expr]] | None
 """res of a token; None is the identity."""
@@ -200,14 +200,15 @@ class Merge:
                     back(tensors, token, weights, group * len(members), False, members)
 
         self.merge, self.merge_and_dot, self.merge_back = merge, merge_and_dot, merge_back
-        self._streams = streams
+        self._streams, self._values = streams, quads_of if threads else values_of
 
     def weights(self, tensors: Any, token: Expr) -> Any:
         """The token's weights for the macros, of `tensors` post and res: read now, or where they are needed."""
-        if not self._mixes:
-            return _Held(None, [bind(tensors.post[token, i]) for i in self._streams])
-        unread = _Unread(tensors.res, tensors.post, token, self._streams)
-        return _Held(unread.inputs(0, self._streams)[1], unread.gates()) if self._held else unread
+        n = len(self._streams)
+        if self._mixes and not self._held:
+            return _Unread(tensors.res, tensors.post, token, self._streams)
+        res = [self._values(tensors.res, (token, i, 0), n) for i in self._streams] if self._mixes else None
+        return _Held(res, self._values(tensors.post, (token, 0), n))
 
 
 class _Held(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tiles.kernels.limits import (
     MAX_ACCUMULATORS,
@@ -34,8 +34,13 @@ FEW_TOKENS, BACKWARD_THREADS = 64, (256, 128)
 VECTOR_BYTES = 16
 """The longest vector that a CUDA thread loads or stores."""
 
-MIN_BLOCKS = (1, 2, 3, 4, 6, 8)
+MIN_BLOCKS = (1, 2, 3, 4, 5, 6, 8, 16)
 """Thread blocks that a multiprocessor shall have registers for."""
+
+HELD_DOWN, FROM = 128, 96
+"""Registers that a default of merge's backward is held down to where it needs no more, and FROM or more. Left to itself
+ptxas takes about 150 of them there and loads a chunk's rows in two turns: fewer warps, each with half as much under
+way."""
 
 SPARE_REGISTERS = 8
 """What a CUDA thread needs beside its values, for addresses above all."""
@@ -80,8 +85,18 @@ def default(problem: Problem, target: Target) -> ApplySchedule:
         for threads in (count for count in reversed(THREADS) if count <= most and problem.width % (lanes * count) == 0):
             schedule = ApplySchedule(lanes * threads, threads)
             if _why_not_cuda(problem, schedule) is None:
-                return schedule
+                return replace(schedule, min_blocks_per_sm=_blocks(problem, schedule))
     return ApplySchedule(divisors(problem.width, 8, 128)[0], 32)
+
+
+def _blocks(problem: Problem, schedule: ApplySchedule) -> int:
+    """Thread blocks of a default that a multiprocessor shall have registers for."""
+    mixes_back = problem.base_op == "merge" and problem.mixes and problem.direction == "backward"
+    if not mixes_back or problem.tokens <= FEW_TOKENS:
+        return 1
+    needed = _registers(problem, schedule) + problem.weights + SPARE_REGISTERS
+    fitting = REGISTER_FILE // (HELD_DOWN * schedule.threads)
+    return max(count for count in MIN_BLOCKS if count <= fitting) if FROM <= needed <= HELD_DOWN else 1
 
 
 def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:

@@ -4,7 +4,7 @@ the L2 cache."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from tiles.errors import BadInput
 from tiles.kernels.apply import schedule as apply
@@ -140,8 +140,8 @@ def _merges(problem: Problem) -> bool:
 
 
 def _rows(problem: Problem, target: Target) -> ApplySchedule:
-    """The default of the heaviest pass over rows."""
-    return apply.default(problem.of(_row_op(problem), "backward"), target)
+    """The default of the heaviest pass over rows, which leaves registers to the compiler here."""
+    return replace(apply.default(problem.of(_row_op(problem), "backward"), target), min_blocks_per_sm=1)
 
 
 def _row_op(problem: Problem) -> str:

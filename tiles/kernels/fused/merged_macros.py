@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import tilelang.language as T
 
 from tiles.kernels.apply.merge import merged, merged_back, weighted
-from tiles.kernels.fused.merged_schedule import columns_of, groups, summed
+from tiles.kernels.fused.merged_schedule import columns_of, frees_early, groups, summed
 from tiles.kernels.fused.thread_tile import ThreadTile, Weights
 from tiles.kernels.project.presplit_phi import PresplitPhi
 from tiles.kernels.project.tensor_core_programs import epilogue_store_of, factors_of, or_past
@@ -150,6 +150,8 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
     load_phi, split_dz = factors_of(problem, schedule, dialect)
     matrix, count, four = problem.weights, summed(problem), min(4, vector)
     weights_of, stages, copied = Weights(problem, schedule, dialect), schedule.stages, (*given, *given)
+    early = frees_early(problem, schedule)
+    under_way = stages if early else stages - 1
 
     @T.macro
     def begin(p: Any, row: Expr, column: Expr, staged: Any, stage: Expr) -> None:
@@ -158,6 +160,10 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
             tiles.async_copy_g2s(p.dx_next, row, i * width + column, staged[n + 1 + i], stage)
         tiles.async_copy_g2s(p.f, row, column, staged[n], stage)
         tiles.async_copy_g2s(p.du, row, column, staged[2 * n + 1], stage)
+
+    def element(taken: Any, number: int, t: Expr, thread: Expr, at: Expr) -> Expr:
+        """What a thread has taken of one of the tiles."""
+        return bind(dialect.load(taken[number][t, thread, at] if early else taken[number * vector + at], dtype))
 
     @T.macro
     def load_products(smem_products: Buffer, t: Expr, thread: Expr, into: Buffer) -> None:
@@ -179,7 +185,8 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
         grads, sums = tiles.accumulator(block, across), tiles.accumulator(across, sides)
         staged = [tiles.multistage_smem(stages, block, columns, dtype) for _ in copied]
         parts, totals = patch.fragment(count, "float32"), tiles.reduced(block, count)
-        taken, mixed = patch.registers(2 * (n + 1), dtype), patch.registers(n, dtype)
+        mixed = patch.registers(n, dtype)
+        taken = [patch.fragment(vector, dtype) for _ in copied] if early else patch.registers(len(copied), dtype)
         results = patch.registers(n + 1, dtype)
         products, dots = patch.registers(n, "float32"), T.alloc_local((count,), "float32")
         smem_weights, held = weights_of.tile(), weights_of.registers()
@@ -187,11 +194,11 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
         load_phi(p.phi, weights, left, right, [(i * columns, i * width + column) for i in streams], columns)
         dialect.pdl_wait(schedule.use_pdl)
         first, last, blocks = token_range(tokens, split, splits, block)
-        for step in T.serial(stages - 1):
+        for step in T.serial(under_way):
             begin(p, or_past(first[0] + step * block, last[0], tokens), column, staged, step)
         for step in T.serial(blocks[0]):
             start = bind(first[0] + step * block)
-            if stages == 1:
+            if under_way == 0:
                 begin(p, start, column, staged, 0)
             split_dz(p.dz, left, right, start)
             for t, c in dialect.parallel(block, across):
@@ -201,21 +208,25 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
                 smem_products[t, c] = grads[t, c]
             weights_of.gather(p, start, smem_weights)
             weights_of.add(p.pre, start, smem_weights)
-            tiles.cp_async_wait_group(max(0, stages - 2) * len(copied))
-            if stages > 1:
-                ahead = bind(step + stages - 1)
+            tiles.cp_async_wait_group(max(0, under_way - 1) * len(copied))
+            if early:
+                for t, thread in patch.threads():
+                    patch.hold(staged, (step % stages,), t, thread, width - column, taken)
+            if under_way > 0:
+                ahead = bind(step + under_way)
                 row = bind(or_past(first[0] + ahead * block, last[0], tokens))
                 begin(p, row, column, staged, ahead % stages)
             for t, thread in patch.threads():
-                patch.load(staged, (step % stages,), t, thread, width - column, taken)
+                if not early:
+                    patch.load(staged, (step % stages,), t, thread, width - column, taken)
                 load_products(smem_products, t, thread, products)
                 weights_of.load(smem_weights, t, held)
                 length = bind(2 * p.ds[start + t])
                 for k in T.unroll(count):
                     dots[k] = T.float32(0)
                 for at in patch.steps():
-                    values = [bind(dialect.load(taken[j * vector + at], dtype)) for j in given]
-                    uppers = [bind(dialect.load(taken[(n + 1 + i) * vector + at], dtype)) for i in given]
+                    values = [element(taken, j, t, thread, at) for j in given]
+                    uppers = [element(taken, n + 1 + i, t, thread, at) for i in given]
                     for i in streams:
                         total = merged(weights_of.res(held), values[:n], weights_of.gates(held), values[n], i)
                         mixed[i * vector + at] = dialect.store(total, dtype)

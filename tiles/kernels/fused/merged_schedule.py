@@ -10,6 +10,7 @@ from tiles.kernels.apply.schedule import MOST_WEIGHTS, VECTOR_BYTES
 from tiles.kernels.project import tensor_core_schedule
 from tiles.kernels.project.tensor_core_schedule import (
     ASYNC_BYTES,
+    WGMMA_ROWS,
     TiledSchedule,
     aligned,
     padded_outputs,
@@ -31,6 +32,9 @@ MANY_STREAMS = 4
 
 MANY_TOKENS = 4096
 """Tokens that keep a large GPU busy with tiles of 128."""
+
+BUSY_TOKENS = 512
+"""Tokens from which a forward's tiles make more thread blocks than a large GPU has multiprocessors."""
 
 USUAL_WIDTH = 128
 """Columns of a usual tile, at least 16 of each stream: whole sectors of memory."""
@@ -71,6 +75,12 @@ def summed(problem: Problem) -> int:
     return problem.weights + (problem.streams if problem.base_op == "single_pass" else 0)
 
 
+def frees_early(problem: Problem, tiles: TiledSchedule) -> bool:
+    """Whether a backward's threads take all of a tile to registers, one vector of each row that is copied, before they
+    work on it: its stage is free for another tile then, and as many tiles as there are stages are under way."""
+    return tiles.block_tokens * columns_of(problem, tiles) == tiles.threads * vector(problem, tiles)
+
+
 def usual(problem: Problem, target: Target) -> TiledSchedule | None:
     """The first of some usual shapes that fits, large tiles first; None where there is none."""
     fitting = (tiles for tiles in _usual(problem) if why_invalid(problem, tiles, target) is None)
@@ -78,20 +88,32 @@ def usual(problem: Problem, target: Target) -> TiledSchedule | None:
 
 
 def _usual(problem: Problem) -> Iterator[TiledSchedule]:
-    """Two thread blocks a multiprocessor, where the forward's values of few streams leave registers for two; else one,
-    with more tiles on their way. Where one pass does all, of many streams tiles are twice as large: what every tile
-    reads of phi, the weights and dz, and what it sums, is then about a third of what streams move."""
+    """Two thread blocks a multiprocessor, where registers are left for two; else one, with more tiles on their way.
+    Where one pass does all, of many streams tiles are twice as large: what every tile reads of phi, the weights and dz,
+    and what it sums, is then about a third of what streams move."""
     forward, tokens, n = problem.direction == "forward", max(1, problem.tokens), problem.streams
     twice = 2 if problem.base_op == "single_pass" and n >= MANY_STREAMS and tokens >= MANY_TOKENS else 1
     most, widest = (64 * twice, USUAL_WIDTH) if forward else (32, USUAL_WIDTH * twice)
     rows = [block for block in (128, 64, 32, 16) if block <= most and (block < 2 * tokens or block == 16)]
     widths = [n * columns for columns in (128, 64, 32, 16) if n * columns <= widest]
-    ways = [(2, 2)] if n < MANY_STREAMS or not forward else []
     presplit_phi = tensor_core_schedule.presplits(problem) if forward else 0
-    for width, block, (stages, min_blocks_per_sm) in product(widths, rows, [*ways, (3, 1), (2, 1), (1, 1)]):
-        for threads in (256, 128, 64, 32):
-            tiles = TiledSchedule(block, width, stages, 1, min_blocks_per_sm, threads, presplit_phi=presplit_phi)
-            yield replace(tiles, splits=_splits(problem, tiles))
+    for width, block in product(widths, rows):
+        for stages, min_blocks_per_sm, most_threads in _ways(problem, block):
+            for threads in (count for count in (256, 128, 64, 32) if count <= most_threads):
+                tiles = TiledSchedule(block, width, stages, 1, min_blocks_per_sm, threads, presplit_phi=presplit_phi)
+                yield replace(tiles, splits=_splits(problem, tiles))
+
+
+def _ways(problem: Problem, block: int) -> list[tuple[int, int, int]]:
+    """Stages, thread blocks of a multiprocessor and most threads of a block of usual tiles. A forward's values of many
+    streams leave registers for two blocks where each is one warpgroup, which multiplies all rows of its tile at once,
+    and where no tile is split into parts."""
+    two = []
+    if problem.streams < MANY_STREAMS or problem.direction == "backward":
+        two = [(2, 2, 256)]
+    elif block == WGMMA_ROWS and problem.tokens >= BUSY_TOKENS and problem.dtype == "bfloat16":
+        two = [(2, 2, 128)]
+    return [*two, *((stages, 1, 256) for stages in (3, 2, 1))]
 
 
 def _splits(problem: Problem, tiles: TiledSchedule) -> int:

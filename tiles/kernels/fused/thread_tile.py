@@ -30,6 +30,9 @@ class ThreadTile:
         self._columns, self._turns = columns, gcd(problem.streams, max(1, SWIZZLED // columns))
         elements, whole = self._tiles.vectorized, problem.width % columns == 0
 
+        def within(value: Expr, inside: Expr) -> Expr:
+            return value if whole else T.if_then_else(inside, value, T.cast(0, value.dtype))
+
         @T.macro
         def load(
             tiles: Sequence[Buffer], stage: tuple[Expr, ...], t: Expr, thread: Expr, room: Expr, held: Buffer
@@ -44,12 +47,28 @@ class ThreadTile:
                         held[number * vector + at] = T.cast(0, held.dtype)
 
         @T.macro
+        def hold(
+            tiles: Sequence[Buffer],
+            stage: tuple[Expr, ...],
+            t: Expr,
+            thread: Expr,
+            room: Expr,
+            fragments: Sequence[Buffer],
+        ) -> None:
+            """The same into a `fragment` for each tile, which another loop reads."""
+            for number in _numbers(tiles):
+                for at in elements(vector):
+                    fragments[number][t, thread, at] = within(
+                        tiles[number][(*stage, t, thread * vector + at)], thread * vector < room
+                    )
+
+        @T.macro
         def write(held: Buffer, number: int, out: Buffer, row: Expr, column: Expr) -> None:
             """Its elements of one stream."""
             for at in elements(vector):
                 out[row, column + at] = held[number * vector + at]
 
-        self.load, self.write = load, write
+        self.load, self.hold, self.write = load, hold, write
 
     def swizzled(self, stream: Expr, column: Expr) -> Expr:
         """Where a tile for products has a column of a stream. Streams take turns by 8 columns: what neighbouring
