@@ -188,7 +188,8 @@ static inline float mhc_dot_sum(float *sum) {
 }
 
 // The sum of the squares of `count` floats, a multiple of 8: four sums side by side, as one waits for its additions.
-static inline float mhc_squares(float *row, int32_t count) {
+// One function for all rows: each place where it is inlined may add up in an order of its own.
+MHC_OWN_REGISTERS float mhc_squares(float *row, int32_t count) {
   mhc_lanes total[4] = {};
   float sum[16] = {};
   int32_t c = 0;

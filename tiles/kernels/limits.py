@@ -71,6 +71,16 @@ def dots_width(problem: Problem, target: Target) -> int:
     return 1280 if near and target.arch not in FEW_REGISTERS else 640
 
 
+LANES = 16
+"""float32 lanes of the longest vector of a CPU."""
+
+
+def token_lanes(tokens: int) -> int:
+    """How many tokens' coefficients a CPU computes side by side for a block of so many: whole vectors. What a C
+    compiler makes of a remainder may round in another way, and a token's bits would hang on its place in the block."""
+    return -(-tokens // LANES) * LANES
+
+
 def scratch_bytes(target: Target) -> int:
     """Bytes of scratch that a program for `target` may use."""
     if target.kind == "cpu":

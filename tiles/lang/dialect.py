@@ -223,9 +223,9 @@ class Cpu:
         """The value of one of them."""
         return T.call_extern("float32", "mhc_dot_sum", T.address_of(sums[row, column, 0]))
 
-    def squares(self, row: Buffer, count: int) -> Expr:
-        """The sum of the squares of `count` elements of scratch, a multiple of 8."""
-        return T.call_extern("float32", "mhc_squares", T.address_of(row[0]), count)
+    def squares(self, scratch: Buffer, place: tuple[Expr, ...], count: int) -> Expr:
+        """The sum of the squares of `count` elements of scratch from a place on, a multiple of 8, in one order."""
+        return T.call_extern("float32", "mhc_squares", T.address_of(scratch[place]), count)
 
     def add_product(self, out: View, a: View, b: View, rows: int, count: Expr, width: int) -> Any:
         """out[i, c] += Σ_{j < count} a[i, j] b[j, c]: a register block of a matrix product, c over `width`."""

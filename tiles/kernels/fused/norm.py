@@ -65,7 +65,7 @@ class Norm:
                     for inner in columns.inner():
                         values = [row.get(columns.index(outer, inner)) for row in state]
                         held[chunk * block + columns.aside(outer, inner)] = weighted(pre, values)
-            scale, normed = bind(inverse_root(dialect.squares(held, width), p.norm_eps)), columns.result(p.u)
+            scale, normed = bind(inverse_root(dialect.squares(held, (0,), width), p.norm_eps)), columns.result(p.u)
             for chunk in T.serial(width // block):
                 normed.store_at(token, chunk * block)
                 for outer in columns.outer():

@@ -19,6 +19,7 @@ from tiles.kernels.fused import chain_programs, merged_programs, signature
 from tiles.kernels.fused.chain_schedule import ChainSchedule
 from tiles.kernels.fused.norm import Norm, NormScratch
 from tiles.kernels.fused.schedule import FusedSchedule, Schedule
+from tiles.kernels.limits import token_lanes
 from tiles.kernels.project.programs import gradients, projection
 from tiles.kernels.spec import Problem
 from tiles.lang.dialect import Cpu, Cuda, Dialect
@@ -85,7 +86,7 @@ def pre_backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
             for step in T.serial(blocks[0]):
                 start = variable(first[0] + step * schedule.block_tokens)
                 count = variable(T.min(schedule.block_tokens, last[0] - start))
-                after.logits(held, normed, p, start, last[0], count)
+                after.logits(held, normed, p, start, count)
                 after.dx_dphi(held, normed, p, p.dx, split, start, last[0], count)
             after.coefficients.store(held, p.dalpha, p.dbias, split)
 
@@ -118,7 +119,7 @@ def step_backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any
                 for t in T.serial(count):
                     token = variable(start + t)
                     mixed.merge(p.x, p.f, p.dx, token, mixed.weights(p, token))
-                after.logits(held, normed, of_x_next, start, last[0], count)
+                after.logits(held, normed, of_x_next, start, count)
                 after.dx_dphi(held, normed, of_x_next, p.dx_next, split, start, last[0], count)
                 for t in T.serial(count):
                     token = variable(start + t)
@@ -136,7 +137,7 @@ class _Forward:
     ) -> None:
         """See `projection` for `soon` and `ahead`; 0 is the next register block."""
         project = projection(problem, schedule, dialect, soon, ahead or schedule.register_tokens)
-        coefficients = gates.Forward(problem, schedule.block_tokens, dialect)
+        coefficients = gates.Forward(problem, token_lanes(schedule.block_tokens), dialect)
         apply = Aggregate(problem, schedule.row_width, dialect)
         norm, rows = Norm(problem, schedule.row_width, dialect), schedule.register_tokens
 
@@ -145,8 +146,8 @@ class _Forward:
             held = coefficients.scratch()
             for r in T.serial(T.ceildiv(count, rows)):
                 project(p, start + r * rows, last)
-            coefficients.run(held, p.z, p.s, p, start, last)
-            coefficients.store(held, p, None, start, last)
+            coefficients.run(held, p.z, p.s, p, start, start + count)
+            coefficients.store(held, p, None, start, start + count)
             for t in T.serial(count):
                 pre = [bind(held.pre[i, t]) for i in apply.streams]
                 if problem.normalises:
@@ -162,7 +163,8 @@ class _Backward:
 
     def __init__(self, problem: Problem, schedule: FusedSchedule, dialect: Cpu) -> None:
         n, width, block, outputs = problem.streams, problem.width, schedule.block_tokens, problem.outputs
-        coefficients = gates.Backward(problem, block, dialect)
+        lanes = token_lanes(block)
+        coefficients = gates.Backward(problem, lanes, dialect)
         apply = Aggregate(problem, schedule.row_width, dialect)
         dx_dphi_tile = gradients(problem, schedule, dialect)
         norm_rows = Norm(problem, schedule.row_width, dialect)
@@ -179,24 +181,24 @@ class _Backward:
                     p.dnorm_weight[split, index] = T.float32(0)
 
         @T.macro
-        def logits(held: Any, normed: Any, p: Any, start: Expr, last: Expr, count: Expr) -> None:
+        def logits(held: Any, normed: Any, p: Any, start: Expr, count: Expr) -> None:
             """dz and ds of the block, and its part of the sums for dalpha and dbias."""
             for i in T.serial(n):
-                for index in dialect.parallel(block):
+                for index in dialect.parallel(lanes):
                     held.dpre[i, index] = T.float32(0)  # what is past the last token is not written below
-                    held.dpost[i, index] = p.dpost[T.min(start + index, last - 1), i]
+                    held.dpost[i, index] = p.dpost[start + T.min(index, count - 1), i]
             if problem.mixes:
                 for i, j in T.grid(n, n):
-                    for index in dialect.parallel(block):
-                        held.dres[i, j, index] = p.dres[T.min(start + index, last - 1), i, j]
+                    for index in dialect.parallel(lanes):
+                        held.dres[i, j, index] = p.dres[start + T.min(index, count - 1), i, j]
             if problem.normalises:
-                coefficients.gates(held.forward, p.z, p.s, p, start, last)
+                coefficients.gates(held.forward, p.z, p.s, p, start, start + count)
                 for t in T.serial(count):
                     norm_rows.dots(p, normed, start + t, t, held.forward.pre, held.dpre)
             else:
                 for t in T.serial(count):
                     apply.dpre_dot(p.x, p.du, start + t, held.dpre, t)
-            coefficients.run(held, p.z, p.s, p, start, last)
+            coefficients.run(held, p.z, p.s, p, start, start + count)
 
         def extra_grad(
             held: Any, du: Buffer, more: Buffer, i: Expr, column: Expr, t: Expr, token: Expr, index: Expr

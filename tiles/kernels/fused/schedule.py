@@ -14,6 +14,7 @@ from tiles.kernels.limits import (
     divisors,
     dots_block,
     dots_width,
+    token_lanes,
     why_bad_register_block,
     why_bad_threads,
     why_not_divisor,
@@ -118,11 +119,12 @@ def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
     """Bytes of scratch."""
     if isinstance(schedule, ChainSchedule):
         return chain_schedule.scratch(problem, schedule, target)
+    lanes = token_lanes(schedule.block_tokens)
     if problem.direction == "forward":
-        held = coefficients.forward_scratch(problem, schedule.block_tokens, target) + forward_scratch(problem, schedule)
+        held = coefficients.forward_scratch(problem, lanes, target) + forward_scratch(problem, schedule)
         held += problem.width * problem.normalises
     else:
-        held = coefficients.backward_scratch(problem, schedule.block_tokens, target) + backward_scratch(schedule)
+        held = coefficients.backward_scratch(problem, lanes, target) + backward_scratch(schedule)
         held += norm_scratch(problem, schedule)
     copied = problem.streams * schedule.row_width if stages_grads(problem) else 0
     return 4 * held + DTYPE_BYTES[problem.dtype] * copied

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import tilelang.language as T
 
+from tiles.kernels.limits import LANES
 from tiles.kernels.project import tensor_core_programs
 from tiles.kernels.project.schedule import BackwardSchedule, ForwardSchedule, Schedule
 from tiles.kernels.project.signature import arguments
@@ -53,6 +54,8 @@ def projection(
     groups = output_groups(outputs, schedule.register_outputs)
 
     prefetch = prefetch_of(problem, width, groups, dialect)
+    # A C compiler may add up what is left of a row in another order than what is left of the next.
+    vectors_fill_rows = width % (4 * LANES) == 0
 
     @T.macro
     def add_group(dots: Buffer, staged: Buffer, phi: Buffer, chunk: Expr, k: Expr, size: int) -> None:
@@ -72,7 +75,11 @@ def projection(
                 for t in rows:
                     value = bind(dialect.load(p.x[token[t], chunk * width + index], problem.dtype))
                     staged[t, index] = value
-                    squares[t][at] += value * value
+                    if vectors_fill_rows:
+                        squares[t][at] += value * value
+            if not vectors_fill_rows:
+                for t in rows:
+                    squares[t][0] += dialect.squares(staged, (t, 0), width)
             for g in T.serial(groups.whole):
                 prefetch(soon(p), [token[t] + ahead for t in rows], chunk * width, g)
                 add_group(dots, staged, p.phi, chunk, g * groups.size, groups.size)

@@ -12,6 +12,7 @@ import tilelang.language as T
 from tiles.kernels.coefficients import gates
 from tiles.kernels.fused.chain_schedule import ChainSchedule
 from tiles.kernels.fused.signature import next_maps
+from tiles.kernels.limits import token_lanes
 from tiles.kernels.single_pass import cuda_programs, signature
 from tiles.kernels.single_pass.schedule import Schedule, tile_row
 from tiles.kernels.single_pass.tile_macros import BackwardTile, ForwardTile
@@ -28,7 +29,7 @@ def forward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
         return cuda_programs.forward(problem, schedule, dialect)
     assert isinstance(dialect, Cpu)
     block, rows = schedule.block_tokens, schedule.register_tokens
-    tile, maps = ForwardTile(problem, schedule, dialect), gates.Forward(problem, block, dialect)
+    tile, maps = ForwardTile(problem, schedule, dialect), gates.Forward(problem, token_lanes(block), dialect)
 
     @program(signature.single_pass(problem), dialect)
     def single_pass_forward(p: Any) -> None:
@@ -37,8 +38,8 @@ def forward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
             count, held = variable(T.min(block, last - start)), maps.scratch()
             for r in T.serial(T.ceildiv(count, rows)):
                 tile.run(p, start + r * rows, last)
-            maps.run(held, p.z, p.s, p, start, last)
-            maps.store(held, p.renamed(**next_maps(problem)), p.pre_next, start, last)
+            maps.run(held, p.z, p.s, p, start, start + count)
+            maps.store(held, p.renamed(**next_maps(problem)), p.pre_next, start, start + count)
 
     return single_pass_forward
 
@@ -54,7 +55,7 @@ def backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
     assert isinstance(dialect, Cpu)
     outputs, fan_in = problem.outputs, problem.fan_in
     block, width = schedule.block_tokens, schedule.block_width
-    tile, maps = BackwardTile(problem, schedule, dialect), gates.Backward(problem, block, dialect)
+    tile, maps = BackwardTile(problem, schedule, dialect), gates.Backward(problem, token_lanes(block), dialect)
     row = tile_row(problem, schedule)
 
     @program(signature.single_pass(problem), dialect)
@@ -73,8 +74,8 @@ def backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
             for step in T.serial(blocks[0]):
                 start = variable(first[0] + step * block)
                 count = variable(T.min(block, last[0] - start))
-                tile.load_grads(held, p, start, last[0])
-                maps.run(held, p.z, p.s, p, start, last[0])
+                tile.load_grads(held, p, start, start + count)
+                maps.run(held, p.z, p.s, p, start, start + count)
                 for t in T.serial(count):
                     for k in dialect.parallel(outputs):
                         sums[t, k] = T.float32(0)

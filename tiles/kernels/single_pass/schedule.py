@@ -13,6 +13,7 @@ from tiles.kernels.limits import (
     divisors,
     dots_block,
     nontemporal_choices,
+    token_lanes,
     why_bad_nontemporal,
     why_bad_register_block,
     why_not_divisor,
@@ -128,10 +129,10 @@ def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
     if problem.direction == "forward":
         results = _results_scratch(problem, schedule, problem.streams)
         held = rows * (problem.outputs * DOT_LANES + 1 + row + problem.normalises)
-        return 4 * (coefficients.forward_scratch(problem, tokens, target) + held) + results
+        return 4 * (coefficients.forward_scratch(problem, token_lanes(tokens), target) + held) + results
     results = _results_scratch(problem, schedule, problem.streams + 1)
     held = tokens * problem.outputs + (tokens + problem.outputs) * row + norm_scratch(problem, schedule)
-    return 4 * (coefficients.backward_scratch(problem, tokens, target) + held) + results
+    return 4 * (coefficients.backward_scratch(problem, token_lanes(tokens), target) + held) + results
 
 
 def _results_scratch(problem: Problem, schedule: SinglePassSchedule, rows: int) -> int:

@@ -10,7 +10,7 @@ import tilelang.language as T
 
 from tiles.kernels.apply.merge import Matrix, merged, merged_back, weighted
 from tiles.kernels.fused.norm import Norm, NormScratch
-from tiles.kernels.limits import divisors
+from tiles.kernels.limits import divisors, token_lanes
 from tiles.kernels.project.programs import output_groups, prefetch_of
 from tiles.kernels.single_pass.schedule import SinglePassSchedule, tile_row
 from tiles.kernels.spec import Problem
@@ -166,6 +166,7 @@ class BackwardTile(_Tile):
         super().__init__(problem, schedule, dialect)
         streams, groups, width, dtype = self.streams, self.groups, schedule.block_width, problem.dtype
         n, block, rows = problem.streams, schedule.block_tokens, schedule.register_tokens
+        lanes = token_lanes(block)
         columns, norm = self.columns, Norm(problem, width, dialect)
 
         def grad_of_u(normed: Any, row: Expr, index: Expr, du: Expr) -> Expr:
@@ -197,12 +198,12 @@ class BackwardTile(_Tile):
         def load_grads(held: Any, p: Any, start: Expr, last: Expr) -> None:
             """Gradients of the next maps, of a block of tokens."""
             for i in T.serial(n):
-                for index in dialect.parallel(block):
+                for index in dialect.parallel(lanes):
                     held.dpre[i, index] = p.dpre_next[T.min(start + index, last - 1), i]
                     held.dpost[i, index] = p.dpost_next[T.min(start + index, last - 1), i]
             if problem.mixes:
                 for i, j in T.grid(n, n):
-                    for index in dialect.parallel(block):
+                    for index in dialect.parallel(lanes):
                         held.dres[i, j, index] = p.dres_next[T.min(start + index, last - 1), i, j]
 
         @T.macro
