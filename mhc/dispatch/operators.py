@@ -252,6 +252,7 @@ def _autograd_function(op: str) -> type[torch.autograd.Function]:
 
 
 _HOW = {op: _differentiation(op) for op in sorted({op for op, _ in kernel_specs()})}
+"""How each op is differentiated."""
 
 OPERATORS = {op: _differentiable_op(op) for op in _HOW}
 """The differentiable custom ops by name."""

@@ -104,3 +104,37 @@ def test_subclasses_and_function_transforms_are_watched():
     assert seen == [True]
     assert needs_dispatcher([torch.randn(2).as_subclass(Tagged)])
     assert not needs_dispatcher([torch.randn(2), 1.0, 3])
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (2, 0)])
+@pytest.mark.parametrize("op", sorted(op for op in OPERATORS if not op.endswith("_norm_identity")))
+def test_leading_dimensions_are_those_of_tokens_in_a_row(op, leading):
+    """Results and gradients, directly and as the custom op."""
+    how, tokens = operators._HOW[op], torch.Size(leading).numel()
+    values = list(kernel_spec(op, "forward").inputs(Problem(op, "forward", N, WIDTH), tokens, 0).values())
+
+    def run(call_op, shape):
+        tensors = zip(how.has_tokens, values, strict=False)
+        given = [v.reshape((*shape, *v.shape[1:])) if has_tokens else v.clone() for has_tokens, v in tensors]
+        given = [value.requires_grad_() for value in given]
+        found = call_op(*given, *values[len(given) :], N, WIDTH, 20)
+        found = found if isinstance(found, tuple) else (found,)
+        results = [found[index] for index in how.differentiated]
+        gradients = torch.autograd.grad([result.square().sum() for result in results], given)
+        assert all(result.shape[: len(shape)] == torch.Size(shape) for result in results)
+        assert all(gradient.shape == value.shape for gradient, value in zip(gradients, given, strict=True))
+        return [value.detach().flatten() for value in (*results, *gradients)]
+
+    def direct(*given):
+        return call(op, *given)
+
+    for one, other in zip(run(direct, leading), run(OPERATORS[op], (tokens,)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_results_may_be_written_to_whatever_their_leading_dimensions():
+    """Each of several: a sublayer may begin in place."""
+    x = torch.randn(2, 3, N, WIDTH, requires_grad=True)
+    u, post, _res = functional.pre(x, torch.randn(24, N * WIDTH), torch.ones(3), torch.randn(24))
+    (u.mul_(2).sum() + post.add_(1).sum()).backward()
+    assert x.grad.abs().sum() > 0

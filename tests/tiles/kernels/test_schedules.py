@@ -249,3 +249,20 @@ def test_a_missing_compiler_is_told_with_the_remedy(monkeypatch):
     problem, target = problem_of(spec), parse_target("cpu")
     with pytest.raises(BadInput, match="no C\\+\\+ compiler is on PATH: install"):
         compile_kernel(problem, spec.default(problem, target), target)
+
+
+def test_coefficients_are_computed_for_whole_vectors_of_tokens():
+    """Else the last tokens of a block go through a C compiler's remainder of a loop, and may round in another way."""
+    spec = kernel_specs()["pre", "backward"]
+    problem = problem_of(spec, 2, 72)
+    default = spec.default(problem, TARGETS[0])
+    for block, lanes in ((42, 48), (48, 48), (54, 64)):
+        text = program(spec, problem, dataclasses.replace(default, block_tokens=block), TARGETS[0])
+        of_tokens = {
+            int(size)
+            for size in re.findall(r"thread in range\((\d+)\)|T\.serial\((\d+)\)", text)
+            for size in size
+            if size
+        }
+        assert lanes in of_tokens, of_tokens
+        assert block == lanes or block not in of_tokens, of_tokens
