@@ -48,8 +48,8 @@ SEED = 0
 Shape = tuple[int, int, int, str]
 """Streams, width, tokens, dtype."""
 
-ON_REQUEST = ("invariant",)
-"""Implementations that few caches hold."""
+ON_REQUEST = ("invariant", fastest_torch.FLOAT32)
+"""Implementations that few caches hold, or few ask for."""
 
 BENCH_OPS, DEFAULT_DIRECTIONS = [*OPS, load_time.OP], list(DIRECTIONS)
 DEFAULT_IMPLS = [impl for impl in IMPLS if impl not in ON_REQUEST]
@@ -64,7 +64,7 @@ ImplOption = Annotated[
     typer.Option(
         "--impl",
         help=f"Implementation: {', '.join(IMPLS)}. May repeat.",
-        show_default="all that run here, but invariant",
+        show_default=f"all that run here, but {' and '.join(ON_REQUEST)}",
     ),
 ]
 ScheduleOption = Annotated[
@@ -96,7 +96,9 @@ def bench(
     8 layers. All implementations of an op get the same inputs and thread count and are timed in interleaved rounds,
     after a check against a float64 reference. "separate" is the tuned kernels without fused ones, and of pre_norm,
     which is compared where it is named, the tuned pre and torch's norm; "eager" and "compile" are each the fastest of
-    several variants; "invariant" is what `tune --batch-invariant` has chosen. Takes minutes, mostly for torch.compile.
+    several variants, of which some round phi and the coefficients where streams are bfloat16 or float16, and
+    "compile-float32" is the fastest that does not; "invariant" is what `tune --batch-invariant` has chosen. Takes
+    minutes, mostly for torch.compile.
 
     "load" measures, on a CPU, fresh processes from mhc.load_kernels to the end of the first call, and a warm look-up.
     `--schedule 'wide:merge.forward={"threads": 256}'` adds an implementation named "wide"; tunables that are not given

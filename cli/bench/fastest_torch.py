@@ -17,7 +17,14 @@ from cli.bench.torch_ops import FUSIBLE, OpFunction
 from tiles.errors import first_line
 from tiles.kernels.spec import Problem
 
-IMPLS = ("eager", "compile")
+FLOAT32 = "compile-float32"
+"""The fastest compiled variant whose phi and coefficients stay float32, as ours do; where streams are narrower, the
+fastest of all may round both."""
+
+IMPLS = ("eager", "compile", FLOAT32)
+
+ROUNDS_BOTH = "native"
+"""Names of variants that round what they multiply with to the streams' dtype have this part."""
 
 ROUNDS, SECONDS = 5, 3.0
 """Rounds that decide between variants; they end after this many seconds once there are three."""
@@ -47,7 +54,7 @@ class FastestTorch:
         candidates = self._candidates(impl, case.op, directions)
         if "both" not in directions and (known := self._best.get((impl, case.op, "both"))):
             candidates = {known: candidates[known]}
-        if impl == "compile" and self._precompilers and len(candidates) > 1:
+        if impl != "eager" and self._precompilers and len(candidates) > 1:
             problem = Problem(case.op, "forward", case.streams, case.width, case.dtype, case.tokens)
             self._precompilers.compile(problem, list(candidates), directions, TIME_LIMIT)
         made = (Implementation(impl, _compiled(impl, one), name, directions) for name, one in candidates.items())
@@ -64,7 +71,9 @@ class FastestTorch:
 
     def _candidates(self, impl: str, op: str, directions: Sequence[str]) -> dict[str, OpFunction]:
         """The variants to try by name."""
-        known = forms(impl, op, *self._shape)
+        known = forms("eager" if impl == "eager" else "compile", op, *self._shape)
+        if impl == FLOAT32:
+            known = {name: form for name, form in known.items() if ROUNDS_BOTH not in name}
         if op in SINGLE_OPS:
             names = known if impl == "eager" else dict.fromkeys((*FUSIBLE[op], self._best.get(("eager", op, "both"))))
             return {name: known[name] for name in names if name in known}
@@ -77,8 +86,8 @@ class FastestTorch:
 
 
 def _compiled(impl: str, function: OpFunction) -> OpFunction:
-    """The variant, for `compile` compiled for these shapes only; a graph break is an error, not a slow path."""
-    return torch.compile(function, dynamic=False, fullgraph=True) if impl == "compile" else function
+    """The variant, compiled for these shapes only where it is to be; a graph break is an error, not a slow path."""
+    return function if impl == "eager" else torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def _runs(candidate: Implementation, case: BenchCase, skipped: list[str]) -> bool:

@@ -24,6 +24,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from tiles.compiler.cpu_epilogue import epilogues
 from tiles.compiler.cpu_launcher import with_launcher
 from tiles.compiler.cpu_prelude import PRELUDE
 from tiles.compiler.cuda_launcher import IMAGE, SPLITS, Launch, Plan, with_cuda_launcher
@@ -251,7 +252,7 @@ def _c_expression(extent: Any) -> str:
 
 def _without_tilelang(source: str) -> str:
     """The kernels use plain C types alone, so the text needs no header of TileLang's."""
-    return source.replace("#include <tl_templates/cpp/common.h>", PRELUDE)
+    return source.replace("#include <tl_templates/cpp/common.h>", PRELUDE + epilogues(source))
 
 
 def _cxx() -> list[str] | None:

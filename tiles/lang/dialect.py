@@ -103,7 +103,7 @@ class Dialect(Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """A matrix inside of a float32 buffer: it starts at `origin` and runs along two of the buffer's axes."""
+    """A matrix inside of a buffer: it starts at `origin` and runs along two of the buffer's axes."""
 
     buffer: Buffer
     origin: tuple[Expr, ...]

@@ -9,9 +9,9 @@ import torch
 
 from cli.bench import fastest_torch
 from cli.bench.cases import DIRECTIONS, TOLERANCE, make_case
-from cli.bench.fastest_torch import FastestTorch
+from cli.bench.fastest_torch import FLOAT32, FastestTorch
 from cli.bench.implementation import Implementation
-from cli.bench.torch_composites import combinations
+from cli.bench.torch_composites import combinations, forms
 
 SHAPE = (3, 16, 5)
 
@@ -68,6 +68,18 @@ def test_a_layer_alone_is_chosen_among_fixed_combinations(impl: str, dtype: str,
         )
     )
     assert {direction: name for name, directions in found.items() for direction in directions} == fastest_first
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("op", ["project", "merge", "layer"])
+def test_a_form_of_equal_precision_rounds_neither_phi_nor_coefficients(op: str, fastest_first: dict[str, str]) -> None:
+    """Where the fastest of all does."""
+    case, chooser = make_case(op, *SHAPE, "bfloat16", 0), FastestTorch(*SHAPE[:2], "bfloat16")
+    fastest_first["both"] = next(name for name in forms("compile", op, *SHAPE[:2], "bfloat16") if "native" in name)
+    list(chooser.implementations("eager", case, ("both",), []))
+    rounding, keeping = (names(chooser.implementations(impl, case, ("both",), [])) for impl in ("compile", FLOAT32))
+    assert rounding and all("native" in name for name in rounding)
+    assert keeping and not any("native" in name for name in keeping)
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tiles.compiler.compile import CPU_FLAGS
+from tiles.compiler.cpu_epilogue import epilogues
 from tiles.compiler.cpu_prelude import PRELUDE
 
 CALLS = r"""
@@ -34,6 +35,17 @@ void sums(float *lanes, float *total, int32_t count) {
 extern "C" void sums_3(float *lanes, float *total, int32_t count) { sums<3>(lanes, total, count); }
 extern "C" void sums_24(float *lanes, float *total, int32_t count) { sums<24>(lanes, total, count); }
 """
+EPILOGUE = r"""
+extern "C" void rows(STORED_T *out, float *a, float *b, float *x, float *slope, U_T *u, float *gate, STORED_T *more,
+                     int32_t row, int32_t count, int32_t width) {
+  mhc_gradients_3_STORED_U_STORED(out, row, a, 1, 3, b, row, x, row, slope, u, row, gate, more, row, count, width);
+}
+extern "C" void plain(STORED_T *out, float *a, float *b, float *x, float *slope, int32_t row, int32_t count,
+                      int32_t width) {
+  mhc_gradients_3_STORED(out, row, a, 1, 3, b, row, x, row, slope, count, width);
+}
+"""
+STORED_TYPES = {"float32": "float", "bfloat16": "uint16_t", "float16": "uint16_t"}
 LOWER = (0, 1, 0x0FFF, 0x1000, 0x1001, 0x2000, 0x7FFF, 0x8000, 0x8001, 0xFFFF)
 
 
@@ -79,3 +91,54 @@ def test_lanes_are_added_in_one_order_wherever_a_token_lies(tmp_path):
         run = getattr(calls, f"sums_{columns}")
         run(ctypes.c_void_p(lanes.data_ptr()), ctypes.c_void_p(total.data_ptr()), ctypes.c_int32(tokens))
         assert torch.equal(total, wanted), (columns, tokens)
+
+
+def with_epilogue(dtype, u, folder):
+    text = EPILOGUE.replace("STORED_T", STORED_TYPES[dtype]).replace("U_T", STORED_TYPES[u])
+    text = text.replace("_STORED", f"_{dtype}").replace("_U_", f"_{u}_")
+    return compiled(PRELUDE + epilogues(text) + text, folder)
+
+
+def pointers(*tensors):
+    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "u"), [("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32"), ("float16",) * 2]
+)
+def test_register_blocks_with_an_epilogue_add_up_and_touch_no_column_beside_theirs(dtype, u, tmp_path):
+    """Widths for all sizes of vectors; `out` is `more` too, as in pre's backward."""
+    calls, stored = with_epilogue(dtype, u, tmp_path), getattr(torch, dtype)
+    row, count = 512, 5
+    for width in (8, 16, 24, 48, 120, 128, 328):
+        a, b, x, slope, gate = (torch.randn(size) for size in ((count, 3), (count, row), (3, row), (3,), (3,)))
+        of_u, out = torch.randn(3, row).to(getattr(torch, u)), torch.randn(3, row).to(stored)
+        product = a.double().T @ b.double() + 2 * slope.double()[:, None] * x.double()
+        wanted = product + gate.double()[:, None] * of_u.double() + out.double()
+        before, tolerance = (
+            out.clone(),
+            1e-5 if dtype == "float32" else 2 * torch.finfo(stored).eps * wanted.abs().max(),
+        )
+        sizes = [ctypes.c_int32(size) for size in (row, count, width)]
+        calls.rows(*pointers(out, a, b, x, slope, of_u, gate, out), *sizes)
+        assert (out - wanted)[:, :width].abs().max() <= tolerance, width
+        assert torch.equal(out[:, width:], before[:, width:]), width
+        calls.plain(*pointers(out, a, b, x, slope), *sizes)
+        assert (out - product)[:, :width].abs().max() <= tolerance, width
+        assert torch.equal(out[:, width:], before[:, width:]), width
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_epilogue_rounds_floats_as_torch_does(dtype, tmp_path):
+    """The floats of the first test, but for the sign of zeros, as they are added to zeros."""
+    calls, stored = with_epilogue(dtype, "float32", tmp_path), getattr(torch, dtype)
+    upper = torch.arange(2**16, dtype=torch.int64) << 16
+    bits = torch.cat([upper + lower for lower in (*LOWER, 0, 0)])
+    values = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32).view(3, -1)
+    zeros, out = torch.zeros_like(values), torch.zeros(values.shape, dtype=stored)
+    sizes = [ctypes.c_int32(size) for size in (values.shape[1], 0, values.shape[1])]
+    gate, more = torch.ones(3), torch.zeros_like(out)
+    calls.rows(*pointers(out, zeros, zeros, zeros, zeros, values, gate, more), *sizes)
+    wanted, number = values.to(stored), ~values.isnan()
+    assert out[~number].isnan().all()
+    assert torch.equal(out[number], wanted[number])

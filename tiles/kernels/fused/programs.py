@@ -22,7 +22,8 @@ from tiles.kernels.fused.schedule import FusedSchedule, Schedule
 from tiles.kernels.limits import token_lanes
 from tiles.kernels.project.programs import gradients, projection
 from tiles.kernels.spec import Problem
-from tiles.lang.dialect import Cpu, Cuda, Dialect
+from tiles.lang.dialect import Cpu, Cuda, Dialect, View
+from tiles.lang.epilogue import Others
 from tiles.lang.program import program
 from tiles.lang.values import Buffer, Expr, as_value, bind, token_range, variable
 
@@ -200,19 +201,14 @@ class _Backward:
                     apply.dpre_dot(p.x, p.du, start + t, held.dpre, t)
             coefficients.run(held, p.z, p.s, p, start, start + count)
 
-        def extra_grad(
-            held: Any, du: Buffer, more: Buffer, i: Expr, column: Expr, t: Expr, token: Expr, index: Expr
-        ) -> Expr:
-            """pre_i du_c, and the gradient that x gets from elsewhere."""
-            of_u = dialect.load(du[token, column + index], problem.dtype)
-            return held.forward.pre[i, t] * of_u + dialect.load(more[token, i * width + column + index], problem.dtype)
-
-        def through_norm(
-            held: Any, normed: Any, more: Buffer, i: Expr, column: Expr, t: Expr, token: Expr, index: Expr
-        ) -> Expr:
-            """The same where u is normalised after it is made."""
-            of_more = dialect.load(more[token, i * width + column + index], problem.dtype)
-            return held.forward.pre[i, t] * normed.of_u[t, index] + of_more
+        def others(
+            held: Any, u: Buffer, more: Buffer, i: Expr, column: Expr, in_block: bool, t: Expr, token: Expr
+        ) -> Others:
+            """pre_i times the gradient of u, whose rows are tokens, or those of the block; and the gradient that x gets
+            from elsewhere."""
+            of_u = View(u, (t, 0) if in_block else (token, column), (0, 1))
+            gate = View(held.forward.pre, (i, t), (0, 1))
+            return Others(of_u, gate, View(more, (token, i * width + column), (0, 1)))
 
         @T.macro
         def dx_dphi(
@@ -224,16 +220,14 @@ class _Backward:
                     column = bind(part * schedule.block_width)
                     norm_tile.gradients(p, normed, split, start, column, count, held.forward.pre)
                     for i in T.serial(n):
-                        extra = partial(through_norm, held, normed, more, i, column)
-                        at = i * width + column
-                        dx_dphi_tile(p, held.dz, held.ds, split, start, last, at, extra, (more,))
+                        extra = partial(others, held, normed.of_u, more, i, column, True)
+                        dx_dphi_tile(p, held.dz, held.ds, split, start, last, i * width + column, extra, (more,))
             else:
                 for i in T.serial(n):
                     for part in T.serial(width // schedule.block_width):
                         column = bind(part * schedule.block_width)
-                        extra = partial(extra_grad, held, p.du, more, i, column)
-                        at = i * width + column
-                        dx_dphi_tile(p, held.dz, held.ds, split, start, last, at, extra, (more,))
+                        extra = partial(others, held, p.du, more, i, column, False)
+                        dx_dphi_tile(p, held.dz, held.ds, split, start, last, i * width + column, extra, (more,))
 
         def scratch() -> NormScratch | None:
             """What a norm keeps; call it inside the kernel."""

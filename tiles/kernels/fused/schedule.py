@@ -62,7 +62,7 @@ def default(problem: Problem, target: Target) -> Schedule:
     tokens, outputs = dots_block(problem, target) if forward else (6, 6)
     cached = min(8, max(1, CACHED_BYTES // (problem.fan_in * DTYPE_BYTES[problem.dtype] * tokens)))
     blocks = cached if forward else max(cached, -(-problem.outputs // tokens))
-    width = divisors(columns, 8, dots_width(problem, target) if forward else 256)[-1]
+    width = divisors(columns, 8, dots_width(problem, target) if forward else 64)[-1]
     row = divisors(problem.width, 8, 128)[-1]
     return _fitting(problem, target, FusedSchedule(tokens * blocks, tokens, outputs, width, row, 0))
 

@@ -16,9 +16,11 @@ from tiles.kernels.project.schedule import BackwardSchedule, ForwardSchedule, Sc
 from tiles.kernels.project.signature import arguments
 from tiles.kernels.project.tensor_core_schedule import TiledSchedule
 from tiles.kernels.spec import Problem
-from tiles.lang.columns import Columns
 from tiles.lang.dialect import Cpu, Cuda, Dialect, View
+from tiles.lang.epilogue import Others
+from tiles.lang.epilogue import gradients as stream_gradients
 from tiles.lang.program import program
+from tiles.lang.rows import move
 from tiles.lang.values import Buffer, Expr, as_value, bind, token_range, variable
 
 LINE = 32
@@ -110,6 +112,7 @@ def backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
     def project_backward(p: Any) -> None:
         with dialect.kernel(schedule.column_groups, p.splits, threads=schedule.threads) as (group, split):
             factors, slope = dialect.scratch(outputs, block), dialect.scratch(block)
+            written = () if schedule.nontemporal else (p.dx,)
             for k in T.serial(outputs):
                 for index in dialect.parallel(columns):
                     p.dphi[split, k, group * columns + index] = T.float32(0)
@@ -123,7 +126,7 @@ def backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
                         factors[k, index] = p.dz[token, k]
                 for part in T.serial(columns // width):
                     column = bind(group * columns + part * width)
-                    dx_dphi_tile(p, factors, slope, split, start, last[0], column, None, ())
+                    dx_dphi_tile(p, factors, slope, split, start, last[0], column, None, written)
 
     return project_backward
 
@@ -132,13 +135,12 @@ def gradients(problem: Problem, schedule: Any, dialect: Cpu, *, nontemporal: boo
     """The macro for a block of tokens and columns: dphi += dzᵀ·x̄ and dx̄ = dz·phi + 2 x̄ ds + others, of x, phi, dx and
     dphi. `nontemporal`: dx goes past the caches.
 
-    dz comes as `factors` [N, block_tokens], ds as `slope` [block_tokens]. `others`, where given, makes an expression
-    from (token in the block, token, index).
+    dz comes as `factors` [N, block_tokens], ds as `slope` [block_tokens]. `others`, where given, makes what else rows
+    gain from (token in the block, token). The rows of `soon` are read or written with dx: they come in before.
     """
-    outputs, width, dtype = problem.outputs, schedule.block_width, problem.dtype
-    rows = tuple(range(schedule.register_tokens))
-    groups = output_groups(outputs, schedule.register_outputs)
-    columns = Columns(width, dtype, dialect, nontemporal=nontemporal)
+    outputs, width, dtype, block = problem.outputs, schedule.block_width, problem.dtype, schedule.block_tokens
+    rows, groups = schedule.register_tokens, output_groups(outputs, schedule.register_outputs)
+    share = -(-block // (groups.whole + (groups.rest > 0)))
 
     @T.macro
     def add_group(
@@ -146,6 +148,35 @@ def gradients(problem: Problem, schedule: Any, dialect: Cpu, *, nontemporal: boo
     ) -> None:
         out, of_tokens = View(dphi, (split, k, column), (1, 2)), View(factors, (k, 0), (0, 1))
         dialect.add_product(out, of_tokens, View(staged, (0, 0), (0, 1)), size, count, width)
+
+    @T.macro
+    def prefetch(tensors: tuple[Buffer, ...], first: Expr, count: int, column: Expr) -> None:
+        for t in T.serial(count):
+            dialect.prefetch(tensors, (first + t, column), width)
+
+    @T.macro
+    def dx_rows(
+        p: Any,
+        factors: Buffer,
+        slope: Buffer,
+        staged: Buffer,
+        result: Buffer | None,
+        start: Expr,
+        t: Expr,
+        column: Expr,
+        size: int,
+        others: Callable[[Expr, Expr], Others] | None,
+    ) -> None:
+        """dx of tokens t..t + size of the block. Meanwhile the next block of columns of x comes in."""
+        prefetch((p.x,), start + t, size, column + width)
+        out = View(p.dx, (start + t, column), (0, 1)) if result is None else View(result, (0, 0), (0, 1))
+        of_x, of_outputs = View(staged, (t, 0), (0, 1)), View(factors, (0, t), (1, 0))
+        more = None if others is None else others(t, start + t)
+        phi, slopes = View(p.phi, (0, column), (0, 1)), View(slope, (t,), (0, 0))
+        stream_gradients(out, of_outputs, phi, of_x, slopes, more, dtype, size, outputs, width)
+        if result is not None:
+            for row in range(size):
+                move("mhc_stream", result, (row, 0), p.dx, (start + t + row, column), width)
 
     @T.macro
     def dx_dphi_tile(
@@ -156,37 +187,26 @@ def gradients(problem: Problem, schedule: Any, dialect: Cpu, *, nontemporal: boo
         start: Expr,
         last: Expr,
         column: Expr,
-        others: Callable[[Expr, Expr, Expr], Expr] | None,
-        also: tuple[Buffer, ...],
+        others: Callable[[Expr, Expr], Others] | None,
+        soon: tuple[Buffer, ...],
     ) -> None:
-        staged, grads = dialect.scratch(schedule.block_tokens, width), dialect.scratch(len(rows), width)
-        result = columns.result(p.dx)
-        count = variable(T.min(schedule.block_tokens, last - start))
+        staged = dialect.scratch(block, width)
+        result = T.alloc_local((rows, width), dialect.storage(dtype)) if nontemporal else None
+        count = variable(T.min(block, last - start))
         for t in T.serial(count):
-            dialect.prefetch((p.x, p.dx, *also), (start + t, column + width), width)
             for index in dialect.parallel(width):
                 staged[t, index] = dialect.load(p.x[start + t, column + index], dtype)
         for g in T.serial(groups.whole):
+            prefetch(soon, start + g * share, share, column)
             add_group(p.dphi, factors, staged, split, column, g * groups.size, groups.size, count)
         if groups.rest > 0:
+            prefetch(soon, start + groups.whole * share, share, column)
             add_group(p.dphi, factors, staged, split, column, groups.whole * groups.size, groups.rest, count)
-        for r in T.serial(T.ceildiv(count, len(rows))):
-            token = [variable(T.min(r * len(rows) + t, count - 1)) for t in rows]
-            for t in rows:
-                for index in dialect.parallel(width):
-                    more = T.float32(0) if others is None else others(token[t], start + token[t], index)
-                    grads[t, index] = 2 * slope[token[t]] * staged[token[t], index] + more
-            of_outputs = View(factors, (0, r * len(rows)), (1, 0))
-            dialect.add_product(
-                View(grads, (0, 0), (0, 1)), of_outputs, View(p.phi, (0, column), (0, 1)), len(rows), outputs, width
-            )
-            for t in rows:
-                if r * len(rows) + t < count:
-                    result.store_at(start + token[t], column)
-                    for outer in columns.outer():
-                        for inner in columns.inner():
-                            result.put(columns.index(outer, inner), grads[t, columns.place(outer, inner)])
-                    result.flush()
+        whole = variable(count // rows)
+        for r in T.serial(whole):
+            dx_rows(p, factors, slope, staged, result, start, r * rows, column, rows, others)
+        for t in T.serial(count - whole * rows):
+            dx_rows(p, factors, slope, staged, result, start, variable(whole * rows + t), column, 1, others)
 
     return dx_dphi_tile
 

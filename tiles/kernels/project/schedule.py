@@ -141,7 +141,7 @@ def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
         return tensor_core_schedule.scratch(problem, schedule)
     if isinstance(schedule, ForwardSchedule):
         return 4 * forward_scratch(problem, schedule)
-    results = schedule.nontemporal * DTYPE_BYTES[problem.dtype] * schedule.block_width
+    results = schedule.nontemporal * DTYPE_BYTES[problem.dtype] * schedule.register_tokens * schedule.block_width
     return 4 * ((problem.outputs + 1) * schedule.block_tokens + backward_scratch(schedule)) + results
 
 
@@ -153,5 +153,5 @@ def forward_scratch(problem: Problem, schedule: Any) -> int:
 
 def backward_scratch(schedule: Any) -> int:
     """float32 values that `programs.gradients` holds in scratch."""
-    held: int = (schedule.block_tokens + schedule.register_tokens) * schedule.block_width
+    held: int = schedule.block_tokens * schedule.block_width
     return held

@@ -53,7 +53,7 @@ FORWARD_COLUMNS = 10240
 """Columns of all streams that a forward's default stages for a register block of tokens: half of an L2 cache."""
 
 FEW_STREAMS, MANY_STREAMS = 4, 8
-FEW_COLUMNS, MORE_COLUMNS = {"float32": 256, "bfloat16": 128, "float16": 128}, 64
+FEW_COLUMNS, MORE_COLUMNS = 128, 64
 """Columns of each stream that a backward's default takes at a time: of up to FEW_STREAMS, and of more."""
 
 
@@ -68,7 +68,7 @@ def default(problem: Problem, target: Target) -> Schedule:
         blocks, columns = 8, FORWARD_COLUMNS // problem.streams
     else:
         blocks = 8 if problem.streams <= MANY_STREAMS else 4
-        columns = FEW_COLUMNS[problem.dtype] if problem.streams <= FEW_STREAMS else MORE_COLUMNS
+        columns = FEW_COLUMNS if problem.streams <= FEW_STREAMS else MORE_COLUMNS
     width = divisors(problem.width, 8, columns)[-1]
     nontemporal = nontemporal_choices(problem, problem.streams, target)[0]
     return _fitting(problem, target, SinglePassSchedule(tokens * blocks, tokens, outputs, width, nontemporal))
