@@ -1,6 +1,7 @@
-"""Confirmation of a sweep's fastest members: timed again side by side, so that no optimum is a lucky timing.
+"""Confirmation of a sweep: what was timed on a busy machine is timed again, and the fastest meet side by side.
 
-The fastest of many noisy timings is faster than it is: the more members, the luckier the best of them.
+The fastest of many noisy timings is faster than it is: the more members, the luckier the best of them. And where
+another program has the processor, two kernels take the same time, that of waiting for it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,22 @@ MARGIN = 0.05
 
 MOST = 20
 """Members that meet, or fewer; more only where all of those turn out slower than one that was not among them."""
+
+BUSY = 1.5
+"""A timing was disturbed where the default took this many times its median: virtual machines wander by a third."""
+
+
+def disturbed(found: Mapping[int, Line]) -> list[int]:
+    """The members that were timed while the machine was busy with something else, one of each generated code.
+
+    Confirmed ones met the fastest under equal conditions: they stay.
+    """
+    usual = statistics.median(said["default_ms"] for said in found.values() if "ratio" in said)
+    codes: dict[str, int] = {}
+    for member, said in found.items():
+        if "ratio" in said and "confirmed" not in said and said["default_ms"] > BUSY * usual:
+            codes.setdefault(said["source"], member)
+    return list(codes.values())
 
 
 def contenders(found: Mapping[int, Line]) -> list[int]:

@@ -14,7 +14,7 @@ from autotune.measuring.timing import paired_ratio
 from autotune.processes.tasks import DEFAULT, TUNED
 from autotune.processes.worker import TaskFailed
 from autotune.processes.workers import Workers
-from autotune.recorded.confirmation import confirmed, contenders, spread
+from autotune.recorded.confirmation import confirmed, contenders, disturbed, spread
 from autotune.recorded.findings import Findings, Line
 from autotune.recorded.spaces import RecordedSpace, write_space
 from autotune.search.pool import Pool, enumerate_pool
@@ -40,8 +40,9 @@ def record(
 
     Members are timed against the default schedule in interleaved rounds, those of equal generated code once. A member's
     milliseconds are the default's median over the whole sweep divided by the paired ratio, which cancels the machine's
-    drift. Then the fastest meet again in longer rounds side by side, which replace their timings, until the fastest of
-    all is a confirmed one (`confirmation`). Findings are kept in `out`.part at once; the same call resumes from there.
+    drift. Those timed while the machine was busy with something else are timed once more. Then the fastest meet again
+    in longer rounds side by side, which replace their timings, until the fastest of all is a confirmed one
+    (`confirmation`). Findings are kept in `out`.part at once; the same call resumes from there.
 
     Raises:
         BadInput: `out` is there already or cannot be written, or its part was begun for something else.
@@ -64,6 +65,7 @@ def record(
         with Findings(part, {"pool": pool.digest, **about}, len(pool)) as found:
             sweep = _Sweep(problem, spec, pool, device, workers, found, on_member or (lambda *_: None))
             sweep.run()
+            sweep.repeat()
             sweep.confirm()
         space = _space(problem, pool, found.of, about)
         write_space(space, out)
@@ -109,6 +111,19 @@ class _Sweep:
                 self.found.keep({member: self._evaluate(member, built, default)})
                 self._report_progress()
 
+    def repeat(self) -> None:
+        """Time once more what was timed while the machine was busy with something else."""
+        members = disturbed(self.found.of)
+        if not members:
+            return
+        default = self._default()
+        for member in members:
+            source = self.found.of[member]["source"]
+            del self.by_source[source]
+            said = self._evaluate(member, self._compile([member])[0], default)
+            self.found.keep(self._of_same_code({source: said}))
+            self._report_progress()
+
     def confirm(self) -> None:
         """Time the fastest members again, side by side, until the fastest of all is confirmed."""
         while members := contenders(self.found.of):
@@ -128,6 +143,10 @@ class _Sweep:
             name, source = str(member), self.found.of[member]["source"]
             failed = {"reason": "fails when it meets the fastest again"}
             said[source] = confirmed(times, default, name, source) if name in times else failed
+        return self._of_same_code(said)
+
+    def _of_same_code(self, said: Mapping[str, Line]) -> dict[int, Line]:
+        """The finding of each generated code as that of all its members."""
         return {member: said[line["source"]] for member, line in self.found.of.items() if line.get("source") in said}
 
     def _default(self) -> Artifact:

@@ -35,9 +35,9 @@ def record(
 ) -> None:
     """Time every valid schedule of one kernel on this device, for mhc-tune replay.
 
-    Every schedule is compiled and verified first; failures are recorded with the reason. At the end the fastest are
-    timed again side by side, so that no lucky timing is the optimum. Each measurement is kept in OUT.part at once:
-    after Ctrl-C or a crash, run the same command to continue.
+    Every schedule is compiled and verified first; failures are recorded with the reason. At the end, what was timed
+    while the machine was busy is timed again, then the fastest side by side, so that no lucky timing is the optimum.
+    Each measurement is kept in OUT.part at once: after Ctrl-C or a crash, run the same command to continue.
     """
     check_choices("op", [op], options.KERNEL_OPS)
     device = measured_device(target)

@@ -129,6 +129,35 @@ def test_a_finished_file_and_a_folder_that_is_not_there_are_refused(tmp_path):
         recorded(tmp_path / "none" / "toy.json.gz", toy.ToyWorkers())
 
 
+class DisturbedWorkers(toy.ToyWorkers):
+    """During the assessments `busy` another program has the processor: every kernel waits for it, and as long."""
+
+    busy = range(5, 9)
+
+    def assess(self, problem, tuned, default, seed):
+        times = super().assess(problem, tuned, default, seed)
+        waited = 100 if len(self.assessed) - 1 in self.busy else 0
+        return {name: [ms + waited for ms in rounds] for name, rounds in times.items()}
+
+
+def test_what_was_timed_on_a_busy_machine_is_timed_once_more(tmp_path):
+    workers = DisturbedWorkers()
+    space = recorded(tmp_path / "toy.json.gz", workers)
+    again = [text for text in workers.assessed if workers.assessed.count(text) > 1]
+    assert sorted(again) == sorted(workers.assessed[5:9] * 2)
+    for member, ms in enumerate(space.ms):  # equal codes share the second timing, too
+        schedule = toy.ToySchedule(**eval(toy.code(toy.ToySchedule(**space.pool.values(member)))))
+        assert ms == pytest.approx(toy.milliseconds(schedule), rel=0.03)
+
+
+def test_a_machine_that_stays_busy_is_not_waited_for(tmp_path):
+    workers = DisturbedWorkers()
+    workers.busy = range(20, 10**6)
+    space = recorded(tmp_path / "toy.json.gz", workers)
+    assert len(workers.assessed) == 28 + 8
+    assert None not in space.ms
+
+
 class LuckyWorkers(toy.ToyWorkers):
     """The first timings of some members are off by a factor."""
 
