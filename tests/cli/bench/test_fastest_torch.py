@@ -78,8 +78,10 @@ def test_a_form_of_equal_precision_rounds_neither_phi_nor_coefficients(op: str, 
     fastest_first["both"] = next(name for name in forms("compile", op, *SHAPE[:2], "bfloat16") if "native" in name)
     list(chooser.implementations("eager", case, ("both",), []))
     rounding, keeping = (names(chooser.implementations(impl, case, ("both",), [])) for impl in ("compile", FLOAT32))
-    assert rounding and all("native" in name for name in rounding)
-    assert keeping and not any("native" in name for name in keeping)
+    assert rounding
+    assert keeping
+    assert all("native" in name for name in rounding)
+    assert not any("native" in name for name in keeping)
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -51,6 +51,10 @@ Schedule = FusedSchedule | ChainSchedule
 CACHED_BYTES = 512 * 1024
 """The streams of a block on a CPU: half of an L2 cache of today."""
 
+NEAR_BYTES, NEAR_WIDTH, FAR_WIDTH, FEW_TOKENS = 32 * 1024, 64, 256, 256
+"""An L1 cache, and the columns of a backward's block: NEAR_WIDTH where their x, phi and dphi fit into it. Rows of
+FAR_WIDTH are longer: better for more outputs, and for FEW_TOKENS, whose phi and dphi come from farther away."""
+
 
 def default(problem: Problem, target: Target) -> Schedule:
     """On a CPU as many tokens as stay cached, at most 8 register blocks; in the backward, where every block of tokens
@@ -62,7 +66,9 @@ def default(problem: Problem, target: Target) -> Schedule:
     tokens, outputs = dots_block(problem, target) if forward else (6, 6)
     cached = min(8, max(1, CACHED_BYTES // (problem.fan_in * DTYPE_BYTES[problem.dtype] * tokens)))
     blocks = cached if forward else max(cached, -(-problem.outputs // tokens))
-    width = divisors(columns, 8, dots_width(problem, target) if forward else 64)[-1]
+    near = 4 * NEAR_WIDTH * (tokens * blocks + 2 * problem.outputs) <= NEAR_BYTES and problem.tokens > FEW_TOKENS
+    backward_width = NEAR_WIDTH if near else FAR_WIDTH
+    width = divisors(columns, 8, dots_width(problem, target) if forward else backward_width)[-1]
     row = divisors(problem.width, 8, 128)[-1]
     return _fitting(problem, target, FusedSchedule(tokens * blocks, tokens, outputs, width, row, 0))
 

@@ -202,11 +202,12 @@ def gradients(problem: Problem, schedule: Any, dialect: Cpu, *, nontemporal: boo
         if groups.rest > 0:
             prefetch(soon, start + groups.whole * share, share, column)
             add_group(p.dphi, factors, staged, split, column, groups.whole * groups.size, groups.rest, count)
-        whole = variable(count // rows)
-        for r in T.serial(whole):
-            dx_rows(p, factors, slope, staged, result, start, r * rows, column, rows, others)
-        for t in T.serial(count - whole * rows):
-            dx_rows(p, factors, slope, staged, result, start, variable(whole * rows + t), column, 1, others)
+        done = 0
+        for size in dict.fromkeys((rows, 2, 1)):  # the last tokens in smaller register blocks
+            whole = variable((count - done) // size)
+            for r in T.serial(whole):
+                dx_rows(p, factors, slope, staged, result, start, variable(done + r * size), column, size, others)
+            done = variable(done + whole * size)
 
     return dx_dphi_tile
 
