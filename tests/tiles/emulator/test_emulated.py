@@ -308,13 +308,14 @@ PASSES = {
     ("project", "forward"): {"x": "R"},
     ("project", "backward"): {"x": "R", "dx": "W"},
     ("pre", "forward"): {"x": "RR", "u": "W"},
-    ("pre", "backward"): {"x": "RR", "dx": "RW"},
+    ("pre", "backward"): {"x": "RR", "dx": "RW", "z": "R", "dres": "R"},
     ("step", "forward"): {"x": "R", "f": "R", "x_next": "WR", "u": "W"},
-    ("step", "backward"): {"x": "RR", "f": "RR", "du": "RR", "dx_next": "R", "dx": "W", "df": "W"},
-    ("single_pass", "forward"): {"x": "R", "f": "R", "x_next": "W", "u": "W"},
+    ("step", "backward"): {"x": "RR", "f": "RR", "du": "RR", "dx_next": "R", "dx": "W", "df": "W", "dres_next": "R"},
+    ("single_pass", "forward"): {"x": "R", "f": "R", "x_next": "W", "u": "W", "res_next": "W"},
     ("single_pass", "backward"): {"x": "R", "f": "R", "du": "R", "dx_next": "R", "dx": "W", "df": "W"},
 }
-"""How often an op goes over its streams, and u, f: what it cannot do without, and the second look of fused ones."""
+"""How often an op goes over its streams, and u, f: what it cannot do without, and the second look of fused ones; and
+over coefficients, which a thread takes a token of."""
 
 
 @pytest.mark.parametrize("case", tiers(case for case in DEFAULTS + MORE_DEFAULTS if case.problem.width >= 64), ids=str)

@@ -107,6 +107,17 @@ def split_sums(problem: Problem, schedule: ChainSchedule) -> tuple[int, int]:
     return turns, -(-share // turns)
 
 
+def row_stride(columns: int) -> int:
+    """Floats from one token's row of coefficients to the next in shared memory: odd, so that 32 tokens' are in all
+    banks."""
+    return columns | 1
+
+
+def dots_of_streams(problem: Problem, schedule: ChainSchedule) -> bool:
+    """Whether dpre comes from dot products with x and f, weighted with res and post, where x' is never written."""
+    return bool(schedule.merged) and problem.base_op == "step" and problem.direction == "backward"
+
+
 def default(problem: Problem, target: Target) -> ChainSchedule:
     """What project and the passes over rows take by themselves; few tokens for each block that adds up their sums.
 
@@ -225,9 +236,13 @@ def scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
 
 
 def _coefficient_scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
-    """Bytes for a block of tokens in the kernel of the coefficients; forward, the sums over splits as well."""
-    count = coefficient_threads(problem, schedule)
+    """Bytes for a block of tokens in the kernel of the coefficients: what threads work on, and rows that they share;
+    forward, the sums over splits as well."""
+    count, block, of_res = coefficient_threads(problem, schedule), schedule.coefficient_tokens, 0
+    if problem.mixes:
+        of_res = block * row_stride(problem.streams**2)
     if problem.direction == "backward":
-        return 4 * coefficients.backward_scratch(problem, count, target)
+        rows = block * row_stride(problem.outputs) + of_res * (1 + dots_of_streams(problem, schedule))
+        return 4 * (coefficients.backward_scratch(problem, count, target) + rows)
     turns, elements = split_sums(problem, schedule)
-    return 4 * count * (coefficients.forward_scratch(problem, 1, target) + turns * elements)
+    return 4 * (count * (coefficients.forward_scratch(problem, 1, target) + turns * elements) + of_res)
