@@ -308,7 +308,7 @@ PASSES = {
     ("project", "forward"): {"x": "R"},
     ("project", "backward"): {"x": "R", "dx": "W"},
     ("pre", "forward"): {"x": "RR", "u": "W"},
-    ("pre", "backward"): {"x": "RR", "dx": "RW", "z": "R", "dres": "R"},
+    ("pre", "backward"): {"x": "RR", "dx": "RW", "du": "RR", "z": "R", "dres": "R"},
     ("step", "forward"): {"x": "R", "f": "R", "x_next": "WR", "u": "W"},
     ("step", "backward"): {"x": "RR", "f": "RR", "du": "RR", "dx_next": "R", "dx": "W", "df": "W", "dres_next": "R"},
     ("single_pass", "forward"): {"x": "R", "f": "R", "x_next": "W", "u": "W", "res_next": "W"},
@@ -341,6 +341,14 @@ def test_threads_do_not_meet_in_the_banks_of_shared_memory(kernels, case):
     shared = [move for move in kernels[case].movements(64) if move.tensor == "shared"]
     most = 1.5 if case.problem.op in ("merge", "step", "single_pass") else 1.2
     assert sum(move.taken for move in shared) <= most * sum(move.least for move in shared)
+
+
+def test_a_tile_reads_the_coefficients_of_its_tokens_once(kernels):
+    """pre and ds of all streams and tokens, as one tile has all columns here."""
+    kernel, tokens = kernels[PRE_BACKWARD], 64
+    moved = [move for move in kernel.movements(tokens) if not move.writes]
+    read = {name: 32 * sum(move.taken for move in moved if move.tensor == name) for name in ("pre", "ds", "dz")}
+    assert read == {"pre": 4 * 2 * tokens, "ds": 4 * tokens, "dz": 4 * 8 * tokens}
 
 
 def test_the_count_of_what_a_default_moves(emulator, tmp_path):

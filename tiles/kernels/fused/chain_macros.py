@@ -8,9 +8,18 @@ import tilelang.language as T
 
 from tiles.kernels.apply.aggregate import Aggregate
 from tiles.kernels.coefficients import gates
-from tiles.kernels.fused.chain_schedule import ChainSchedule, coefficient_threads, dots_of_streams, split_sums, tiled
+from tiles.kernels.fused.chain_schedule import (
+    ChainSchedule,
+    coefficient_threads,
+    dots_of_streams,
+    split_sums,
+    staged,
+    tiled,
+)
 from tiles.kernels.fused.token_rows import TokenRows
 from tiles.kernels.project.presplit_phi import PresplitPhi
+from tiles.kernels.project.tensor_core_programs import gradients
+from tiles.kernels.project.tensor_core_schedule import column_groups, streams_of_tile
 from tiles.kernels.spec import Argument, Problem
 from tiles.lang.dialect import Cuda
 from tiles.lang.program import Parameters, program
@@ -22,6 +31,14 @@ LOADS_AHEAD = 100
 
 SUM_ROWS, JOIN_THREADS = 32, 256
 """Rows that are summed side by side where the sums of all blocks of tokens are joined, and threads of that kernel."""
+
+
+def gradients_of_streams(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> tuple[Any, int]:
+    """`gradients`, whose tiles have the same columns of several streams, as du is among what they copy; and how many
+    tiles there are."""
+    tiles = tiled(schedule)
+    streams = streams_of_tile(problem, tiles, staged(problem))
+    return gradients(problem, tiles, dialect, streams), column_groups(problem, tiles, streams)
 
 
 class Rows:

@@ -126,7 +126,7 @@ def default(problem: Problem, target: Target) -> ChainSchedule:
     if why := _why_norm(problem):
         raise BadInput(why)
     within = merged_schedule.usual(problem, target) if _merges(problem) else None
-    part = within or tensor_core_schedule.default(problem, target, staged=_staged(problem))
+    part = within or tensor_core_schedule.default(problem, target, staged=staged(problem))
     rows = _rows(problem, target)
     walk = {"row_width": rows.block_width, "row_threads": rows.threads, "row_blocks": 0}
     fuses = _aggregates(problem) and _in_registers(problem) and problem.tokens <= FEW_TOKENS
@@ -160,7 +160,7 @@ def _row_op(problem: Problem) -> str:
     return "merge" if problem.base_op in merged_schedule.MERGING and problem.mixes else "aggregate"
 
 
-def _staged(problem: Problem) -> int:
+def staged(problem: Problem) -> int:
     """Tiles of the streams that a backward stages: x, and besides du and the gradient of x from elsewhere."""
     return 1 if problem.direction == "forward" else 3
 
@@ -169,7 +169,7 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
     """Project's tiles, thinned out, since every one meets every way to walk the rows; tokens of the coefficients; rows
     of few threads and of many; chunks."""
     usual = default(problem, target)
-    tiles = tensor_core_schedule.space(problem, target, staged=_staged(problem))
+    tiles = tensor_core_schedule.space(problem, target, staged=staged(problem))
     choices = {name: [value for value in values if value in TILES[name]] for name, values in tiles.items()}
     choices["merged"] = [0, 1] if merged_schedule.usual(problem, target) else [0]
     vectors = [8 * threads for threads in ROW_THREADS if problem.width % (8 * threads) == 0]
@@ -195,7 +195,7 @@ def why_invalid(problem: Problem, schedule: ChainSchedule, target: Target) -> st
     if schedule.merged:
         why = merged_schedule.why_invalid(problem, tiled(schedule), target)
     else:
-        why = tensor_core_schedule.why_invalid(problem, tiled(schedule), target, staged=_staged(problem))
+        why = tensor_core_schedule.why_invalid(problem, tiled(schedule), target, staged=staged(problem))
     why = why or why_bad_threads(schedule.row_threads, target)
     why = why or why_not_divisor("row_width", schedule.row_width, problem.width)
     if why:
@@ -231,7 +231,7 @@ def scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
     if schedule.merged:
         tiles = merged_schedule.scratch(problem, tiled(schedule))
     else:
-        tiles = tensor_core_schedule.scratch(problem, tiled(schedule), staged=_staged(problem))
+        tiles = tensor_core_schedule.scratch(problem, tiled(schedule), staged=staged(problem))
     return max(tiles, _coefficient_scratch(problem, schedule, target))
 
 

@@ -191,7 +191,7 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
         products, dots = patch.registers(n, "float32"), T.alloc_local((count,), "float32")
         smem_weights, held = weights_of.tile(), weights_of.registers()
         column = bind(group * columns)
-        load_phi(p.phi, weights, left, right, [(i * columns, i * width + column) for i in streams], columns)
+        load_phi(p.phi, weights, left, right, lambda c: c // columns * width + column + c % columns)
         dialect.pdl_wait(schedule.use_pdl)
         first, last, blocks = token_range(tokens, split, splits, block)
         for step in T.serial(under_way):
