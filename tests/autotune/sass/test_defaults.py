@@ -19,8 +19,8 @@ HOPPER = Target("cuda", "sm_90a")
 OPS = ("aggregate", "merge", "project", "pre", "step", "single_pass")
 ENOUGH = 1.5
 
-ONE_BLOCK = ("single_pass",)
-"""Ops whose tiles are so large that one thread block has a multiprocessor's registers and shared memory."""
+ONE_BLOCK = (("single_pass", "forward"), ("single_pass", "backward"), ("step", "backward"))
+"""Passes whose tiles are so large that one thread block has a multiprocessor's registers and shared memory."""
 
 
 @pytest.mark.slow
@@ -37,4 +37,4 @@ def test_a_default_has_bytes_in_flight_two_blocks_and_no_spills(op, direction, w
     for seen in (each for each in look(artifact, problem.tokens) if each.loads_vectors):
         assert seen.ratio is not None
         assert seen.ratio >= ENOUGH, seen
-        assert seen.resident_blocks >= 2 or op in ONE_BLOCK, seen
+        assert seen.resident_blocks >= 2 or (op, direction) in ONE_BLOCK, seen

@@ -182,6 +182,15 @@ def test_a_forward_of_four_streams_has_two_blocks_of_a_warpgroup_a_multiprocesso
         assert schedule.block_tokens == 64
 
 
+@pytest.mark.parametrize("op", ["step", "single_pass", "step_identity"])
+def test_a_backward_of_four_streams_and_many_tokens_has_tiles_of_all_warps_of_a_multiprocessor(op):
+    for tokens, width, blocks, threads in ((4096, 256, 1, 512), (2048, 128, 2, 256)):
+        schedule = chain_schedule.default(replace(problem("backward", tokens), op=op), HOPPER)
+        chosen = schedule.block_width, schedule.min_blocks_per_sm, schedule.threads
+        assert schedule.merged
+        assert chosen == (width, blocks, threads), tokens
+
+
 def test_the_tiles_of_a_backward_that_reads_du_have_whole_sectors_of_several_streams():
     for streams, width, together in ((1, 128, 1), (2, 128, 2), (3, 128, 1), (4, 128, 4), (6, 64, 2), (16, 128, 8)):
         tiles = tiled(replace(chain_schedule.default(problem("backward", 4096, streams), HOPPER), block_width=width))
