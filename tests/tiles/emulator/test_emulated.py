@@ -111,6 +111,7 @@ MORE_DEFAULTS = [
     case("single_pass_identity", "backward", 9, 16, "bfloat16", "sm_100a", None, 16),
     case("merge", "forward", 8, 128, "bfloat16", "sm_90a"),
     case("merge", "backward", 8, 72, "float16", "sm_80", None, 16),
+    case("single_pass", "forward", 1, 72, "bfloat16", "sm_90a"),
 ]
 
 TILED = (

@@ -197,3 +197,9 @@ def test_the_tiles_of_a_backward_that_reads_du_have_whole_sectors_of_several_str
         assert streams_of_tile(problem("backward", 4096, streams), tiles, staged=3) == together
         assert streams_of_tile(problem("backward", 4096, streams), tiles, staged=1) == 1
         assert streams_of_tile(problem("backward", 4096, streams), replace(tiles, stages=2), staged=3) == 1
+
+
+def test_one_stream_in_one_pass_has_narrow_tiles_and_more_of_them_on_their_way():
+    for op, width, stages in (("single_pass", 64, 4), ("step", 128, 2)):
+        schedule = chain_schedule.default(replace(problem("forward", 4096, 1), op=op), HOPPER)
+        assert (schedule.block_width, schedule.stages, schedule.min_blocks_per_sm) == (width, stages, 2), op

@@ -91,11 +91,12 @@ def _usual(problem: Problem) -> Iterator[TiledSchedule]:
     """Two thread blocks a multiprocessor, where registers are left for two; else one, with more tiles on their way.
     Of many streams and tokens a backward's tiles are twice as large, and so are the forward's where one pass does all:
     what every tile reads of phi, the weights and dz, and what it sums, is then about a third of what streams move. A
-    backward has one thread block for them, of as many warps as two would have."""
+    backward has one thread block for them, of as many warps as two would have. Of one stream the forward that does all
+    in one pass has tiles half as large, twice as many on their way: registers of larger ones spill on sm_100a."""
     forward, tokens, n = problem.direction == "forward", max(1, problem.tokens), problem.streams
     large = n >= MANY_STREAMS and tokens >= MANY_TOKENS and not (forward and problem.base_op == "step")
     twice = 2 if large else 1
-    most, widest = (64 * twice, USUAL_WIDTH) if forward else (32, USUAL_WIDTH * twice)
+    most, widest = (64 * twice, USUAL_WIDTH // (1 + _narrow(problem))) if forward else (32, USUAL_WIDTH * twice)
     rows = [block for block in (128, 64, 32, 16) if block <= most and (block < 2 * tokens or block == 16)]
     widths = [n * columns for columns in (128, 64, 32, 16) if n * columns <= widest]
     presplit_phi = tensor_core_schedule.presplits(problem) if forward else 0
@@ -106,13 +107,18 @@ def _usual(problem: Problem) -> Iterator[TiledSchedule]:
                 yield replace(tiles, splits=_splits(problem, tiles))
 
 
+def _narrow(problem: Problem) -> bool:
+    """Whether a usual tile is half as wide as others."""
+    return problem.direction == "forward" and problem.streams == 1 and problem.base_op == "single_pass"
+
+
 def _ways(problem: Problem, block: int, width: int) -> list[tuple[int, int, int]]:
     """Stages, thread blocks of a multiprocessor and most threads of a block of usual tiles. A forward's values of many
     streams leave registers for two blocks where each is one warpgroup, which multiplies all rows of its tile at once,
     and where no tile is split into parts."""
     two = []
     if problem.streams < MANY_STREAMS or problem.direction == "backward":
-        two = [(2, 2, 256)]
+        two = [(4 if _narrow(problem) else 2, 2, 256)]
     elif block == WGMMA_ROWS and problem.tokens >= BUSY_TOKENS and problem.dtype == "bfloat16":
         two = [(2, 2, 128)]
     most = 512 if width > USUAL_WIDTH else 256

@@ -225,6 +225,10 @@ def gradients(problem: Problem, schedule: Any, dialect: Cuda, streams: int = 1) 
             if problem.width % row == 0 or places.within + c % row < problem.width:
                 dx[start + t, places.column(c)] = out[t, c]
 
+    def tile_of_gates(extra_grads: Any) -> Any:
+        """For pre of a block of tokens, where extra gradients are weighed with it."""
+        return None if extra_grads is None else tiles.smem(block, gates_row(streams), "float32")
+
     @T.macro
     def load_scales(p: Any, extra_grads: Any, lengths: Buffer, gates: Any, start: Expr, stream: Expr) -> None:
         """2 ds and, of the tile's streams, pre of a block of tokens."""
@@ -243,7 +247,7 @@ def gradients(problem: Problem, schedule: Any, dialect: Cuda, streams: int = 1) 
         factors = [state] if dtype == OPERAND else [tiles.smem(block, width, OPERAND) for _ in range(2)]
         left, right = tiles.smem(block, inner, OPERAND), tiles.smem(block, columns, OPERAND)
         weights, lengths = tiles.smem(inner, width, OPERAND), dialect.scratch(block)
-        gates = tiles.smem(block, gates_row(streams), "float32") if extra_grads is not None else None
+        gates = tile_of_gates(extra_grads)
         if ahead:
             others = [tiles.multistage_smem(stages, block, size, dtype) for size in (row, width, width)]
         elif extra_grads is not None:
