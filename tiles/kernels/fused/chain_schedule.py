@@ -171,6 +171,8 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
     usual = default(problem, target)
     tiles = tensor_core_schedule.space(problem, target, staged=staged(problem))
     choices = {name: [value for value in values if value in TILES[name]] for name, values in tiles.items()}
+    if usual.threads > max(TILES["threads"]):  # for large tiles, of which the fewest threads would hold too much
+        choices["threads"] = [usual.threads // 2]
     choices["merged"] = [0, 1] if merged_schedule.usual(problem, target) else [0]
     vectors = [8 * threads for threads in ROW_THREADS if problem.width % (8 * threads) == 0]
     vectors = sorted({*vectors[:1], *vectors[-1:]})
