@@ -19,8 +19,8 @@ HOPPER = Target("cuda", "sm_90a")
 OPS = ("aggregate", "merge", "project", "pre", "step", "single_pass")
 ENOUGH = 1.5
 
-ONE_BLOCK = ("single_pass",)
-"""Ops whose tiles are so large that one thread block has a multiprocessor's registers and shared memory."""
+ONE_BLOCK = (("single_pass", "forward"), ("single_pass", "backward"), ("step", "backward"))
+"""Passes whose tiles are so large that one thread block has a multiprocessor's registers and shared memory."""
 
 
 @pytest.mark.slow
@@ -37,4 +37,19 @@ def test_a_default_has_bytes_in_flight_two_blocks_and_no_spills(op, direction, w
     for seen in (each for each in look(artifact, problem.tokens) if each.loads_vectors):
         assert seen.ratio is not None
         assert seen.ratio >= ENOUGH, seen
-        assert seen.resident_blocks >= 2 or op in ONE_BLOCK, seen
+        assert seen.resident_blocks >= 2 or (op, direction) in ONE_BLOCK, seen
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
+@pytest.mark.parametrize("arch", ("sm_80", "sm_100a"))
+@pytest.mark.parametrize(
+    ("op", "direction", "streams"),
+    [("single_pass", "forward", 1), ("pre", "backward", 4), ("step", "backward", 4), ("single_pass", "backward", 4)],
+)
+def test_no_default_spills_on_another_architecture(op, direction, streams, arch):
+    """The largest tiles, and one that did."""
+    problem, target = Problem(op, direction, streams, 1280, "bfloat16", tokens=4096), Target("cuda", arch)
+    usage = resource_usage(compile_kernel(problem, kernel_spec(op, direction).default(problem, target), target))
+    assert usage is not None
+    assert usage.spilled_bytes == 0

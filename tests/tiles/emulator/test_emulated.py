@@ -111,6 +111,7 @@ MORE_DEFAULTS = [
     case("single_pass_identity", "backward", 9, 16, "bfloat16", "sm_100a", None, 16),
     case("merge", "forward", 8, 128, "bfloat16", "sm_90a"),
     case("merge", "backward", 8, 72, "float16", "sm_80", None, 16),
+    case("single_pass", "forward", 1, 72, "bfloat16", "sm_90a"),
 ]
 
 TILED = (
@@ -160,6 +161,7 @@ MERGED = [
         ("forward", 4, 136, "bfloat16", "sm_90a", (64, 128, 2, 2, 2, 128), (0, 1, 0), (0, 32)),
         ("backward", 2, 40, "float32", "sm_80", (16, 32, 2, 4, 1, 32), (0, 1, 0), (8, 16)),
         ("backward", 4, 64, "bfloat16", "sm_90a", (64, 64, 3, 4, 1, 128), (1, 1, 0), (32,)),
+        ("backward", 4, 64, "bfloat16", "sm_90a", (32, 256, 3, 4, 1, 512), (0, 1, 0), (32,)),
         ("backward", 8, 72, "bfloat16", "sm_90a", (16, 128, 1, 2, 1, 64), (0, 1, 0), (16,)),
     )
 ]
@@ -308,13 +310,14 @@ PASSES = {
     ("project", "forward"): {"x": "R"},
     ("project", "backward"): {"x": "R", "dx": "W"},
     ("pre", "forward"): {"x": "RR", "u": "W"},
-    ("pre", "backward"): {"x": "RR", "dx": "RW"},
+    ("pre", "backward"): {"x": "RR", "dx": "RW", "du": "RR", "z": "R", "dres": "R"},
     ("step", "forward"): {"x": "R", "f": "R", "x_next": "WR", "u": "W"},
-    ("step", "backward"): {"x": "RR", "f": "RR", "du": "RR", "dx_next": "R", "dx": "W", "df": "W"},
-    ("single_pass", "forward"): {"x": "R", "f": "R", "x_next": "W", "u": "W"},
+    ("step", "backward"): {"x": "RR", "f": "RR", "du": "RR", "dx_next": "R", "dx": "W", "df": "W", "dres_next": "R"},
+    ("single_pass", "forward"): {"x": "R", "f": "R", "x_next": "W", "u": "W", "res_next": "W"},
     ("single_pass", "backward"): {"x": "R", "f": "R", "du": "R", "dx_next": "R", "dx": "W", "df": "W"},
 }
-"""How often an op goes over its streams, and u, f: what it cannot do without, and the second look of fused ones."""
+"""How often an op goes over its streams, and u, f: what it cannot do without, and the second look of fused ones; and
+over coefficients, which a thread takes a token of."""
 
 
 @pytest.mark.parametrize("case", tiers(case for case in DEFAULTS + MORE_DEFAULTS if case.problem.width >= 64), ids=str)
@@ -340,6 +343,14 @@ def test_threads_do_not_meet_in_the_banks_of_shared_memory(kernels, case):
     shared = [move for move in kernels[case].movements(64) if move.tensor == "shared"]
     most = 1.5 if case.problem.op in ("merge", "step", "single_pass") else 1.2
     assert sum(move.taken for move in shared) <= most * sum(move.least for move in shared)
+
+
+def test_a_tile_reads_the_coefficients_of_its_tokens_once(kernels):
+    """pre and ds of all streams and tokens, as one tile has all columns here."""
+    kernel, tokens = kernels[PRE_BACKWARD], 64
+    moved = [move for move in kernel.movements(tokens) if not move.writes]
+    read = {name: 32 * sum(move.taken for move in moved if move.tensor == name) for name in ("pre", "ds", "dz")}
+    assert read == {"pre": 4 * 2 * tokens, "ds": 4 * tokens, "dz": 4 * 8 * tokens}
 
 
 def test_the_count_of_what_a_default_moves(emulator, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from tiles.kernels.fused import chain_schedule
 from tiles.kernels.fused.chain_schedule import coefficient_threads, split_sums, tiled
 from tiles.kernels.fused.merged_schedule import frees_early
+from tiles.kernels.project.tensor_core_schedule import streams_of_tile
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
 from tiles.target import Target
@@ -179,3 +180,26 @@ def test_a_forward_of_four_streams_has_two_blocks_of_a_warpgroup_a_multiprocesso
         assert schedule.merged
         assert (schedule.min_blocks_per_sm, schedule.threads) == (blocks, threads), (tokens, dtype)
         assert schedule.block_tokens == 64
+
+
+@pytest.mark.parametrize("op", ["step", "single_pass", "step_identity"])
+def test_a_backward_of_four_streams_and_many_tokens_has_tiles_of_all_warps_of_a_multiprocessor(op):
+    for tokens, width, blocks, threads in ((4096, 256, 1, 512), (2048, 128, 2, 256)):
+        schedule = chain_schedule.default(replace(problem("backward", tokens), op=op), HOPPER)
+        chosen = schedule.block_width, schedule.min_blocks_per_sm, schedule.threads
+        assert schedule.merged
+        assert chosen == (width, blocks, threads), tokens
+
+
+def test_the_tiles_of_a_backward_that_reads_du_have_whole_sectors_of_several_streams():
+    for streams, width, together in ((1, 128, 1), (2, 128, 2), (3, 128, 1), (4, 128, 4), (6, 64, 2), (16, 128, 8)):
+        tiles = tiled(replace(chain_schedule.default(problem("backward", 4096, streams), HOPPER), block_width=width))
+        assert streams_of_tile(problem("backward", 4096, streams), tiles, staged=3) == together
+        assert streams_of_tile(problem("backward", 4096, streams), tiles, staged=1) == 1
+        assert streams_of_tile(problem("backward", 4096, streams), replace(tiles, stages=2), staged=3) == 1
+
+
+def test_one_stream_in_one_pass_has_narrow_tiles_and_more_of_them_on_their_way():
+    for op, width, stages in (("single_pass", 64, 4), ("step", 128, 2)):
+        schedule = chain_schedule.default(replace(problem("forward", 4096, 1), op=op), HOPPER)
+        assert (schedule.block_width, schedule.stages, schedule.min_blocks_per_sm) == (width, stages, 2), op

@@ -8,11 +8,21 @@ import tilelang.language as T
 
 from tiles.kernels.apply.aggregate import Aggregate
 from tiles.kernels.coefficients import gates
-from tiles.kernels.fused.chain_schedule import ChainSchedule, coefficient_threads, split_sums, tiled
+from tiles.kernels.fused.chain_schedule import (
+    ChainSchedule,
+    coefficient_threads,
+    dots_of_streams,
+    split_sums,
+    staged,
+    tiled,
+)
+from tiles.kernels.fused.token_rows import TokenRows
 from tiles.kernels.project.presplit_phi import PresplitPhi
+from tiles.kernels.project.tensor_core_programs import gradients
+from tiles.kernels.project.tensor_core_schedule import column_groups, streams_of_tile
 from tiles.kernels.spec import Argument, Problem
 from tiles.lang.dialect import Cuda
-from tiles.lang.program import program
+from tiles.lang.program import Parameters, program
 from tiles.lang.tensor_cores import TensorCores
 from tiles.lang.values import Buffer, Expr, as_value, variable
 
@@ -21,6 +31,14 @@ LOADS_AHEAD = 100
 
 SUM_ROWS, JOIN_THREADS = 32, 256
 """Rows that are summed side by side where the sums of all blocks of tokens are joined, and threads of that kernel."""
+
+
+def gradients_of_streams(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> tuple[Any, int]:
+    """`gradients`, whose tiles have the same columns of several streams, as du is among what they copy; and how many
+    tiles there are."""
+    tiles = tiled(schedule)
+    streams = streams_of_tile(problem, tiles, staged(problem))
+    return gradients(problem, tiles, dialect, streams), column_groups(problem, tiles, streams)
 
 
 class Rows:
@@ -65,6 +83,7 @@ class Forward:
         apply = Aggregate(problem, schedule.row_width, dialect, schedule.row_threads)
         turns, elements = split_sums(problem, schedule)
         turn, ahead = threads * elements, min(splits, max(1, LOADS_AHEAD // elements))
+        of_res = TokenRows(dialect, block, problem.streams, problem.streams)
         self._problem, self._schedule, self._dialect, self._presplit = problem, schedule, dialect, presplit
 
         @T.macro
@@ -72,6 +91,10 @@ class Forward:
             """The splits' sums in order, then all that comes from them, for a block of tokens."""
             start, end = variable(group * block), variable(T.min(group * block + block, last))
             held, smem_sums = maps.scratch(), dialect.scratch(turns * turn)
+            results = p
+            if problem.mixes:
+                smem_res = of_res.scratch()
+                results = Parameters(**(vars(p) | {"res": of_res.of(smem_res, start)}))
             for at in T.serial(turns):
                 total = tiles.accumulator(1, turn)
                 for split in T.unroll(splits, unroll_factor=ahead):
@@ -88,7 +111,10 @@ class Forward:
             dialect.barrier()
             sums = _Sums(smem_sums, start, outputs, None), _Sums(smem_sums, start, outputs, outputs)
             maps.run(held, *sums, p, start, end)
-            maps.store(held, p, p.pre, start, end)
+            maps.store(held, results, p.pre, start, end)
+            if problem.mixes:
+                dialect.barrier()
+                of_res.save(smem_res, p.res, start, end)
 
         @T.macro
         def launch_coefficients(p: Any) -> None:
@@ -149,6 +175,13 @@ class Backward:
         n, outputs, block, unrolled = problem.streams, problem.outputs, schedule.coefficient_tokens, dialect.unrolled
         count = coefficient_threads(problem)
         maps, weighs_again = gates.Backward(problem, count, dialect), problem.base_op != "single_pass"
+        of_outputs, of_res = TokenRows(dialect, block, outputs), TokenRows(dialect, block, n, n)
+        weighs_dots = dots_of_streams(problem, schedule) and problem.mixes
+
+        def dpre_of(dpre: Any, smem_res: Any, start: Expr) -> Any:
+            """dpre, with the rows of res that the block has where they weigh dot products."""
+            return dpre._replace(res=of_res.of(smem_res, start)) if weighs_dots else dpre
+
         self._problem, self._schedule, self._dialect = problem, schedule, dialect
 
         @T.macro
@@ -156,18 +189,30 @@ class Backward:
             """dz and ds of a block of tokens, pre again where x' was weighed with it, and the block's sums for dalpha
             and dbias."""
             start, end = variable(group * block), variable(T.min(group * block + block, last))
-            held = maps.scratch()
+            held, smem_outputs = maps.scratch(), of_outputs.scratch()
+            logits = of_outputs.of(smem_outputs, start)  # z, and in its place dz
+            of_outputs.load(p.z, smem_outputs, start, end)
+            if problem.mixes:
+                smem_dres = of_res.scratch()
+                dres = of_res.of(smem_dres, start)
+                of_res.load(p.dres, smem_dres, start, end)
+            smem_res = of_res.scratch() if weighs_dots else None
+            if weighs_dots:
+                of_res.load(p.res, smem_res, start, end)
             maps.clear(held)
+            dialect.barrier()
             for i in unrolled(n):
                 for thread in dialect.thread_loop(count):
-                    held.dpre[i, thread] = dpre[i, T.min(start + thread, end - 1)]
+                    held.dpre[i, thread] = dpre_of(dpre, smem_res, start)[i, T.min(start + thread, end - 1)]
                     held.dpost[i, thread] = p.dpost[T.min(start + thread, end - 1), i]
                 if problem.mixes:
                     for j in unrolled(n):
                         for thread in dialect.thread_loop(count):
-                            held.dres[i, j, thread] = p.dres[T.min(start + thread, end - 1), i, j]
-            maps.run(held, p.z, p.s, p, start, end)
-            maps.store_logits(held, p.dz, p.ds, start, end)
+                            held.dres[i, j, thread] = dres[T.min(start + thread, end - 1), i, j]
+            maps.run(held, logits, p.s, p, start, end)
+            maps.store_logits(held, logits, p.ds, start, end)
+            dialect.barrier()
+            of_outputs.save(smem_outputs, p.dz, start, end)
             if weighs_again:
                 for i in unrolled(n):
                     for thread in dialect.thread_loop(count):

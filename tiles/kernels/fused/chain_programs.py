@@ -13,13 +13,11 @@ from tiles.kernels.apply.aggregate import Aggregate
 from tiles.kernels.apply.merge import merge_of
 from tiles.kernels.apply.schedule import ApplySchedule, in_groups
 from tiles.kernels.fused import signature
-from tiles.kernels.fused.chain_macros import Backward, Forward, Rows
+from tiles.kernels.fused.chain_macros import Backward, Forward, Rows, gradients_of_streams
 from tiles.kernels.fused.chain_schedule import ChainSchedule, tiled
 from tiles.kernels.project.tensor_core_programs import (
     SplitSums,
     begin_after_presplit,
-    column_groups,
-    gradients,
     presplit_columns,
     projection,
 )
@@ -73,7 +71,7 @@ def pre_backward(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> An
     """dx̄ += dz·phi + 2 x̄ ds + pre·du, with dz and ds from du, dpost and dres; dphi, dalpha and dbias."""
     backward, rows = Backward(problem, schedule, dialect), Rows(schedule)
     apply = Aggregate(problem, schedule.row_width, dialect, schedule.row_threads)
-    dx_dphi_tile, groups = gradients(problem, tiled(schedule), dialect), column_groups(problem, tiled(schedule))
+    dx_dphi_tile, groups = gradients_of_streams(problem, schedule, dialect)
 
     @backward.program(signature.pre(problem), lambda tokens: {"dpre": T.Tensor((problem.streams, tokens), "float32")})
     def pre_backward(p: Any) -> None:
@@ -97,7 +95,7 @@ def step_backward(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> A
     apply = Aggregate(problem, schedule.row_width, dialect, schedule.row_threads)
     walk = ApplySchedule(schedule.row_width, schedule.row_threads)
     mixed, grouped = merge_of(problem, walk, dialect), in_groups(problem, walk)
-    dx_dphi_tile, groups = gradients(problem, tiled(schedule), dialect), column_groups(problem, tiled(schedule))
+    dx_dphi_tile, groups = gradients_of_streams(problem, schedule, dialect)
 
     g = "x_next_workspace" if problem.mixes else "dx"
 

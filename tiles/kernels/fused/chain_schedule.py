@@ -107,6 +107,17 @@ def split_sums(problem: Problem, schedule: ChainSchedule) -> tuple[int, int]:
     return turns, -(-share // turns)
 
 
+def row_stride(columns: int) -> int:
+    """Floats from one token's row of coefficients to the next in shared memory: odd, so that 32 tokens' are in all
+    banks."""
+    return columns | 1
+
+
+def dots_of_streams(problem: Problem, schedule: ChainSchedule) -> bool:
+    """Whether dpre comes from dot products with x and f, weighted with res and post, where x' is never written."""
+    return bool(schedule.merged) and problem.base_op == "step" and problem.direction == "backward"
+
+
 def default(problem: Problem, target: Target) -> ChainSchedule:
     """What project and the passes over rows take by themselves; few tokens for each block that adds up their sums.
 
@@ -115,7 +126,7 @@ def default(problem: Problem, target: Target) -> ChainSchedule:
     if why := _why_norm(problem):
         raise BadInput(why)
     within = merged_schedule.usual(problem, target) if _merges(problem) else None
-    part = within or tensor_core_schedule.default(problem, target, staged=_staged(problem))
+    part = within or tensor_core_schedule.default(problem, target, staged=staged(problem))
     rows = _rows(problem, target)
     walk = {"row_width": rows.block_width, "row_threads": rows.threads, "row_blocks": 0}
     fuses = _aggregates(problem) and _in_registers(problem) and problem.tokens <= FEW_TOKENS
@@ -149,7 +160,7 @@ def _row_op(problem: Problem) -> str:
     return "merge" if problem.base_op in merged_schedule.MERGING and problem.mixes else "aggregate"
 
 
-def _staged(problem: Problem) -> int:
+def staged(problem: Problem) -> int:
     """Tiles of the streams that a backward stages: x, and besides du and the gradient of x from elsewhere."""
     return 1 if problem.direction == "forward" else 3
 
@@ -158,8 +169,10 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
     """Project's tiles, thinned out, since every one meets every way to walk the rows; tokens of the coefficients; rows
     of few threads and of many; chunks."""
     usual = default(problem, target)
-    tiles = tensor_core_schedule.space(problem, target, staged=_staged(problem))
+    tiles = tensor_core_schedule.space(problem, target, staged=staged(problem))
     choices = {name: [value for value in values if value in TILES[name]] for name, values in tiles.items()}
+    if usual.threads > max(TILES["threads"]):  # for large tiles, of which the fewest threads would hold too much
+        choices["threads"] = [usual.threads // 2]
     choices["merged"] = [0, 1] if merged_schedule.usual(problem, target) else [0]
     vectors = [8 * threads for threads in ROW_THREADS if problem.width % (8 * threads) == 0]
     vectors = sorted({*vectors[:1], *vectors[-1:]})
@@ -184,7 +197,7 @@ def why_invalid(problem: Problem, schedule: ChainSchedule, target: Target) -> st
     if schedule.merged:
         why = merged_schedule.why_invalid(problem, tiled(schedule), target)
     else:
-        why = tensor_core_schedule.why_invalid(problem, tiled(schedule), target, staged=_staged(problem))
+        why = tensor_core_schedule.why_invalid(problem, tiled(schedule), target, staged=staged(problem))
     why = why or why_bad_threads(schedule.row_threads, target)
     why = why or why_not_divisor("row_width", schedule.row_width, problem.width)
     if why:
@@ -220,14 +233,18 @@ def scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
     if schedule.merged:
         tiles = merged_schedule.scratch(problem, tiled(schedule))
     else:
-        tiles = tensor_core_schedule.scratch(problem, tiled(schedule), staged=_staged(problem))
+        tiles = tensor_core_schedule.scratch(problem, tiled(schedule), staged=staged(problem))
     return max(tiles, _coefficient_scratch(problem, schedule, target))
 
 
 def _coefficient_scratch(problem: Problem, schedule: ChainSchedule, target: Target) -> int:
-    """Bytes for a block of tokens in the kernel of the coefficients; forward, the sums over splits as well."""
-    count = coefficient_threads(problem, schedule)
+    """Bytes for a block of tokens in the kernel of the coefficients: what threads work on, and rows that they share;
+    forward, the sums over splits as well."""
+    count, block, of_res = coefficient_threads(problem, schedule), schedule.coefficient_tokens, 0
+    if problem.mixes:
+        of_res = block * row_stride(problem.streams**2)
     if problem.direction == "backward":
-        return 4 * coefficients.backward_scratch(problem, count, target)
+        rows = block * row_stride(problem.outputs) + of_res * (1 + dots_of_streams(problem, schedule))
+        return 4 * (coefficients.backward_scratch(problem, count, target) + rows)
     turns, elements = split_sums(problem, schedule)
-    return 4 * count * (coefficients.forward_scratch(problem, 1, target) + turns * elements)
+    return 4 * (count * (coefficients.forward_scratch(problem, 1, target) + turns * elements) + of_res)

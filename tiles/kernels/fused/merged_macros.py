@@ -178,10 +178,11 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
     def dx_dphi_tile(p: Any, group: Expr, split: Expr, tokens: Expr, splits: Expr) -> None:
         tiles.min_blocks_per_sm(schedule.min_blocks_per_sm)
         left, right = tiles.smem(block, inner, OPERAND), tiles.smem(block, sides, OPERAND)
-        weights, smem_products = tiles.smem(inner, across, OPERAND), tiles.smem(max(block, sides), across, "float32")
+        weights, smem_products = tiles.smem(inner, across, OPERAND), tiles.smem(block, across, "float32")
         upper, smem_sums = tiles.smem(block, across, dtype), tiles.smem(block, count, "float32")
         factors = [upper] if dtype == OPERAND else [tiles.smem(block, across, OPERAND) for _ in range(2)]
-        tiles.pad_rows(smem_products)
+        smem_gradients = tiles.smem(sides, across, "float32")
+        tiles.pad_rows(smem_products, smem_gradients)
         grads, sums = tiles.accumulator(block, across), tiles.accumulator(across, sides)
         staged = [tiles.multistage_smem(stages, block, columns, dtype) for _ in copied]
         parts, totals = patch.fragment(count, "float32"), tiles.reduced(block, count)
@@ -191,7 +192,7 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
         products, dots = patch.registers(n, "float32"), T.alloc_local((count,), "float32")
         smem_weights, held = weights_of.tile(), weights_of.registers()
         column = bind(group * columns)
-        load_phi(p.phi, weights, left, right, [(i * columns, i * width + column) for i in streams], columns)
+        load_phi(p.phi, weights, left, right, lambda c: c // columns * width + column + c % columns)
         dialect.pdl_wait(schedule.use_pdl)
         first, last, blocks = token_range(tokens, split, splits, block)
         for step in T.serial(under_way):
@@ -264,12 +265,13 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
                         factors[which][t, c] = split_bf16x2(dialect, dialect.load(upper[t, c], dtype), which)
             for factor in factors:
                 tiles.gemm(factor, right, sums, transpose_a=True)
+        tiles.cp_async_wait_group(0)  # the sums may lie where stages do, to which zeros of no token are still copied
         for c, k in dialect.parallel(across, sides):
-            smem_products[k, c] = sums[c, k]
+            smem_gradients[k, c] = sums[c, k]
         for k, c in dialect.parallel(outputs, columns):
             if column + c < width:
                 for i in streams:
-                    both = smem_products[k, patch.swizzled(i, c)] + smem_products[outputs + k, patch.swizzled(i, c)]
+                    both = smem_gradients[k, patch.swizzled(i, c)] + smem_gradients[outputs + k, patch.swizzled(i, c)]
                     p.dphi[split, k, i * width + column + c] = both
 
     return dx_dphi_tile

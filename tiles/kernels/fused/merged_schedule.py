@@ -89,31 +89,40 @@ def usual(problem: Problem, target: Target) -> TiledSchedule | None:
 
 def _usual(problem: Problem) -> Iterator[TiledSchedule]:
     """Two thread blocks a multiprocessor, where registers are left for two; else one, with more tiles on their way.
-    Where one pass does all, of many streams tiles are twice as large: what every tile reads of phi, the weights and dz,
-    and what it sums, is then about a third of what streams move."""
+    Of many streams and tokens a backward's tiles are twice as large, and so are the forward's where one pass does all:
+    what every tile reads of phi, the weights and dz, and what it sums, is then about a third of what streams move. A
+    backward has one thread block for them, of as many warps as two would have. Of one stream the forward that does all
+    in one pass has tiles half as large, twice as many on their way: registers of larger ones spill on sm_100a."""
     forward, tokens, n = problem.direction == "forward", max(1, problem.tokens), problem.streams
-    twice = 2 if problem.base_op == "single_pass" and n >= MANY_STREAMS and tokens >= MANY_TOKENS else 1
-    most, widest = (64 * twice, USUAL_WIDTH) if forward else (32, USUAL_WIDTH * twice)
+    large = n >= MANY_STREAMS and tokens >= MANY_TOKENS and not (forward and problem.base_op == "step")
+    twice = 2 if large else 1
+    most, widest = (64 * twice, USUAL_WIDTH // (1 + _narrow(problem))) if forward else (32, USUAL_WIDTH * twice)
     rows = [block for block in (128, 64, 32, 16) if block <= most and (block < 2 * tokens or block == 16)]
     widths = [n * columns for columns in (128, 64, 32, 16) if n * columns <= widest]
     presplit_phi = tensor_core_schedule.presplits(problem) if forward else 0
     for width, block in product(widths, rows):
-        for stages, min_blocks_per_sm, most_threads in _ways(problem, block):
-            for threads in (count for count in (256, 128, 64, 32) if count <= most_threads):
+        for stages, min_blocks_per_sm, most_threads in _ways(problem, block, width):
+            for threads in (count for count in (512, 256, 128, 64, 32) if count <= most_threads):
                 tiles = TiledSchedule(block, width, stages, 1, min_blocks_per_sm, threads, presplit_phi=presplit_phi)
                 yield replace(tiles, splits=_splits(problem, tiles))
 
 
-def _ways(problem: Problem, block: int) -> list[tuple[int, int, int]]:
+def _narrow(problem: Problem) -> bool:
+    """Whether a usual tile is half as wide as others."""
+    return problem.direction == "forward" and problem.streams == 1 and problem.base_op == "single_pass"
+
+
+def _ways(problem: Problem, block: int, width: int) -> list[tuple[int, int, int]]:
     """Stages, thread blocks of a multiprocessor and most threads of a block of usual tiles. A forward's values of many
     streams leave registers for two blocks where each is one warpgroup, which multiplies all rows of its tile at once,
     and where no tile is split into parts."""
     two = []
     if problem.streams < MANY_STREAMS or problem.direction == "backward":
-        two = [(2, 2, 256)]
+        two = [(4 if _narrow(problem) else 2, 2, 256)]
     elif block == WGMMA_ROWS and problem.tokens >= BUSY_TOKENS and problem.dtype == "bfloat16":
         two = [(2, 2, 128)]
-    return [*two, *((stages, 1, 256) for stages in (3, 2, 1))]
+    most = 512 if width > USUAL_WIDTH else 256
+    return [*two, *((stages, 1, most) for stages in (3, 2, 1))]
 
 
 def _splits(problem: Problem, tiles: TiledSchedule) -> int:
@@ -154,6 +163,6 @@ def scratch(problem: Problem, tiles: TiledSchedule) -> int:
         epilogue = 4 * rows * smem_stride(sums)
     else:
         once += [2 * rows * inner, 2 * rows * sums, 2 * inner * across]
-        once += [4 * max(rows, sums) * (across + ROW_PADDING), 4 * rows * summed(problem)]
-        staged, epilogue = staged * 2, 0
+        once += [4 * rows * (across + ROW_PADDING), 4 * rows * summed(problem)]
+        staged, epilogue = staged * 2, 4 * sums * (across + ROW_PADDING)
     return max(aligned([*once, *(tiles.stages * each for each in staged)]), epilogue)

@@ -5,6 +5,7 @@ of the streams is read once for both; streams that are not bfloat16 are split in
 x̄ [T, K].
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tilelang.language as T
@@ -13,6 +14,8 @@ from tiles.kernels.project.presplit_phi import PresplitPhi
 from tiles.kernels.project.signature import arguments
 from tiles.kernels.project.tensor_core_schedule import (
     TiledSchedule,
+    column_groups,
+    gates_row,
     padded_outputs,
     padded_products,
     smem_stride,
@@ -141,7 +144,7 @@ def epilogue_store_of(problem: Problem, schedule: Any, dialect: Cuda) -> Any:
 
 def backward(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -> Any:
     """dx̄_tc = Σ_k dz_tk phi_kc + 2 ds_t x̄_tc;  dphi_kc = Σ_t dz_tk x̄_tc, one partial sum per split of the tokens."""
-    dx_dphi_tile, groups = gradients(problem, schedule, dialect), column_groups(problem, schedule)
+    dx_dphi_tile, groups = gradients(problem, schedule, dialect), column_groups(problem, schedule, 1)
     plan = {"most_splits": schedule.splits, "split_tokens": schedule.block_tokens, "use_pdl": schedule.use_pdl}
 
     @program(arguments(problem), dialect, None, checked=1, **plan)
@@ -160,13 +163,12 @@ def factors_of(problem: Problem, schedule: Any, dialect: Cuda) -> tuple[Any, Any
     unit = outputs if outputs % 8 else 8  # columns that swizzled tiles keep together: a warp meets all banks
 
     @T.macro
-    def load_phi(phi: Buffer, weights: Buffer, left: Buffer, right: Buffer, places: Any, count: int) -> None:
-        """phi's parts, and zeros where tiles are padded. `places`: of every `count` columns in the tile and in phi."""
-        for k, c in dialect.parallel(outputs, count):
-            for within, column in places:
-                value = bind(phi[k, column + c])
-                for at, p in ((0, 0), (1, 0), (2, 1)):
-                    weights[at * outputs + k, within + c] = split_bf16x2(dialect, value, p)
+    def load_phi(phi: Buffer, weights: Buffer, left: Buffer, right: Buffer, column_of: Callable[[Expr], Expr]) -> None:
+        """phi's parts, and zeros where tiles are padded. `column_of` tells which of phi's columns a tile's is."""
+        for k, c in dialect.parallel(outputs, schedule.block_width):
+            value = bind(phi[k, column_of(c)])
+            for at, p in ((0, 0), (1, 0), (2, 1)):
+                weights[at * outputs + k, c] = split_bf16x2(dialect, value, p)
         if inner > 3 * outputs:
             for k, c in dialect.parallel(inner - 3 * outputs, schedule.block_width):
                 weights[3 * outputs + k, c] = dialect.store(zero, OPERAND)
@@ -190,45 +192,51 @@ def factors_of(problem: Problem, schedule: Any, dialect: Cuda) -> tuple[Any, Any
     return load_phi, split_dz
 
 
-def column_groups(problem: Problem, schedule: Any) -> int:
-    """Tiles of columns that cover all streams, each within one stream."""
-    return problem.streams * -(-problem.width // schedule.block_width)
-
-
-def gradients(problem: Problem, schedule: Any, dialect: Cuda) -> Any:
+def gradients(problem: Problem, schedule: Any, dialect: Cuda, streams: int = 1) -> Any:
     """The macro for a tile of columns: dphi = dzᵀ·x̄ and dx̄ = dz·phi + 2 x̄ ds + extra gradients, over one split's
     tokens. Its parameters are x, phi, dz, ds, dx and dphi; dx may be x itself.
 
     Of dz·phi the three larger products of parts are taken: dz₀·phi₀ + dz₁·phi₀ + dz₀·phi₁, as one product of
-    [dz₀ | dz₁ | dz₀] and [phi₀ ; phi₀ ; phi₁]. Where a tile reaches past its stream, columns of the next one are
-    carried along: no result of a column depends on another, and they are not written.
+    [dz₀ | dz₁ | dz₀] and [phi₀ ; phi₀ ; phi₁]. A tile has the same columns of so many `streams`, one after the other;
+    of one where it is copied ahead. Where it reaches past a stream, columns of the next one are carried along: no
+    result of a column depends on another, and they are not written.
 
     `extra_grads`, where given, is (du [T, C], more [T, nC], pre [T, n]): pre_i du + more is added to dx. Then kernels
     before this one make dz, ds and pre; they are waited for once phi is in shared memory.
     """
-    n, outputs, dtype = problem.streams, problem.outputs, problem.dtype
-    block, width, parts = schedule.block_tokens, schedule.block_width, column_groups(problem, schedule) // n
+    outputs, dtype, block, width = problem.outputs, problem.dtype, schedule.block_tokens, schedule.block_width
+    row, of_tile, parts = width // streams, tuple(range(streams)), -(-problem.width // (width // streams))
     inner, columns = padded_products(problem), padded_outputs(problem, schedule)
     tiles = TensorCores(dialect)
     load_phi, split_dz = factors_of(problem, schedule, dialect)
     stages = schedule.stages
 
     @T.macro
-    def begin(x: Buffer, extra_grads: Any, row: Expr, column: Expr, within: Expr, slots: Any, slot: Expr) -> None:
+    def begin(x: Buffer, extra_grads: Any, at: Expr, places: Any, slots: Any, slot: Expr) -> None:
         """Copy a block of tokens ahead of its turn: TileLang 0.1.15 pipelines no loop of unknown length that copies x
         and the extra gradients."""
-        tiles.async_copy_g2s(extra_grads[0], row, within, slots[0], slot)
-        tiles.async_copy_g2s(extra_grads[1], row, column, slots[1], slot)
-        tiles.async_copy_g2s(x, row, column, slots[2], slot)
+        tiles.async_copy_g2s(extra_grads[0], at, places.within, slots[0], slot)
+        tiles.async_copy_g2s(extra_grads[1], at, places.column(0), slots[1], slot)
+        tiles.async_copy_g2s(x, at, places.column(0), slots[2], slot)
 
     @T.macro
-    def write(out: Buffer, dx: Buffer, start: Expr, column: Expr, room: Expr) -> None:
-        if problem.width % width == 0:
-            tiles.copy_to_global(out, dx, start, column)
-        else:
-            for t, c in dialect.parallel(block, width):
-                if c < room:
-                    dx[start + t, column + c] = out[t, c]
+    def write(out: Buffer, dx: Buffer, start: Expr, places: Any) -> None:
+        for t, c in dialect.parallel(block, width):
+            if problem.width % row == 0 or places.within + c % row < problem.width:
+                dx[start + t, places.column(c)] = out[t, c]
+
+    def tile_of_gates(extra_grads: Any) -> Any:
+        """For pre of a block of tokens, where extra gradients are weighed with it."""
+        return None if extra_grads is None else tiles.smem(block, gates_row(streams), "float32")
+
+    @T.macro
+    def load_scales(p: Any, extra_grads: Any, lengths: Buffer, gates: Any, start: Expr, stream: Expr) -> None:
+        """2 ds and, of the tile's streams, pre of a block of tokens."""
+        for t in dialect.parallel(block):
+            lengths[t] = bind(2 * p.ds[start + t])
+        if extra_grads is not None:
+            for t, i in dialect.parallel(block, streams):
+                gates[t, i] = bind(extra_grads[2][start + t, stream + i])
 
     @T.macro
     def dx_dphi_tile(p: Any, group: Expr, split: Expr, tokens: Expr, splits: Expr, extra_grads: Any) -> None:
@@ -238,71 +246,108 @@ def gradients(problem: Problem, schedule: Any, dialect: Cuda) -> Any:
             state = tiles.smem(block, width, dtype)
         factors = [state] if dtype == OPERAND else [tiles.smem(block, width, OPERAND) for _ in range(2)]
         left, right = tiles.smem(block, inner, OPERAND), tiles.smem(block, columns, OPERAND)
-        weights = tiles.smem(inner, width, OPERAND)
+        weights, lengths = tiles.smem(inner, width, OPERAND), dialect.scratch(block)
+        gates = tile_of_gates(extra_grads)
         if ahead:
-            others = [tiles.multistage_smem(stages, block, width, dtype) for _ in range(3)]
+            others = [tiles.multistage_smem(stages, block, size, dtype) for size in (row, width, width)]
         elif extra_grads is not None:
-            others = [tiles.smem(block, width, dtype) for _ in range(2)]
+            others = [tiles.smem(block, size, dtype) for size in (row, width)]
         tiles.pad_rows(out, *others, *([] if dtype == OPERAND or ahead else [state]))
         grads, sums = tiles.accumulator(block, width), tiles.accumulator(width, columns)
-        stream, within = bind(group // parts), bind(group % parts * width)
-        column = bind(stream * problem.width + within)
-        load_phi(p.phi, weights, left, right, [(0, column)], width)
+        length = tiles.fragment((block,), "float32")
+        held = [tiles.fragment((block,), "float32") for _ in of_tile] if extra_grads is not None else []
+        stream, within = bind(group // parts * streams), bind(group % parts * row)
+        places = _Places(problem.width, row, stream, within)
+        load_phi(p.phi, weights, left, right, places.column)
         if extra_grads is not None:
             dialect.pdl_wait(schedule.use_pdl)
         first, last, blocks = token_range(tokens, split, splits, block)
         if ahead:
             for step in T.serial(stages - 1):
-                row = bind(or_past(first[0] + step * block, last[0], tokens))
-                begin(p.x, extra_grads, row, column, within, others, step)
+                begin(p.x, extra_grads, or_past(first[0] + step * block, last[0], tokens), places, others, step)
         for step in T.serial(blocks[0]) if ahead else tiles.pipelined(blocks[0], stages):
+            start = first[0] + step * block
             if ahead:
                 tiles.cp_async_wait_group(3 * (stages - 2))
-                row = bind(or_past(first[0] + (step + stages - 1) * block, last[0], tokens))
-                begin(p.x, extra_grads, row, column, within, others, (step + stages - 1) % stages)
+                after = bind(or_past(start + (stages - 1) * block, last[0], tokens))
+                begin(p.x, extra_grads, after, places, others, (step + stages - 1) % stages)
                 if dtype == OPERAND:
                     for t, c in dialect.parallel(block, width):
                         state[t, c] = others[2][step % stages, t, c]
             else:
-                tiles.copy_g2s(p.x, first[0] + step * block, column, state)
+                for t, c in dialect.parallel(block, width):
+                    state[t, c] = p.x[start + t, places.column(c)]
                 if extra_grads is not None:
-                    tiles.copy_g2s(extra_grads[0], first[0] + step * block, within, others[0])
-                    tiles.copy_g2s(extra_grads[1], first[0] + step * block, column, others[1])
-            split_dz(p.dz, left, right, first[0] + step * block)
+                    tiles.copy_g2s(extra_grads[0], start, within, others[0])
+                    for t, c in dialect.parallel(block, width):
+                        others[1][t, c] = extra_grads[1][start + t, places.column(c)]
+            split_dz(p.dz, left, right, start)
+            load_scales(p, extra_grads, lengths, gates, start, stream)
             for t, c in dialect.parallel(block, width):
-                token = T.min(first[0] + step * block + t, tokens - 1)
-                value = bind(dialect.load(others[2][step % stages, t, c] if ahead else state[t, c], dtype))
-                if dtype != OPERAND:
+                grads[t, c] = T.float32(0)
+            if dtype != OPERAND:
+                for t, c in dialect.parallel(block, width):
                     for which in (0, 1):
+                        value = dialect.load(others[2][step % stages, t, c] if ahead else state[t, c], dtype)
                         factors[which][t, c] = split_bf16x2(dialect, value, which)
-                at = (step % stages, t, c) if ahead else (t, c)
-                grads[t, c] = 2 * p.ds[token] * value + _extra_grad(
-                    dialect, dtype, extra_grads, others, token, stream, at
-                )
             tiles.gemm(left, weights, grads)
+            for t in dialect.parallel(block):
+                length[t] = lengths[t]
+                if extra_grads is not None:
+                    for i in of_tile:
+                        held[i][t] = gates[t, i]
+            for t, c in dialect.parallel(block, width):
+                value = bind(dialect.load(others[2][step % stages, t, c] if ahead else state[t, c], dtype))
+                slot = (step % stages,) if ahead else ()
+                pre = _of_stream(held, t, c // row)
+                more = _extra_grad(dialect, dtype, others, pre, (*slot, t, c % row), (*slot, t, c))
+                grads[t, c] += length[t] * value + more
             for t, c in dialect.parallel(block, width):
                 out[t, c] = dialect.store(grads[t, c], dtype)
-            write(out, p.dx, first[0] + step * block, column, problem.width - within)
+            write(out, p.dx, start, places)
             # Last, as TileLang 0.1.15 pipelines a loop of unknown length only if it ends with a use of what it copies.
             for factor in factors:
                 tiles.gemm(factor, right, sums, transpose_a=True)
         smem_sums = tiles.smem(columns, smem_stride_transposed(schedule), "float32")
         for c, k in dialect.parallel(width, columns):
             smem_sums[k, c] = sums[c, k]
-        for k, c in dialect.parallel(outputs, width):
-            if within + c < problem.width:
-                p.dphi[split, k, column + c] = smem_sums[k, c] + smem_sums[outputs + k, c]
+        for i in of_tile:
+            for k, c in dialect.parallel(outputs, row):
+                if within + c < problem.width:
+                    both = smem_sums[k, i * row + c] + smem_sums[outputs + k, i * row + c]
+                    p.dphi[split, k, places.column(i * row + c)] = both
 
     return dx_dphi_tile
 
 
+class _Places(NamedTuple):
+    """What a tile's columns are: `row` of each stream, from its first `stream` on, that begin at `within` of it."""
+
+    width: int
+    row: int
+    stream: Expr
+    within: Expr
+
+    def column(self, c: Expr) -> Expr:
+        """The column of x̄ that the tile's column `c` is."""
+        return (self.stream + c // self.row) * self.width + self.within + c % self.row
+
+
+def _of_stream(held: list[Buffer], t: Expr, stream: Expr) -> Any:
+    """What a thread holds of a token for one of the tile's streams: a fragment has one place for each thread."""
+    value = held[0][t] if held else None
+    for i in range(1, len(held)):
+        value = T.Select(stream == i, held[i][t], value)
+    return value
+
+
 def _extra_grad(
-    dialect: Cuda, dtype: str, extra_grads: Any, others: list[Buffer], token: Expr, stream: Expr, at: tuple[Expr, ...]
+    dialect: Cuda, dtype: str, others: list[Buffer], pre: Any, of_du: tuple[Expr, ...], of_more: tuple[Expr, ...]
 ) -> Expr:
-    """pre_i du_c and the gradient that x gets from elsewhere."""
-    if extra_grads is None:
+    """pre_i du_c and the gradient that x gets from elsewhere, where there are any."""
+    if not others:
         return T.float32(0)
-    return extra_grads[2][token, stream] * dialect.load(others[0][at], dtype) + dialect.load(others[1][at], dtype)
+    return pre * dialect.load(others[0][of_du], dtype) + dialect.load(others[1][of_more], dtype)
 
 
 def or_past(row: Expr, last: Expr, tokens: Expr) -> Expr:

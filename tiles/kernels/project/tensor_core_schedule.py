@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from math import gcd
 
 from tiles.kernels.limits import MAX_ACCUMULATORS, supports_pdl, why_bad_pdl, why_bad_threads, why_too_much_scratch
 from tiles.kernels.occupancy import REGISTER_FILE, SYSTEM_SHARED
@@ -90,9 +91,21 @@ def _usual_backward(problem: Problem, staged: int) -> Iterator[TiledSchedule]:
     depths = (2, 1) if staged == 1 else (1,)
     shapes = product((128, 64, 32, 16), rows, depths, (256, 128, 64, 32), (2, 1))
     for width, block, stages, threads, min_blocks_per_sm in shapes:
-        groups = problem.streams * -(-problem.width // width)
-        splits = backward_splits(problem, groups, min_blocks_per_sm, -(-tokens // block))
-        yield TiledSchedule(block, width, stages, splits, min_blocks_per_sm, threads)
+        tiles = TiledSchedule(block, width, stages, 1, min_blocks_per_sm, threads)
+        groups = column_groups(problem, tiles, streams_of_tile(problem, tiles, staged))
+        yield replace(tiles, splits=backward_splits(problem, groups, min_blocks_per_sm, -(-tokens // block)))
+
+
+def streams_of_tile(problem: Problem, schedule: TiledSchedule, staged: int) -> int:
+    """Streams that a backward's tile has the same columns of: where it copies du as well, as many as leave it whole
+    sectors of memory, since du is read once for all of them. A tile that is copied ahead is one stream's, whose long
+    rows meet all banks of shared memory."""
+    return gcd(problem.streams, schedule.block_width // MMA) if staged > 1 and schedule.stages == 1 else 1
+
+
+def column_groups(problem: Problem, schedule: TiledSchedule, streams: int) -> int:
+    """A backward's tiles of so many streams each that cover all columns of all streams."""
+    return problem.streams // streams * -(-problem.width // (schedule.block_width // streams))
 
 
 def forward_splits(blocks: int, columns: int) -> int:
@@ -268,19 +281,28 @@ def scratch(problem: Problem, schedule: TiledSchedule, *, staged: int = 1) -> in
         held += [stages * phi_tile] if schedule.presplit_phi else [stages * 4 * problem.outputs * width, phi_tile]
         return max(aligned(held), 4 * rows * smem_stride(sums))
     straight, padded = rows * width * size, rows * (width + ROW_PADDING) * size
+    streams = streams_of_tile(problem, schedule, staged)
+    others = [padded, rows * (width // streams + ROW_PADDING) * size] if staged > 1 else []
     if problem.dtype != "bfloat16":
-        held += [stages * padded] * staged
-    elif staged > 1 and stages > 1:  # what is copied ahead goes to where a product takes it
-        held += [straight] + [stages * padded] * staged
+        held += [stages * padded]
+    elif others and stages > 1:  # what is copied ahead goes to where a product takes it
+        held += [straight, stages * padded]
     else:
-        held += [stages * straight] + [stages * padded] * (staged - 1)
-    held += [padded, 2 * inner * width, 2 * rows * inner, 2 * rows * sums]
+        held += [stages * straight]
+    held += [stages * other for other in others]
+    held += [padded, 2 * inner * width, 2 * rows * inner, 2 * rows * sums, 4 * rows]
+    held += [4 * rows * gates_row(streams)] if others else []
     return max(aligned(held), 4 * sums * smem_stride_transposed(schedule))
 
 
 def aligned(sizes: Iterable[int]) -> int:
     """Bytes of shared memory for buffers of these sizes, each of which may begin where a swizzled tile can."""
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
+def gates_row(streams: int) -> int:
+    """Floats from one token's pre of a backward's tile to the next: those of eight tokens are in different banks."""
+    return streams if streams <= 4 else streams | 1
 
 
 def smem_stride(sums: int) -> int:

@@ -14,7 +14,7 @@ from tiles.kernels.apply.aggregate import Aggregate
 from tiles.kernels.apply.merge import merge_of
 from tiles.kernels.apply.schedule import ApplySchedule, in_groups
 from tiles.kernels.fused import merged_schedule
-from tiles.kernels.fused.chain_macros import Backward, Forward, Rows
+from tiles.kernels.fused.chain_macros import Backward, Forward, Rows, gradients_of_streams
 from tiles.kernels.fused.chain_schedule import ChainSchedule, tiled
 from tiles.kernels.fused.merged_macros import (
     JOIN_TILES_THREADS,
@@ -27,8 +27,6 @@ from tiles.kernels.fused.signature import next_maps
 from tiles.kernels.project.tensor_core_programs import (
     SplitSums,
     begin_after_presplit,
-    column_groups,
-    gradients,
     presplit_columns,
     projection,
 )
@@ -131,7 +129,7 @@ def _backward_by_rows(problem: Problem, schedule: ChainSchedule, dialect: Cuda) 
     apply = Aggregate(problem, schedule.row_width, dialect, schedule.row_threads)
     walk = ApplySchedule(schedule.row_width, schedule.row_threads)
     mixed, grouped = merge_of(problem, walk, dialect), in_groups(problem, walk)
-    dx_dphi_tile, groups = gradients(problem, tiled(schedule), dialect), column_groups(problem, tiled(schedule))
+    dx_dphi_tile, groups = gradients_of_streams(problem, schedule, dialect)
     g = "x_next_workspace" if problem.mixes else "dx"
 
     @before.program(
