@@ -35,6 +35,19 @@ MHC_INLINE void mhc_put_words(uint16_t *to, typename mhc_words<lanes>::type word
   *(Lower *)to = __builtin_convertvector(words, Lower);
 }
 
+// a b + c as one instruction where there is one. In an expression a C compiler may choose what it contracts, otherwise
+// for six rows than for one, whose tokens must have the same bits.
+template <int lanes, class Vector>
+MHC_INLINE Vector mhc_fma(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+  if constexpr (lanes == 16) return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#endif
+#if defined(__FMA__)
+  if constexpr (lanes == 8) return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#endif
+  return a * b + c;
+}
+
 // Stored elements. `get` and `put` move a vector of them, as floats.
 struct mhc_float32 {
   float stored;
@@ -96,19 +109,21 @@ MHC_INLINE void mhc_gradients_block(Out *out, int64_t out_row, const float *a, i
   for (int32_t j = 0; j < count; ++j) {
     const Vector *row = (const Vector *)(b + j * b_row);
     for (int32_t i = 0; i < rows; ++i) {
-      const float factor = a[i * a_row + j * a_column];
-      for (int32_t v = 0; v < vectors; ++v) total[i][v] += factor * row[v];
+      const Vector factor = Vector{} + a[i * a_row + j * a_column];
+      for (int32_t v = 0; v < vectors; ++v) total[i][v] = mhc_fma<lanes, Vector>(factor, row[v], total[i][v]);
     }
   }
 #pragma GCC unroll 8
   for (int32_t i = 0; i < rows; ++i) {
-    const float of_x = 2 * slope[i];
+    const Vector of_x = Vector{} + 2 * slope[i];
 #pragma GCC unroll 4
     for (int32_t v = 0; v < vectors; ++v) {
-      Vector value = total[i][v];
-      value += of_x * *(const Vector *)(x + i * x_row + v * lanes);
-      if (whole) value += gate[i] * U::template get<lanes>(u + i * u_row + v * lanes);
-      if (whole) value += More::template get<lanes>(more + i * more_row + v * lanes);
+      Vector value = mhc_fma<lanes, Vector>(of_x, *(const Vector *)(x + i * x_row + v * lanes), total[i][v]);
+      if (whole) {
+        const Vector of_u = U::template get<lanes>(u + i * u_row + v * lanes);
+        value = mhc_fma<lanes, Vector>(Vector{} + gate[i], of_u, value);
+        value += More::template get<lanes>(more + i * more_row + v * lanes);
+      }
       Out::template put<lanes>(out + i * out_row + v * lanes, value);
     }
   }

@@ -146,6 +146,9 @@ CHAINED = [
     case("pre", "forward", 4, 40, "bfloat16", "sm_90a", ChainSchedule(64, 32, 2, 2, 1, 128, 16, 8, 32, 0, 0, 1, 0, 1)),
     case("pre", "backward", 2, 128, "bfloat16", "sm_90a", ChainSchedule(64, 64, 2, 2, 1, 128, 8, 8, 32, 0, 0), 32),
     case("pre", "backward", 3, 40, "float16", "sm_80", ChainSchedule(16, 32, 3, 2, 1, 32, 8, 8, 32, 0, 0), 8, 32),
+    case(
+        "pre", "backward", 4, 128, "bfloat16", "sm_80", ChainSchedule(16, 128, 2, 16, 2, 128, 8, 128, 128, 0, 0), 8, 32
+    ),
     case("pre", "forward", 2, 40, "float32", "sm_80", ChainSchedule(16, 32, 2, 4, 1, 32, 3, 8, 64, 0, 0, 0, 0, 0, 1)),
     case(
         "step", "forward", 8, 72, "bfloat16", "sm_90a", ChainSchedule(16, 32, 2, 2, 1, 64, 5, 8, 64, 0, 0, 1, 0, 0, 1)

@@ -123,6 +123,14 @@ def test_a_step_merges_inside_of_tiles_where_that_saves_more_than_it_costs():
             assert chain_schedule.space(replace(step, op="pre"), HOPPER)["merged"] == (0,)
 
 
+def test_passes_of_their_own_take_tiles_that_tilelang_has_layouts_for():
+    of = replace(problem("forward", 4096, 3), op="single_pass")
+    schedule = replace(chain_schedule.default(of, HOPPER), merged=0, block_width=96)
+    why = "block_width must be a power of two where merged is 0, got 96: choose 64"
+    assert chain_schedule.why_invalid(of, schedule, HOPPER) == why
+    assert chain_schedule.why_invalid(of, replace(schedule, block_width=64), HOPPER) != why
+
+
 @pytest.mark.parametrize(
     ("op", "streams", "change", "why"),
     [

@@ -196,6 +196,9 @@ def why_invalid(problem: Problem, schedule: ChainSchedule, target: Target) -> st
         return f"merged must be 0 or 1, got {schedule.merged}: choose 0"
     if schedule.merged:
         why = merged_schedule.why_invalid(problem, tiled(schedule), target)
+    elif problem.direction == "forward" and schedule.block_width & (schedule.block_width - 1):
+        # TileLang 0.1.15 finds no layout for tiles of 48 or 96 columns here.
+        return f"block_width must be a power of two where merged is 0, got {schedule.block_width}: choose 64"
     else:
         why = tensor_core_schedule.why_invalid(problem, tiled(schedule), target, staged=staged(problem))
     why = why or why_bad_threads(schedule.row_threads, target)

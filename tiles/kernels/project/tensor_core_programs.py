@@ -308,6 +308,8 @@ def gradients(problem: Problem, schedule: Any, dialect: Cuda, streams: int = 1) 
             # Last, as TileLang 0.1.15 pipelines a loop of unknown length only if it ends with a use of what it copies.
             for factor in factors:
                 tiles.gemm(factor, right, sums, transpose_a=True)
+        if ahead:
+            tiles.cp_async_wait_group(0)  # the sums may lie in stages, to which zeros of no token are still copied
         smem_sums = tiles.smem(columns, smem_stride_transposed(schedule), "float32")
         for c, k in dialect.parallel(width, columns):
             smem_sums[k, c] = sums[c, k]
