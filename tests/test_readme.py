@@ -66,6 +66,17 @@ def test_every_figure_of_the_table_is_in_the_record():
         assert abs(compiled - wanted[3] / wanted[0]) <= 0.051
 
 
+def test_what_the_layer_gains_over_torch_of_equal_precision_is_in_the_record():
+    (gain,) = re.findall(r"the layer is ([\d.]+) times as fast as the fastest compiled form that does not", README)
+    rows = json.loads((FOLDER / "bench.json").read_text(encoding="utf-8"))["results"]
+    layer = {
+        r["impl"]: r["median_ms"]
+        for r in rows
+        if (r["op"], r["direction"], r["dtype"]) == ("layer", "both", "bfloat16")
+    }
+    assert abs(float(gain) - layer["compile-float32"] / layer["tuned"]) <= 0.051
+
+
 CONTENDERS = {
     "transformers, eager": "unpatched",
     "transformers, `torch.compile`": "unpatched-compile",
