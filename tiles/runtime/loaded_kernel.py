@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from tiles.kernels.spec import Argument, KernelSpec, Problem
 from tiles.runtime.cpu_memory_pool import MEMORY_POOL
 from tiles.runtime.cuda_status import is_final, status_text
 
-Value = torch.Tensor | float
+Value = torch.Tensor | float | None
 
 MIN_SLICE_BYTES = 64 * 1024
 """Smallest slice of tokens that pays for waking another thread (about 5 µs at 10 GB/s)."""
@@ -39,7 +40,8 @@ class LoadedKernel:
     """A kernel ready to run on this machine, on a device of its kind.
 
     A call takes the inputs, scalars and updated tensors of `spec.arguments(problem)` in that order (contiguous tensors
-    on one device, any token count) and returns all results in that order, partials summed over slices.
+    on one device, any token count; None for an updated one that holds nothing yet, which is then made) and returns all
+    results in that order, partials summed over slices.
     """
 
     def __init__(self, path: Path, problem: Problem) -> None:
@@ -52,8 +54,9 @@ class LoadedKernel:
         self._workspace = _workspace(library) if self.kind == "cuda" else None
         self._run = self._on_cpu if self.kind == "cpu" else self._on_cuda
         self._given = [argument for argument in self.arguments if is_given(argument)]
-        self._tensors = [argument for argument in self.arguments if argument.role != "scalar"]
-        self._scalars = [argument for argument in self.arguments if argument.role == "scalar"]
+        self._tensors = [argument for argument in self.arguments if not argument.is_scalar]
+        self._scalars = [argument for argument in self.arguments if argument.is_scalar]
+        self._flags = flags_of(self.arguments)
         self._pointers: Any = ctypes.c_void_p * len(self._tensors)
         self._floats: Any = ctypes.c_float * len(self._scalars)
         self._partials = [argument.name for argument in self._tensors if argument.role == "partial"]
@@ -106,12 +109,14 @@ class LoadedKernel:
         self, inputs: Sequence[Value], tokens: int, slices: int, out: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, ...]:
         """Run on exactly `slices` slices."""
-        values: dict[str, Any] = {argument.name: value for argument, value in zip(self._given, inputs, strict=True)}
+        values: dict[str, Any] = {
+            argument.name: value for argument, value in zip(self._given, inputs, strict=True) if value is not None
+        }
         device, results, given = inputs[0].device, {}, iter(out)  # type: ignore[union-attr]
         for name, role, shape, dtype in self._made(tokens, slices):
-            if role == "updated":
+            if role == "updated" and name in values:
                 results[name] = values[name]
-            elif role == "partial" or (result := next(given, None)) is None:
+            elif role != "output" or (result := next(given, None)) is None:
                 results[name] = _empty(shape, dtype, device)
             else:
                 results[name] = result
@@ -121,11 +126,13 @@ class LoadedKernel:
         return tuple(results.values())
 
     def launch(self, inputs: dict[str, Value], results: dict[str, torch.Tensor], tokens: int, slices: int) -> None:
-        """Write `results` (partials of [slices, ...] elements) from `inputs`; the caller owns every tensor.
+        """Write `results` (partials of [slices, ...] elements) from `inputs`; the caller owns every tensor. A result
+        that is updated holds something where `inputs` has it too.
 
         Raises `BadInput` for a result on a CUDA device that does not begin at a multiple of 32 bytes.
         """
         tensors: dict[str, Any] = inputs | results
+        tensors |= {flag: float(updated in inputs) for flag, updated in self._flags.items()}
         pointers = self._pointers(*[tensors[argument.name].data_ptr() for argument in self._tensors])
         scalars = self._floats(*[tensors[argument.name] for argument in self._scalars])
         status = self._run(pointers, scalars, tokens, slices, next(iter(results.values())).device)
@@ -172,7 +179,7 @@ class LoadedKernel:
         tokens: int = first.shape[0] if isinstance(first, torch.Tensor) and first.dim() else 0
         device = first.device if isinstance(first, torch.Tensor) and first.device.type == self.kind else None
         for argument, (shape, dtype), value in zip(self._given, self._expected(tokens), inputs, strict=True):
-            if argument.role == "scalar":
+            if argument.role == "scalar" or (argument.role == "updated" and value is None):
                 continue
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"{self.spec.name}: {argument.name} must be a tensor, got {value!r}")
@@ -205,6 +212,11 @@ class LoadedKernel:
 def is_given(argument: Argument) -> bool:
     """Whether the caller passes this argument."""
     return argument.role in ("input", "scalar", "updated")
+
+
+def flags_of(arguments: Sequence[Argument]) -> dict[str, str]:
+    """The flags, and the updated argument after each, which they are about."""
+    return {argument.name: after.name for argument, after in pairwise(arguments) if argument.role == "flag"}
 
 
 def is_result(argument: Argument) -> bool:
