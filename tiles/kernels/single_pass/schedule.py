@@ -34,7 +34,7 @@ class SinglePassSchedule:
         columns and one addition to dphi.
     register_tokens, register_outputs: register blocks of project; register_tokens divides block_tokens.
     block_width: columns of each stream that a row is taken by; a divisor of C.
-    nontemporal: 1 where x' (backward dx and df) is stored past the caches.
+    nontemporal: 1 where x' and u' (backward dx and df) are stored past the caches.
     """
 
     block_tokens: int

@@ -79,7 +79,6 @@ class ForwardTile(_Tile):
         merged = divisors(width, 8, MERGED_BYTES // DTYPE_BYTES[problem.dtype])[-1]
         super().__init__(problem, schedule, dialect, Columns(merged, problem.dtype, dialect, **how))
         streams, groups = self.streams, self.groups
-        of_u = Columns(merged, problem.dtype, dialect)  # the sublayer reads u' at once: it goes through the caches
         rows, dots_width = schedule.register_tokens, divisors(width, 8, DOTS_WIDTH)[-1]
         parts, columns, norm = width // dots_width, self.columns, Norm(problem, width, dialect)
         prefetch = prefetch_of(problem, dots_width, groups, dialect)
@@ -100,14 +99,13 @@ class ForwardTile(_Tile):
             will be normalised, to squares_of_u[row]."""
             pre, post, res = self.weights(p, token)
             total_of_u, totals = total_of_columns(), [dialect.accumulator(width) for _ in streams]
-            mixed, gathered = [columns.result(p.x_next) for _ in streams], of_u.result(p.u)
+            mixed, gathered = [columns.result(p.x_next) for _ in streams], columns.result(p.u)
             for part in T.serial(width // merged):
                 first, within = bind(column + part * merged), bind(part * merged)
                 given = self.load(p, token, first)
                 for i in streams:
                     mixed[i].store_at(token, self.place(i, first))
                 gathered.store_at(token, first)
-                dialect.prefetch((p.u,), (token + 1, first), merged)
                 for outer in columns.outer():
                     for inner in columns.inner():
                         values = self.x_next(given, res, post, columns.index(outer, inner))
