@@ -34,7 +34,7 @@ class FusedSchedule:
     block_tokens: tokens in such a block.
     register_tokens, register_outputs: register blocks of project; register_tokens divides block_tokens.
     block_width: columns that project holds as float32; a divisor of nC forward and of C backward.
-    row_width: columns in one parallel loop of aggregate and merge; a divisor of C.
+    row_width: columns in one parallel loop of aggregate and merge, where those run; a divisor of C.
     threads: 0; the launcher cuts slices.
     """
 
@@ -91,7 +91,8 @@ def space(problem: Problem, target: Target) -> Mapping[str, tuple[int, ...]]:
     usual, forward = default(problem, target), problem.direction == "forward"
     assert isinstance(usual, FusedSchedule)
     widths = divisors(problem.fan_in, 64, 2560) if forward else divisors(problem.width, 64, 256)
-    rows = divisors(problem.width, 64, 2048)
+    in_loops = problem.base_op == "step" or (forward and not problem.normalises)
+    rows = divisors(problem.width, 64, 2048) if in_loops else ()
     return {
         "block_tokens": tuple(sorted({8, 16, 20, 24, 40, 48, 80, 96, 192, usual.block_tokens})),
         "register_tokens": (2, 3, 4, 5, 6, 8),
