@@ -50,13 +50,12 @@ class LoadedKernel:
         self.arguments = self.spec.arguments(problem)
         self._launch = _entry(library, self.kind)
         self._workspace = _workspace(library) if self.kind == "cuda" else None
-        self._run = self._on_cpu if self.kind == "cpu" else self._on_cuda
-        self._given = [argument for argument in self.arguments if is_given(argument)]
         self._tensors = [argument for argument in self.arguments if argument.role != "scalar"]
         self._scalars = [argument for argument in self.arguments if argument.role == "scalar"]
+        self._inputs = sum(argument.role == "input" for argument in self.arguments)
+        self._partials = sum(argument.role == "partial" for argument in self.arguments)
         self._pointers: Any = ctypes.c_void_p * len(self._tensors)
         self._floats: Any = ctypes.c_float * len(self._scalars)
-        self._partials = [argument.name for argument in self._tensors if argument.role == "partial"]
         self._token_bytes = max(1, sum(arg.nbytes(2) - arg.nbytes(1) for arg in self._tensors))
         self._expected = lru_cache(maxsize=64)(self._shapes)
         self._made = lru_cache(maxsize=64)(self._results)
@@ -103,49 +102,56 @@ class LoadedKernel:
             raise LoadError(status_text(status, self.toolkit))
 
     def run(
-        self, inputs: Sequence[Value], tokens: int, slices: int, out: Sequence[torch.Tensor] = ()
+        self, given: Sequence[Value], tokens: int, slices: int, out: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, ...]:
         """Run on exactly `slices` slices."""
-        values: dict[str, Any] = {argument.name: value for argument, value in zip(self._given, inputs, strict=True)}
-        device, results, given = inputs[0].device, {}, iter(out)  # type: ignore[union-attr]
-        for name, role, shape, dtype in self._made(tokens, slices):
-            if role == "updated":
-                results[name] = values[name]
-            elif role == "partial" or (result := next(given, None)) is None:
-                results[name] = _empty(shape, dtype, device)
-            else:
-                results[name] = result
-        self.launch(values, results, tokens, slices)
-        for name in self._partials if slices > 1 else ():
-            results[name] = summed(results[name])
-        return tuple(results.values())
+        tensors, scalars = self._split(given)
+        device = tensors[0].device
+        tensors.extend(out)
+        for shape, dtype in self._made(tokens, slices)[len(out) :]:
+            tensors.append(_empty(shape, dtype, device))
+        self._start(tensors, scalars, tokens, slices)
+        results = tensors[self._inputs :]
+        if slices > 1 and self._partials:
+            results[-self._partials :] = map(summed, results[-self._partials :])
+        return tuple(results)
 
     def launch(self, inputs: dict[str, Value], results: dict[str, torch.Tensor], tokens: int, slices: int) -> None:
         """Write `results` (partials of [slices, ...] elements) from `inputs`; the caller owns every tensor.
 
         Raises `BadInput` for a result on a CUDA device that does not begin at a multiple of 32 bytes.
         """
-        tensors: dict[str, Any] = inputs | results
-        pointers = self._pointers(*[tensors[argument.name].data_ptr() for argument in self._tensors])
-        scalars = self._floats(*[tensors[argument.name] for argument in self._scalars])
-        status = self._run(pointers, scalars, tokens, slices, next(iter(results.values())).device)
-        if status == MISALIGNED and self.kind == "cuda":
-            self.launch(self._aligned(inputs, results), results, tokens, slices)
-        elif status != 0:
+        named: dict[str, Any] = inputs | results
+        tensors, scalars = ([named[argument.name] for argument in kind] for kind in (self._tensors, self._scalars))
+        self._start(tensors, scalars, tokens, slices)
+
+    def _split(self, given: Sequence[Value]) -> tuple[list[torch.Tensor], Sequence[float]]:
+        """The tensors that a caller passes, inputs and then updated ones, and the scalars, which come between them."""
+        first, end = self._inputs, self._inputs + len(self._scalars)
+        return [*given[:first], *given[end:]], given[first:end]  # type: ignore[list-item,return-value]
+
+    def _start(self, tensors: Sequence[torch.Tensor], scalars: Sequence[float], tokens: int, slices: int) -> None:
+        """Run on all tensors, inputs and results, in the order of the arguments."""
+        pointers, floats = self._pointers(*[tensor.data_ptr() for tensor in tensors]), self._floats(*scalars)
+        if self.kind == "cpu":
+            status = self._launch(pointers, floats, tokens, slices)
+        else:
+            status = self._on_cuda(pointers, floats, tokens, tensors[-1].device)
+            if status == MISALIGNED:
+                self._start(self._aligned(tensors), scalars, tokens, slices)
+                return
+        if status != 0:
             raise RuntimeError(f"{self.spec.name} failed: {self._status_text(status)}")
 
-    def _aligned(self, inputs: dict[str, Value], results: dict[str, torch.Tensor]) -> dict[str, Value]:
-        """The inputs, those copied that do not begin where vectors may, such as views from an odd element on."""
-        for name, tensor in results.items():
+    def _aligned(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All tensors, those inputs copied that do not begin where vectors may, such as views from an odd element."""
+        for argument, tensor in zip(self._tensors[self._inputs :], tensors[self._inputs :], strict=True):
             if past := tensor.data_ptr() % ALIGNMENT:
                 raise BadInput(
-                    f"{self.spec.name}: {name} is written in place and must begin at a multiple of {ALIGNMENT} bytes, "
-                    f"got one that begins {past} bytes past it: pass a tensor that is no such view"
+                    f"{self.spec.name}: {argument.name} is written in place and must begin at a multiple of "
+                    f"{ALIGNMENT} bytes, got one that begins {past} bytes past it: pass a tensor that is no such view"
                 )
-        return {
-            name: value.clone() if isinstance(value, torch.Tensor) and value.data_ptr() % ALIGNMENT else value
-            for name, value in inputs.items()
-        }
+        return [tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor for tensor in tensors]
 
     def _status_text(self, status: int) -> str:
         """The meaning of a launcher's status."""
@@ -153,10 +159,7 @@ class LoadedKernel:
             return status_text(status, self.toolkit)
         return f"the kernel returned {status}: rebuild the kernel cache with `mhc-tune tune`"
 
-    def _on_cpu(self, pointers: Any, scalars: Any, tokens: int, slices: int, device: torch.device) -> int:
-        return int(self._launch(pointers, scalars, tokens, slices))
-
-    def _on_cuda(self, pointers: Any, scalars: Any, tokens: int, slices: int, device: torch.device) -> int:
+    def _on_cuda(self, pointers: Any, scalars: Any, tokens: int, device: torch.device) -> int:
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
             size = self.workspace(tokens)
@@ -166,14 +169,13 @@ class LoadedKernel:
             address = None if space is None else space.data_ptr()
             return int(self._launch(pointers, scalars, tokens, stream, address, device.index))
 
-    def _tokens(self, inputs: Sequence[Value]) -> int:
-        """The token count, after checking every input: a wrong pointer would corrupt memory."""
-        first = inputs[0]
+    def _tokens(self, given: Sequence[Value]) -> int:
+        """The token count, after checking every tensor: a wrong pointer would corrupt memory."""
+        tensors, _ = self._split(given)
+        first = tensors[0]
         tokens: int = first.shape[0] if isinstance(first, torch.Tensor) and first.dim() else 0
         device = first.device if isinstance(first, torch.Tensor) and first.device.type == self.kind else None
-        for argument, (shape, dtype), value in zip(self._given, self._expected(tokens), inputs, strict=True):
-            if argument.role == "scalar":
-                continue
+        for value, (argument, shape, dtype) in zip(tensors, self._expected(tokens), strict=True):
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"{self.spec.name}: {argument.name} must be a tensor, got {value!r}")
             if value.shape != shape or value.dtype != dtype or value.device != device or not value.is_contiguous():
@@ -184,22 +186,16 @@ class LoadedKernel:
                 )
         return tokens
 
-    def _shapes(self, tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every argument that the caller passes."""
-        return [(argument.sized(tokens), DTYPES[argument.dtype]) for argument in self._given]
+    def _shapes(self, tokens: int) -> list[tuple[Argument, tuple[int, ...], torch.dtype]]:
+        """Every tensor that the caller passes, with its shape and dtype."""
+        passed = [argument for argument in self._tensors if is_given(argument)]
+        return [(argument, argument.sized(tokens), DTYPES[argument.dtype]) for argument in passed]
 
-    def _results(self, tokens: int, slices: int) -> list[tuple[str, str, tuple[int, ...], torch.dtype]]:
-        """Name, role, shape and dtype of every result; a partial of a single slice is the result itself."""
-        return [
-            (
-                argument.name,
-                argument.role,
-                _shape(argument, tokens, slices if slices > 1 else None),
-                DTYPES[argument.dtype],
-            )
-            for argument in self._tensors
-            if is_result(argument)
-        ]
+    def _results(self, tokens: int, slices: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every result that is made here; a partial of a single slice is the result itself."""
+        rows = slices if slices > 1 else None
+        made = [argument for argument in self._tensors if argument.role in ("output", "partial")]
+        return [(_shape(argument, tokens, rows), DTYPES[argument.dtype]) for argument in made]
 
 
 def is_given(argument: Argument) -> bool:
@@ -235,8 +231,8 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 def summed(partials: torch.Tensor) -> torch.Tensor:
     """The sum over slices, in an order that depends on their number alone, so that it is reproducible bit for bit."""
     total = partials[0]
-    for part in partials[1:]:
-        total = total.add_(part)
+    for index in range(1, len(partials)):
+        total.add_(partials[index])
     return total
 
 
