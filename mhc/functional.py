@@ -183,7 +183,7 @@ def pre(
     given = (x, phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
     if out is not None:
         return norm.write(write_results(norm.op, given, x.shape[:-2], out), 0)
-    u, post, *res = call(norm.op, *given)[:-2]
+    u, post, *res = call(norm.op, *given)
     return norm.apply(u), post, res[0] if res else None
 
 
@@ -251,7 +251,7 @@ def step(
     given = (x, f, post, *_given(res), phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
     if out is not None:
         return norm.write(write_results(norm.op, given, leading, out), 1)
-    x_next, u, post_next, *res_next = call(norm.op, *given)[:-2]
+    x_next, u, post_next, *res_next = call(norm.op, *given)
     return x_next, norm.apply(u), post_next, res_next[0] if res_next else None
 
 
@@ -290,5 +290,5 @@ def single_pass(
     given = (x, f, pre, post, *_given(res), phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
     if out is not None:
         return norm.write(write_results(norm.op, given, leading, out), 1)
-    x_next, u, pre_next, post_next, *res_next = call(norm.op, *given)[:-2]
+    x_next, u, pre_next, post_next, *res_next = call(norm.op, *given)
     return x_next, norm.apply(u), pre_next, post_next, res_next[0] if res_next else None

@@ -59,14 +59,16 @@ def _arguments_for(op: str, direction: Direction, values: tuple[Any, ...]) -> tu
 
 def _runner(op: str, direction: Direction) -> Callable[..., tuple[torch.Tensor, ...]]:
     """A function that runs one kernel on tensors, scalars and the ints of `PROBLEM`."""
-    updates = any(argument.role == "updated" for argument in _arguments(op, direction)[1])
+    given, results = _arguments(op, direction)
+    tensors = sum(argument.role == "input" for argument in given)
+    updates = any(argument.role == "updated" for argument in results)
 
     def run(*values: Any) -> tuple[torch.Tensor, ...]:
-        *inputs, streams, width, rounds = values
-        inputs = [value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs]
+        inputs = [*map(torch.Tensor.contiguous, values[:tensors]), *values[tensors : -len(PROBLEM)]]
         if updates:
             arguments = _arguments_for(op, direction, values)
             inputs += [_zeros(argument, inputs[0]) for argument in arguments if argument.role == "updated"]
+        streams, width, rounds = values[-len(PROBLEM) :]
         return active().run(op, direction, streams, width, rounds, inputs)
 
     return run
@@ -99,13 +101,12 @@ def _custom_op(name: str, op: str, direction: Direction) -> Any:
 
 class _Differentiation(NamedTuple):
     """How an op's backward is called: which of the forward's inputs that are tensors (they come first) have tokens, and
-    the dimensions after tokens of the first; the positions of its results that are saved for the backward and of those
-    whose gradients it takes; the positions of the tensors that it leaves out."""
+    the dimensions after tokens of the first; how many of its results the backward takes the gradients of (the others,
+    behind them, are saved for it); the positions of the tensors that it leaves out."""
 
     has_tokens: tuple[bool, ...]
     dims: int
-    saved: tuple[int, ...]
-    differentiated: tuple[int, ...]
+    returned: int
     left_out: tuple[int, ...]
 
     @property
@@ -128,14 +129,11 @@ class _Differentiation(NamedTuple):
         return [*flat, *values[len(flat) :]]
 
     def unflat(self, results: Sequence[torch.Tensor], leading: torch.Size) -> tuple[torch.Tensor, ...]:
-        """Results with these leading dimensions; those that are saved for the backward stay as they are."""
+        """Results with these leading dimensions, less those that are saved for the backward."""
+        returned = results[: self.returned]
         if len(leading) == 1:
-            return tuple(results)
-        kept = set(self.saved)
-        return tuple(
-            result if index in kept else result.view((*leading, *result.shape[1:]))
-            for index, result in enumerate(results)
-        )
+            return tuple(returned)
+        return tuple(result.view((*leading, *result.shape[1:])) for result in returned)
 
     def given(self, kept: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """Of the tensors and results that are saved, those that the backward takes."""
@@ -161,27 +159,28 @@ class _Differentiation(NamedTuple):
 def _differentiation(op: str) -> _Differentiation:
     (given, results), (taken, _) = _arguments(op, "forward"), _arguments(op, "backward")
     names, tensors = {argument.name for argument in taken}, [a for a in given if a.role == "input"]
-    saved = tuple(index for index, argument in enumerate(results) if argument.name in names)
-    differentiated = tuple(index for index in range(len(results)) if index not in saved)
+    saved = [argument.name in names for argument in results]
+    returned = saved.count(False)
+    assert all(saved[returned:]), f"{op}: the results that only the backward takes are the last"
     left_out = tuple(index for index, argument in enumerate(tensors) if argument.name not in names)
     has_tokens = tuple(argument.shape[:1] == (TOKENS,) for argument in tensors)
-    return _Differentiation(has_tokens, len(tensors[0].shape) - 1, saved, differentiated, left_out)
+    return _Differentiation(has_tokens, len(tensors[0].shape) - 1, returned, left_out)
 
 
 def _differentiable_op(op: str) -> Any:
     """An op's forward as a custom op whose gradient is its backward kernel."""
     forward, backward = _custom_op(op, op, "forward"), _custom_op(f"{op}_backward", op, "backward")
     how = _HOW[op]
-    tensors, saved, differentiated = how.tensors, how.saved, how.differentiated
+    tensors, returned = how.tensors, how.returned
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:tensors], *(output[index] for index in saved))
+        ctx.save_for_backward(*inputs[:tensors], *(output[returned:] if isinstance(output, tuple) else ()))
         ctx.settings = inputs[tensors:]
 
     def gradients(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        taken = [grads[index] for index in differentiated]
+        taken = grads[:returned]
         if torch_form.kernel_is_not_enough(taken):
-            results = torch_form.gradients(op, ctx.saved_tensors[:tensors], ctx.settings, taken, differentiated)
+            results = torch_form.gradients(op, ctx.saved_tensors[:tensors], ctx.settings, taken)
         else:
             found = backward(*how.given(ctx.saved_tensors), *taken, *ctx.settings)
             results = how.gradients(found if isinstance(found, tuple) else (found,), taken[0])
@@ -211,42 +210,54 @@ def _alone_or_all(outputs: tuple[torch.Tensor, ...]) -> Any:
     return outputs if len(outputs) > 1 else outputs[0]
 
 
-def _autograd_function(op: str) -> type[torch.autograd.Function]:
+class _Direct(torch.autograd.Function):
+    """An op as a function of autograd."""
+
+    run: Callable[..., tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]]
+    """The op without autograd -> its results, and those that are saved for a backward."""
+
+
+def _direct_op(op: str) -> type[_Direct]:
     """The same for plain tensors, without torch's dispatcher, which costs more than a small kernel does, and much more
     when its code is no longer in the processor's caches."""
     forward_kernel, backward_kernel = _runner(op, "forward"), _runner(op, "backward")
     how = _HOW[op]
-    tensors, saved, differentiated = how.tensors, how.saved, how.differentiated
+    tensors, returned = how.tensors, how.returned
 
-    class Direct(torch.autograd.Function):
+    class Direct(_Direct):
         """Leading dimensions are flattened in here, where autograd keeps no record of it."""
 
         @staticmethod
+        def run(*values: Any) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:
+            leading = how.leading(values[0])
+            outputs = forward_kernel(*how.flat(values, leading))
+            results = how.unflat(outputs, leading)
+            if len(leading) != 1:
+                # No views in autograd's sense: it forbids a sublayer that begins in place to write to one of several.
+                results = tuple(result.detach() for result in results)
+            return results, outputs[returned:]
+
+        @staticmethod
         def forward(ctx: Any, *values: Any) -> Any:
-            ctx.leading, ctx.settings = how.leading(values[0]), values[tensors:]
-            outputs = forward_kernel(*how.flat(values, ctx.leading))
-            kept = [outputs[index] for index in saved]
+            results, kept = Direct.run(*values)
             ctx.save_for_backward(*values[:tensors], *kept)
-            ctx.mark_non_differentiable(*kept)
-            if len(ctx.leading) == 1:
-                return _alone_or_all(outputs)
-            # No views in autograd's sense: it forbids a sublayer that begins in place to write to one of several.
-            made = zip(outputs, how.unflat(outputs, ctx.leading), strict=True)
-            return _alone_or_all(tuple(flat if result is flat else result.detach() for flat, result in made))
+            ctx.settings = values[tensors:]
+            return _alone_or_all(results)
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            kept, taken = ctx.saved_tensors, [grads[index] for index in differentiated]
-            if len(ctx.leading) != 1:
-                taken = [grad.reshape(-1, *grad.shape[len(ctx.leading) :]) for grad in taken]
+            kept, settings = ctx.saved_tensors, ctx.settings
+            leading, taken = how.leading(kept[0]), grads
+            if len(leading) != 1:
+                taken = tuple(grad.reshape(-1, *grad.shape[len(leading) :]) for grad in grads)
             if torch_form.kernel_is_not_enough(taken):
                 with torch.enable_grad():
-                    given = how.flat(kept[:tensors], ctx.leading)
-                results = torch_form.gradients(op, given, ctx.settings, taken, differentiated)
+                    given = how.flat(kept[:tensors], leading)
+                results = torch_form.gradients(op, given, settings, taken)
             else:
-                flat = how.flat(kept, ctx.leading)
-                results = how.gradients(backward_kernel(*how.given(flat), *taken, *ctx.settings), taken[0])
-            return (*how.unflat_gradients(results, ctx.leading), *(None for _ in ctx.settings))
+                flat = how.flat(kept, leading)
+                results = how.gradients(backward_kernel(*how.given(flat), *taken, *settings), taken[0])
+            return (*how.unflat_gradients(results, leading), *[None] * len(settings))
 
     return Direct
 
@@ -257,15 +268,17 @@ _HOW = {op: _differentiation(op) for op in sorted({op for op, _ in kernel_specs(
 OPERATORS = {op: _differentiable_op(op) for op in _HOW}
 """The differentiable custom ops by name."""
 
-_DIRECT = {op: _autograd_function(op) for op in OPERATORS}
+_DIRECT = {op: _direct_op(op) for op in OPERATORS}
 
 
 def call(op: str, *values: Any) -> Any:
-    """Run an op, differentiably, on tensors with any leading dimensions, which the results have too, but for those that
-    only a backward takes: as a custom op where `needs_dispatcher`, else directly; under transforms and in forward mode
-    in plain torch (`mhc.dispatch.torch_form`)."""
+    """Run an op, differentiably, on tensors with any leading dimensions, which the results have too: as a custom op
+    where `needs_dispatcher`, else directly; under transforms and in forward mode in plain torch
+    (`mhc.dispatch.torch_form`). Results that only a backward takes are left out."""
     if not needs_dispatcher(values):
-        return _DIRECT[op].apply(*values)
+        if torch.is_grad_enabled():
+            return _DIRECT[op].apply(*values)  # type: ignore[no-untyped-call]
+        return _alone_or_all(_DIRECT[op].run(*values)[0])
     how = _HOW[op]
     leading = how.leading(values[0])
     flat = how.flat(values, leading)
@@ -286,8 +299,10 @@ def needs_dispatcher(values: Iterable[Any]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch_form.is_transformed(values)
-        or any(isinstance(value, torch.Tensor) and type(value) not in PLAIN_TYPES for value in values)
+        or any(issubclass(kind, torch.Tensor) for kind in set(map(type, values)) - _USUAL_TYPES)
     )
 
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+_USUAL_TYPES = {*PLAIN_TYPES, int, float}

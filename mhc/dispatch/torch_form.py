@@ -59,15 +59,14 @@ def gradients(
     inputs: Sequence[torch.Tensor],
     settings: Sequence[Any],
     grads: Sequence[torch.Tensor],
-    which: Sequence[int],
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of `inputs`, differentiable themselves; `grads` are those of the results numbered `which`.
+    """The gradients of `inputs`, differentiable themselves; `grads` are those of the first results.
 
     None for an input that does not require a gradient.
     """
     with torch.enable_grad():
         results = outputs(op, (*inputs, *settings))
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    taken = [results[index] for index in which]
-    found = iter(torch.autograd.grad(taken, wanted, list(grads), create_graph=True, allow_unused=True))
+    taken = results[: len(grads)]
+    found = iter(torch.autograd.grad(taken, wanted, grads, create_graph=True, allow_unused=True))
     return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)

@@ -53,8 +53,8 @@ class _PreWithResidual(torch.autograd.Function):
         if torch_form.kernel_is_not_enough(flat):
             with torch.enable_grad():  # x's view stays in x's graph
                 inputs = _flat(*given)
-            settings, which = (*ctx.scalars, n, width, ctx.rounds), range(len(flat))
-            dx, *of_rest = torch_form.gradients(ctx.op, inputs, settings, flat, which)
+            settings = (*ctx.scalars, n, width, ctx.rounds)
+            dx, *of_rest = torch_form.gradients(ctx.op, inputs, settings, flat)
             return _in_order(dresidual if dx is None else dx.view(dresidual.shape) + dresidual, *of_rest)
         # merge's gradient is written to: nothing else uses it, as the residual is for one op. But where res is the
         # identity, it is the gradient of x' itself; and a second backward through the graph may bring the same tensor,

@@ -26,10 +26,7 @@ def outcome(run, op):
     given, ints = values_of(op)
     found = run(*given, *ints)
     found = found if isinstance(found, tuple) else (found,)
-    backward = kernel_spec(op, "backward").arguments(Problem(op, "backward", N, WIDTH))
-    taken_back = {argument.name for argument in backward}
-    names = [argument.name for argument in kernel_spec(op, "forward").arguments(Problem(op, "forward", N, WIDTH))]
-    results = [result for name, result in zip(names[-len(found) :], found, strict=True) if name not in taken_back]
+    results = found[: operators._HOW[op].returned]
     torch.manual_seed(1)
     upstream = [torch.randn_like(result) for result in results]
     tensors = [value for value in given if isinstance(value, torch.Tensor)]
@@ -119,7 +116,7 @@ def test_leading_dimensions_are_those_of_tokens_in_a_row(op, leading):
         given = [value.requires_grad_() for value in given]
         found = call_op(*given, *values[len(given) :], N, WIDTH, 20)
         found = found if isinstance(found, tuple) else (found,)
-        results = [found[index] for index in how.differentiated]
+        results = found[: how.returned]
         gradients = torch.autograd.grad([result.square().sum() for result in results], given)
         assert all(result.shape[: len(shape)] == torch.Size(shape) for result in results)
         assert all(gradient.shape == value.shape for gradient, value in zip(gradients, given, strict=True))
