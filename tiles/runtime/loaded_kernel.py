@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -57,8 +57,7 @@ class LoadedKernel:
         self._pointers: Any = ctypes.c_void_p * len(self._tensors)
         self._floats: Any = ctypes.c_float * len(self._scalars)
         self._token_bytes = max(1, sum(arg.nbytes(2) - arg.nbytes(1) for arg in self._tensors))
-        self._expected = lru_cache(maxsize=64)(self._shapes)
-        self._made = lru_cache(maxsize=64)(self._results)
+        self._layout = lru_cache(maxsize=64)(self._layout_of)
 
     @property
     def device(self) -> torch.device:
@@ -72,8 +71,12 @@ class LoadedKernel:
 
     def __call__(self, *inputs: Value, out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         """Run on the default number of slices; `out`, which the caller has checked, is for the first outputs."""
-        tokens = self._tokens(inputs)
-        return self.run(inputs, tokens, self.slices(tokens), out)
+        tensors, scalars = self._split(inputs)
+        first = tensors[0]
+        tokens: int = first.shape[0] if isinstance(first, torch.Tensor) and first.dim() else 0
+        layout = self._layout(tokens, self.slices(tokens))
+        self._check(tensors, layout)
+        return self._run(tensors, scalars, layout, out)
 
     def slices(self, tokens: int) -> int:
         """The number of token slices of a call: on a CPU one for each of torch's threads, fewer when there is little to
@@ -105,14 +108,19 @@ class LoadedKernel:
         self, given: Sequence[Value], tokens: int, slices: int, out: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, ...]:
         """Run on exactly `slices` slices."""
-        tensors, scalars = self._split(given)
+        return self._run(*self._split(given), self._layout(tokens, slices), out)
+
+    def _run(
+        self, tensors: list[torch.Tensor], scalars: Sequence[float], layout: _Layout, out: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
         device = tensors[0].device
         tensors.extend(out)
-        for shape, dtype in self._made(tokens, slices)[len(out) :]:
-            tensors.append(_empty(shape, dtype, device))
-        self._start(tensors, scalars, tokens, slices)
+        for shape, dtype, pooled in layout.made[len(out) :]:
+            made = MEMORY_POOL.empty(shape, dtype) if pooled else torch.empty(shape, dtype=dtype, device=device)
+            tensors.append(made)
+        self._start(tensors, scalars, layout.tokens, layout.slices)
         results = tensors[self._inputs :]
-        if slices > 1 and self._partials:
+        if layout.slices > 1 and self._partials:
             results[-self._partials :] = map(summed, results[-self._partials :])
         return tuple(results)
 
@@ -169,13 +177,11 @@ class LoadedKernel:
             address = None if space is None else space.data_ptr()
             return int(self._launch(pointers, scalars, tokens, stream, address, device.index))
 
-    def _tokens(self, given: Sequence[Value]) -> int:
-        """The token count, after checking every tensor: a wrong pointer would corrupt memory."""
-        tensors, _ = self._split(given)
+    def _check(self, tensors: Sequence[Any], layout: _Layout) -> None:
+        """Check every tensor that the caller passes: a wrong pointer would corrupt memory."""
         first = tensors[0]
-        tokens: int = first.shape[0] if isinstance(first, torch.Tensor) and first.dim() else 0
         device = first.device if isinstance(first, torch.Tensor) and first.device.type == self.kind else None
-        for value, (argument, shape, dtype) in zip(tensors, self._expected(tokens), strict=True):
+        for value, (argument, shape, dtype) in zip(tensors, layout.given, strict=True):
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"{self.spec.name}: {argument.name} must be a tensor, got {value!r}")
             if value.shape != shape or value.dtype != dtype or value.device != device or not value.is_contiguous():
@@ -184,18 +190,32 @@ class LoadedKernel:
                     f"shape {shape}, on one device with the others, got {value.dtype} {tuple(value.shape)} on "
                     f"{value.device}"
                 )
-        return tokens
 
-    def _shapes(self, tokens: int) -> list[tuple[Argument, tuple[int, ...], torch.dtype]]:
-        """Every tensor that the caller passes, with its shape and dtype."""
-        passed = [argument for argument in self._tensors if is_given(argument)]
-        return [(argument, argument.sized(tokens), DTYPES[argument.dtype]) for argument in passed]
-
-    def _results(self, tokens: int, slices: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every result that is made here; a partial of a single slice is the result itself."""
-        rows = slices if slices > 1 else None
+    def _layout_of(self, tokens: int, slices: int) -> _Layout:
+        rows = slices if slices > 1 else None  # a partial of a single slice is the result itself
+        given = [argument for argument in self._tensors if is_given(argument)]
         made = [argument for argument in self._tensors if argument.role in ("output", "partial")]
-        return [(_shape(argument, tokens, rows), DTYPES[argument.dtype]) for argument in made]
+        shapes = [(_shape(argument, tokens, rows), DTYPES[argument.dtype]) for argument in made]
+        return _Layout(
+            tokens,
+            slices,
+            tuple((argument, argument.sized(tokens), DTYPES[argument.dtype]) for argument in given),
+            tuple((*each, self.kind == "cpu" and MEMORY_POOL.pools(*each)) for each in shapes),
+        )
+
+
+class _Layout(NamedTuple):
+    """What all calls with as many tokens and slices share.
+
+    Fields:
+        given: every tensor that the caller passes, with its shape and dtype.
+        made: shape and dtype of every result that is made here, and whether its memory is the pool's.
+    """
+
+    tokens: int
+    slices: int
+    given: tuple[tuple[Argument, tuple[int, ...], torch.dtype], ...]
+    made: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...]
 
 
 def is_given(argument: Argument) -> bool:
