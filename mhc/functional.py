@@ -52,7 +52,7 @@ def project(x: torch.Tensor, phi: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """
     n, width = stream_shape(x)
     expect("phi", phi, (n * n + 2 * n, n * width), torch.float32, x.device)
-    return call("project", x, phi, n, width, ROUNDS)
+    return call("project", (x, phi), (n, width, ROUNDS))
 
 
 def coefficients(
@@ -82,10 +82,10 @@ def coefficients(
     expect("z", z, (*leading, outputs), torch.float32, z.device)
     expect("alpha", alpha, (3,), torch.float32, z.device)
     expect("bias", bias, (outputs,), torch.float32, z.device)
-    given = (z, s, alpha, bias, eps, hc_eps, post_scale, streams, width, rounds)
+    tensors, settings = (z, s, alpha, bias), (eps, hc_eps, post_scale, streams, width, rounds)
     if out is not None:
-        return write_results("coefficients", given, leading, out)
-    return call("coefficients", *given)
+        return write_results("coefficients", tensors, settings, leading, out)
+    return call("coefficients", tensors, settings)
 
 
 def sinkhorn(logits: torch.Tensor, rounds: int = ROUNDS, *, hc_eps: float = 0.0) -> torch.Tensor:
@@ -100,7 +100,7 @@ def sinkhorn(logits: torch.Tensor, rounds: int = ROUNDS, *, hc_eps: float = 0.0)
     n = logits.shape[-1]
     check_problem(n)
     expect("logits", logits, (*logits.shape[:-2], n, n), torch.float32, logits.device)
-    return call("sinkhorn", logits, hc_eps, n, ANY_WIDTH, rounds)
+    return call("sinkhorn", (logits,), (hc_eps, n, ANY_WIDTH, rounds))
 
 
 def aggregate(x: torch.Tensor, pre: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -111,10 +111,10 @@ def aggregate(x: torch.Tensor, pre: torch.Tensor, *, out: torch.Tensor | None = 
     n, width = stream_shape(x)
     leading = x.shape[:-2]
     expect("pre", pre, (*leading, n), torch.float32, x.device)
-    given = (x, pre, n, width, ROUNDS)
+    settings = (n, width, ROUNDS)
     if out is not None:
-        return write_results("aggregate", given, leading, out)
-    return call("aggregate", *given)
+        return write_results("aggregate", (x, pre), settings, leading, out)
+    return call("aggregate", (x, pre), settings)
 
 
 def merge(
@@ -126,10 +126,10 @@ def merge(
     """
     check_merge(x, f, res, post)
     n, width = x.shape[-2:]
-    op, given = _op("merge", res is not None), (x, f, *_given(res), post, n, width, ROUNDS)
+    op, tensors, settings = _op("merge", res is not None), (x, f, *_given(res), post), (n, width, ROUNDS)
     if out is not None:
-        return write_results(op, given, x.shape[:-2], out)
-    return call(op, *given)
+        return write_results(op, tensors, settings, x.shape[:-2], out)
+    return call(op, tensors, settings)
 
 
 def check_merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor | None, post: torch.Tensor) -> torch.Size:
@@ -179,11 +179,11 @@ def pre(
     n, width, mixes = check_pre(x, phi, alpha, bias)
     check_scalars(hc_eps, post_scale)
     norm = sublayer_norm(_op("pre", mixes), x, norm_weight, norm_eps, rounds)
-    scalars = eps, hc_eps, post_scale, *norm.eps
-    given = (x, phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
+    tensors = (x, phi, alpha, bias, *norm.weight)
+    settings = (eps, hc_eps, post_scale, *norm.eps, n, width, rounds)
     if out is not None:
-        return norm.write(write_results(norm.op, given, x.shape[:-2], out), 0)
-    u, post, *res = call(norm.op, *given)
+        return norm.write(write_results(norm.op, tensors, settings, x.shape[:-2], out), 0)
+    u, post, *res = call(norm.op, tensors, settings)
     return norm.apply(u), post, res[0] if res else None
 
 
@@ -247,11 +247,11 @@ def step(
     n, width, leading = _check_boundary(x, f, post, res, (phi, alpha, bias))
     check_scalars(hc_eps, post_scale)
     norm = sublayer_norm(_op("step", res is not None), x, norm_weight, norm_eps, rounds)
-    scalars = eps, hc_eps, post_scale, *norm.eps
-    given = (x, f, post, *_given(res), phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
+    tensors = (x, f, post, *_given(res), phi, alpha, bias, *norm.weight)
+    settings = (eps, hc_eps, post_scale, *norm.eps, n, width, rounds)
     if out is not None:
-        return norm.write(write_results(norm.op, given, leading, out), 1)
-    x_next, u, post_next, *res_next = call(norm.op, *given)
+        return norm.write(write_results(norm.op, tensors, settings, leading, out), 1)
+    x_next, u, post_next, *res_next = call(norm.op, tensors, settings)
     return x_next, norm.apply(u), post_next, res_next[0] if res_next else None
 
 
@@ -286,9 +286,9 @@ def single_pass(
     check_scalars(hc_eps, post_scale)
     norm = sublayer_norm(_op("single_pass", res is not None), x, norm_weight, norm_eps, rounds)
     expect("pre", pre, (*leading, n), torch.float32, x.device)
-    scalars = eps, hc_eps, post_scale, *norm.eps
-    given = (x, f, pre, post, *_given(res), phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
+    tensors = (x, f, pre, post, *_given(res), phi, alpha, bias, *norm.weight)
+    settings = (eps, hc_eps, post_scale, *norm.eps, n, width, rounds)
     if out is not None:
-        return norm.write(write_results(norm.op, given, leading, out), 1)
-    x_next, u, pre_next, post_next, *res_next = call(norm.op, *given)
+        return norm.write(write_results(norm.op, tensors, settings, leading, out), 1)
+    x_next, u, pre_next, post_next, *res_next = call(norm.op, tensors, settings)
     return x_next, norm.apply(u), pre_next, post_next, res_next[0] if res_next else None

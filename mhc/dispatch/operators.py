@@ -58,17 +58,15 @@ def _arguments_for(op: str, direction: Direction, values: tuple[Any, ...]) -> tu
 
 
 def _runner(op: str, direction: Direction) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """A function that runs one kernel on tensors, scalars and the ints of `PROBLEM`."""
-    given, results = _arguments(op, direction)
-    tensors = sum(argument.role == "input" for argument in given)
-    updates = any(argument.role == "updated" for argument in results)
+    """A function that runs one kernel on tensors and settings: scalars and the ints of `PROBLEM`."""
+    updates = any(argument.role == "updated" for argument in _arguments(op, direction)[1])
 
-    def run(*values: Any) -> tuple[torch.Tensor, ...]:
-        inputs = [*map(torch.Tensor.contiguous, values[:tensors]), *values[tensors : -len(PROBLEM)]]
+    def run(tensors: Iterable[torch.Tensor], settings: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        *scalars, streams, width, rounds = settings
+        inputs = [*map(torch.Tensor.contiguous, tensors), *scalars]
         if updates:
-            arguments = _arguments_for(op, direction, values)
+            arguments = _arguments_for(op, direction, (*inputs, streams, width, rounds))
             inputs += [_zeros(argument, inputs[0]) for argument in arguments if argument.role == "updated"]
-        streams, width, rounds = values[-len(PROBLEM) :]
         return active().run(op, direction, streams, width, rounds, inputs)
 
     return run
@@ -77,10 +75,11 @@ def _runner(op: str, direction: Direction) -> Callable[..., tuple[torch.Tensor, 
 def _custom_op(name: str, op: str, direction: Direction) -> Any:
     """The custom op (torch's CustomOpDef) of one kernel, with its fake implementation."""
     given, results = _arguments(op, direction)
+    tensors = sum(argument.role == "input" for argument in given)
     single, run_kernel = len(results) == 1, _runner(op, direction)
 
     def run(*values: Any) -> Any:
-        outputs = run_kernel(*values)
+        outputs = run_kernel(values[:tensors], values[tensors:])
         return outputs[0] if single else outputs
 
     def fake(*values: Any) -> Any:
@@ -118,15 +117,15 @@ class _Differentiation(NamedTuple):
         """The leading dimensions of an input with tokens, which the first one is."""
         return first.shape[: first.dim() - self.dims]
 
-    def flat(self, values: Sequence[Any], leading: torch.Size) -> Sequence[Any]:
-        """Inputs with one dimension of tokens in the place of these, and what follows the tensors."""
+    def flat(self, tensors: Sequence[torch.Tensor], leading: torch.Size) -> Sequence[torch.Tensor]:
+        """Inputs with one dimension of tokens in the place of these, and what follows them."""
         if len(leading) == 1:
-            return values
+            return tensors
         flat = [
-            value.reshape(-1, *value.shape[len(leading) :]) if has_tokens else value
-            for has_tokens, value in zip(self.has_tokens, values, strict=False)
+            tensor.reshape(-1, *tensor.shape[len(leading) :]) if has_tokens else tensor
+            for has_tokens, tensor in zip(self.has_tokens, tensors, strict=False)
         ]
-        return [*flat, *values[len(flat) :]]
+        return [*flat, *tensors[len(flat) :]]
 
     def unflat(self, results: Sequence[torch.Tensor], leading: torch.Size) -> tuple[torch.Tensor, ...]:
         """Results with these leading dimensions, less those that are saved for the backward."""
@@ -135,14 +134,18 @@ class _Differentiation(NamedTuple):
             return tuple(returned)
         return tuple(result.view((*leading, *result.shape[1:])) for result in returned)
 
-    def given(self, kept: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    def given(self, kept: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Of the tensors and results that are saved, those that the backward takes."""
+        if not self.left_out:
+            return kept
         return [tensor for index, tensor in enumerate(kept) if index not in self.left_out]
 
-    def gradients(self, results: Iterable[torch.Tensor], grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def gradients(self, results: Sequence[torch.Tensor], grad: torch.Tensor) -> Sequence[torch.Tensor | None]:
         """The gradients of all tensors from the backward's results, and the gradient of the forward's only one."""
+        if not self.left_out:
+            return results
         found = iter(results)
-        return tuple(grad if index in self.left_out else next(found) for index in range(self.tensors))
+        return [grad if index in self.left_out else next(found) for index in range(self.tensors)]
 
     def unflat_gradients(
         self, gradients: Sequence[torch.Tensor | None], leading: torch.Size
@@ -179,6 +182,7 @@ def _differentiable_op(op: str) -> Any:
 
     def gradients(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         taken = grads[:returned]
+        results: Sequence[torch.Tensor | None]
         if torch_form.kernel_is_not_enough(taken):
             results = torch_form.gradients(op, ctx.saved_tensors[:tensors], ctx.settings, taken)
         else:
@@ -222,15 +226,17 @@ def _direct_op(op: str) -> type[_Direct]:
     when its code is no longer in the processor's caches."""
     forward_kernel, backward_kernel = _runner(op, "forward"), _runner(op, "backward")
     how = _HOW[op]
-    tensors, returned = how.tensors, how.returned
+    returned = how.returned
 
     class Direct(_Direct):
         """Leading dimensions are flattened in here, where autograd keeps no record of it."""
 
         @staticmethod
-        def run(*values: Any) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:
-            leading = how.leading(values[0])
-            outputs = forward_kernel(*how.flat(values, leading))
+        def run(
+            tensors: tuple[torch.Tensor, ...], settings: tuple[Any, ...]
+        ) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:
+            leading = how.leading(tensors[0])
+            outputs = forward_kernel(how.flat(tensors, leading), settings)
             results = how.unflat(outputs, leading)
             if len(leading) != 1:
                 # No views in autograd's sense: it forbids a sublayer that begins in place to write to one of several.
@@ -238,10 +244,10 @@ def _direct_op(op: str) -> type[_Direct]:
             return results, outputs[returned:]
 
         @staticmethod
-        def forward(ctx: Any, *values: Any) -> Any:
-            results, kept = Direct.run(*values)
-            ctx.save_for_backward(*values[:tensors], *kept)
-            ctx.settings = values[tensors:]
+        def forward(ctx: Any, settings: tuple[Any, ...], *tensors: torch.Tensor) -> Any:
+            results, kept = Direct.run(tensors, settings)
+            ctx.save_for_backward(*tensors, *kept)
+            ctx.settings = settings
             return _alone_or_all(results)
 
         @staticmethod
@@ -250,14 +256,15 @@ def _direct_op(op: str) -> type[_Direct]:
             leading, taken = how.leading(kept[0]), grads
             if len(leading) != 1:
                 taken = tuple(grad.reshape(-1, *grad.shape[len(leading) :]) for grad in grads)
+            results: Sequence[torch.Tensor | None]
             if torch_form.kernel_is_not_enough(taken):
                 with torch.enable_grad():
-                    given = how.flat(kept[:tensors], leading)
+                    given = how.flat(kept[: how.tensors], leading)
                 results = torch_form.gradients(op, given, settings, taken)
             else:
-                flat = how.flat(kept, leading)
-                results = how.gradients(backward_kernel(*how.given(flat), *taken, *settings), taken[0])
-            return (*how.unflat_gradients(results, leading), *[None] * len(settings))
+                given = how.given(how.flat(kept, leading))
+                results = how.gradients(backward_kernel((*given, *taken), settings), taken[0])
+            return None, *how.unflat_gradients(results, leading)
 
     return Direct
 
@@ -271,25 +278,25 @@ OPERATORS = {op: _differentiable_op(op) for op in _HOW}
 _DIRECT = {op: _direct_op(op) for op in OPERATORS}
 
 
-def call(op: str, *values: Any) -> Any:
-    """Run an op, differentiably, on tensors with any leading dimensions, which the results have too: as a custom op
-    where `needs_dispatcher`, else directly; under transforms and in forward mode in plain torch
-    (`mhc.dispatch.torch_form`). Results that only a backward takes are left out."""
-    if not needs_dispatcher(values):
+def call(op: str, tensors: tuple[torch.Tensor, ...], settings: tuple[Any, ...]) -> Any:
+    """Run an op, differentiably, on tensors with any leading dimensions, which the results have too; its settings are
+    scalars and the ints of `PROBLEM`. As a custom op where `needs_dispatcher`, else directly; under transforms and in
+    forward mode in plain torch (`mhc.dispatch.torch_form`). Results that only a backward takes are left out."""
+    if not needs_dispatcher(tensors):
         if torch.is_grad_enabled():
-            return _DIRECT[op].apply(*values)  # type: ignore[no-untyped-call]
-        return _alone_or_all(_DIRECT[op].run(*values)[0])
+            return _DIRECT[op].apply(settings, *tensors)  # type: ignore[no-untyped-call]
+        return _alone_or_all(_DIRECT[op].run(tensors, settings)[0])
     how = _HOW[op]
-    leading = how.leading(values[0])
-    flat = how.flat(values, leading)
-    outputs = torch_form.outputs(op, flat) if torch_form.is_transformed(values) else OPERATORS[op](*flat)
+    leading = how.leading(tensors[0])
+    values = (*how.flat(tensors, leading), *settings)
+    outputs = torch_form.outputs(op, values) if torch_form.is_transformed(tensors) else OPERATORS[op](*values)
     return _alone_or_all(how.unflat(outputs if isinstance(outputs, tuple) else (outputs,), leading))
 
 
-def flattened(op: str, values: Sequence[Any]) -> Sequence[Any]:
-    """The values of `call` with one leading dimension, tokens."""
+def flattened(op: str, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The tensors of `call` with one leading dimension, tokens."""
     how = _HOW[op]
-    return how.flat(values, how.leading(values[0]))
+    return how.flat(tensors, how.leading(tensors[0]))
 
 
 def needs_dispatcher(values: Iterable[Any]) -> bool:
@@ -299,10 +306,8 @@ def needs_dispatcher(values: Iterable[Any]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch_form.is_transformed(values)
-        or any(issubclass(kind, torch.Tensor) for kind in set(map(type, values)) - _USUAL_TYPES)
+        or any(issubclass(kind, torch.Tensor) for kind in set(map(type, values)) - PLAIN_TYPES)
     )
 
 
-PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-
-_USUAL_TYPES = {*PLAIN_TYPES, int, float}
+PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
