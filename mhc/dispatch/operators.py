@@ -21,7 +21,7 @@ from mhc.dispatch.kernels import DTYPE_NAMES, active
 from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.registry import kernel_spec, kernel_specs
 from tiles.kernels.spec import TOKENS, Argument, Direction, Problem
-from tiles.runtime.loaded_kernel import empty_result, is_result
+from tiles.runtime.loaded_kernel import empty_result, has_tokens, is_result, leading_shape
 
 PROBLEM = ("streams", "width", "rounds")
 
@@ -66,7 +66,8 @@ def _runner(op: str, direction: Direction) -> Callable[..., tuple[torch.Tensor, 
         inputs = [*map(torch.Tensor.contiguous, tensors), *scalars]
         if updates:
             arguments = _arguments_for(op, direction, (*inputs, streams, width, rounds))
-            inputs += [_zeros(argument, inputs[0]) for argument in arguments if argument.role == "updated"]
+            flat = inputs[0].view(-1, *inputs[0].shape[-2:])
+            inputs += [_zeros(a, flat).view(inputs[0].shape) for a in arguments if a.role == "updated"]
         return active().run(op, direction, streams, width, rounds, inputs)
 
     return run
@@ -113,19 +114,14 @@ class _Differentiation(NamedTuple):
         """The number of inputs that are tensors."""
         return len(self.has_tokens)
 
-    def leading(self, first: torch.Tensor) -> torch.Size:
-        """The leading dimensions of an input with tokens, which the first one is."""
-        return first.shape[: first.dim() - self.dims]
-
     def flat(self, tensors: Sequence[torch.Tensor], leading: torch.Size) -> Sequence[torch.Tensor]:
-        """Inputs with one dimension of tokens in the place of these, and what follows them."""
+        """Inputs with one dimension of tokens in the place of these."""
         if len(leading) == 1:
             return tensors
-        flat = [
-            tensor.reshape(-1, *tensor.shape[len(leading) :]) if has_tokens else tensor
-            for has_tokens, tensor in zip(self.has_tokens, tensors, strict=False)
+        return [
+            tensor.reshape(-1, *tensor.shape[len(leading) :]) if of_tokens else tensor
+            for of_tokens, tensor in zip(self.has_tokens, tensors, strict=True)
         ]
-        return [*flat, *tensors[len(flat) :]]
 
     def unflat(self, results: Sequence[torch.Tensor], leading: torch.Size) -> tuple[torch.Tensor, ...]:
         """Results with these leading dimensions, less those that are saved for the backward."""
@@ -147,17 +143,6 @@ class _Differentiation(NamedTuple):
         found = iter(results)
         return [grad if index in self.left_out else next(found) for index in range(self.tensors)]
 
-    def unflat_gradients(
-        self, gradients: Sequence[torch.Tensor | None], leading: torch.Size
-    ) -> Sequence[torch.Tensor | None]:
-        """Gradients of the inputs, those of inputs with tokens with these leading dimensions."""
-        if len(leading) == 1:
-            return gradients
-        return [
-            grad.view((*leading, *grad.shape[1:])) if has_tokens and grad is not None else grad
-            for has_tokens, grad in zip(self.has_tokens, gradients, strict=True)
-        ]
-
 
 def _differentiation(op: str) -> _Differentiation:
     (given, results), (taken, _) = _arguments(op, "forward"), _arguments(op, "backward")
@@ -166,8 +151,7 @@ def _differentiation(op: str) -> _Differentiation:
     returned = saved.count(False)
     assert all(saved[returned:]), f"{op}: the results that only the backward takes are the last"
     left_out = tuple(index for index, argument in enumerate(tensors) if argument.name not in names)
-    has_tokens = tuple(argument.shape[:1] == (TOKENS,) for argument in tensors)
-    return _Differentiation(has_tokens, len(tensors[0].shape) - 1, returned, left_out)
+    return _Differentiation(tuple(map(has_tokens, tensors)), len(tensors[0].shape) - 1, returned, left_out)
 
 
 def _differentiable_op(op: str) -> Any:
@@ -217,7 +201,7 @@ def _alone_or_all(outputs: tuple[torch.Tensor, ...]) -> Any:
 class _Direct(torch.autograd.Function):
     """An op as a function of autograd."""
 
-    run: Callable[..., tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]]
+    run: Callable[..., tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]
     """The op without autograd -> its results, and those that are saved for a backward."""
 
 
@@ -229,19 +213,12 @@ def _direct_op(op: str) -> type[_Direct]:
     returned = how.returned
 
     class Direct(_Direct):
-        """Leading dimensions are flattened in here, where autograd keeps no record of it."""
-
         @staticmethod
         def run(
             tensors: tuple[torch.Tensor, ...], settings: tuple[Any, ...]
-        ) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:
-            leading = how.leading(tensors[0])
-            outputs = forward_kernel(how.flat(tensors, leading), settings)
-            results = how.unflat(outputs, leading)
-            if len(leading) != 1:
-                # No views in autograd's sense: it forbids a sublayer that begins in place to write to one of several.
-                results = tuple(result.detach() for result in results)
-            return results, outputs[returned:]
+        ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+            outputs = forward_kernel(tensors, settings)
+            return outputs[:returned], outputs[returned:]
 
         @staticmethod
         def forward(ctx: Any, settings: tuple[Any, ...], *tensors: torch.Tensor) -> Any:
@@ -253,18 +230,9 @@ def _direct_op(op: str) -> type[_Direct]:
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             kept, settings = ctx.saved_tensors, ctx.settings
-            leading, taken = how.leading(kept[0]), grads
-            if len(leading) != 1:
-                taken = tuple(grad.reshape(-1, *grad.shape[len(leading) :]) for grad in grads)
-            results: Sequence[torch.Tensor | None]
-            if torch_form.kernel_is_not_enough(taken):
-                with torch.enable_grad():
-                    given = how.flat(kept[: how.tensors], leading)
-                results = torch_form.gradients(op, given, settings, taken)
-            else:
-                given = how.given(how.flat(kept, leading))
-                results = how.gradients(backward_kernel((*given, *taken), settings), taken[0])
-            return None, *how.unflat_gradients(results, leading)
+            if torch_form.kernel_is_not_enough(grads):
+                return None, *torch_form.gradients(op, kept[: how.tensors], settings, grads)
+            return None, *how.gradients(backward_kernel((*how.given(kept), *grads), settings), grads[0])
 
     return Direct
 
@@ -285,18 +253,14 @@ def call(op: str, tensors: tuple[torch.Tensor, ...], settings: tuple[Any, ...]) 
     if not needs_dispatcher(tensors):
         if torch.is_grad_enabled():
             return _DIRECT[op].apply(settings, *tensors)  # type: ignore[no-untyped-call]
-        return _alone_or_all(_DIRECT[op].run(tensors, settings)[0])
+        living = tuple(map(torch._C._functorch.unwrap_if_dead, tensors))  # as a function of autograd does
+        return _alone_or_all(_DIRECT[op].run(living, settings)[0])
+    if torch_form.is_transformed(tensors):
+        return _alone_or_all(torch_form.outputs(op, (*tensors, *settings))[: _HOW[op].returned])
     how = _HOW[op]
-    leading = how.leading(tensors[0])
-    values = (*how.flat(tensors, leading), *settings)
-    outputs = torch_form.outputs(op, values) if torch_form.is_transformed(tensors) else OPERATORS[op](*values)
+    leading = leading_shape(tensors[0], how.dims)
+    outputs = OPERATORS[op](*how.flat(tensors, leading), *settings)
     return _alone_or_all(how.unflat(outputs if isinstance(outputs, tuple) else (outputs,), leading))
-
-
-def flattened(op: str, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """The tensors of `call` with one leading dimension, tokens."""
-    how = _HOW[op]
-    return how.flat(tensors, how.leading(tensors[0]))
 
 
 def needs_dispatcher(values: Iterable[Any]) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from mhc.checks import expect
 from mhc.dispatch.kernels import DTYPE_NAMES, active
-from mhc.dispatch.operators import flattened, needs_dispatcher
+from mhc.dispatch.operators import needs_dispatcher
 from tiles.compiler.cuda_launcher import ALIGNMENT
 from tiles.errors import BadInput
 from tiles.kernels.reference_inputs import DTYPES
@@ -57,7 +57,7 @@ def write_results(
             )
     read = list(zip(names, tensors, strict=True))
     _check_memory(read, [(result.name, tensor) for result, tensor in zip(results, given, strict=True)])
-    inputs = [*map(torch.Tensor.contiguous, flattened(op, tensors)), *scalars]
+    inputs = [*map(torch.Tensor.contiguous, tensors), *scalars]
     active().run_into(op, streams, width, rounds, inputs, given)
     for tensor in given:
         if not tensor.is_inference():  # a kernel writes through a pointer, which autograd does not see

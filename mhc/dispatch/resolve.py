@@ -28,7 +28,15 @@ from tiles.compiler import compile as compiler
 from tiles.errors import first_line
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import EVERY_TOKENS, PAPER_ROUNDS, Problem, Run
-from tiles.runtime.loaded_kernel import LoadedKernel, LoadError, run_reference
+from tiles.runtime.loaded_kernel import (
+    LoadedKernel,
+    LoadError,
+    has_tokens,
+    is_given,
+    is_result,
+    leading_shape,
+    run_reference,
+)
 from tiles.target import Device, detect_device
 
 log = logging.getLogger("mhc")
@@ -196,11 +204,11 @@ class Resolver:
     def _call(self, candidate: KernelCandidate, problem: Problem, device: torch.device, run: Run) -> tuple[Call, str]:
         """A candidate's callable, and what to add to its reason; raises `Unavailable`."""
         if candidate.runs == "reference":
-            return partial(_run_reference, problem), ""
+            return _by_token(partial(_run_reference, problem), problem), ""
         if candidate.runs == "separate":
             separate = kernel_spec(problem.op, problem.direction).separate
             assert separate
-            return partial(separate.call, run), ""
+            return _by_token(partial(separate.call, run), problem), ""
         if candidate.code is not None:
             assert self.source is not None
             try:
@@ -323,7 +331,32 @@ def _must_not_run(*_: Any) -> tuple[torch.Tensor, ...]:
 
 def reference(problem: Problem, device: torch.device, why: str) -> Resolved:
     """A problem resolved to the torch reference."""
-    return Resolved(partial(_run_reference, problem), problem, str(device), "reference", why)
+    return Resolved(_by_token(partial(_run_reference, problem), problem), problem, str(device), "reference", why)
+
+
+def _by_token(call: Call, problem: Problem) -> Call:
+    """What runs on tensors [tokens, ...], on tensors with any leading dimensions, as a `LoadedKernel` does."""
+    arguments = kernel_spec(problem.op, problem.direction).arguments(problem)
+    given = [has_tokens(argument) for argument in filter(is_given, arguments)]
+    results = [has_tokens(argument) for argument in filter(is_result, arguments)]
+    dims = len(arguments[0].shape) - 1
+
+    def run(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        leading = leading_shape(inputs[0], dims)
+        if len(leading) == 1:
+            return call(*inputs)
+        count = len(leading)
+        flat = (
+            value.view((leading.numel(), *value.shape[count:])) if of_tokens else value
+            for of_tokens, value in zip(given, inputs, strict=True)
+        )
+        return tuple(
+            # No view in autograd's sense, which forbids a sublayer that begins in place to write to one of several.
+            result.view((*leading, *result.shape[1:])).detach() if of_tokens else result
+            for of_tokens, result in zip(results, call(*flat), strict=True)
+        )
+
+    return run
 
 
 def _run_reference(problem: Problem, *inputs: Any) -> tuple[torch.Tensor, ...]:

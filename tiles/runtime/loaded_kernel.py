@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +22,7 @@ from tiles.compiler.cuda_launcher import ALIGNMENT, LOAD, MISALIGNED, TOOLKIT, W
 from tiles.errors import BadInput
 from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.registry import kernel_spec
-from tiles.kernels.spec import Argument, KernelSpec, Problem
+from tiles.kernels.spec import TOKENS, Argument, KernelSpec, Problem
 from tiles.runtime.cpu_memory_pool import MEMORY_POOL
 from tiles.runtime.cuda_status import is_final, status_text
 
@@ -39,7 +40,8 @@ class LoadedKernel:
     """A kernel ready to run on this machine, on a device of its kind.
 
     A call takes the inputs, scalars and updated tensors of `spec.arguments(problem)` in that order (contiguous tensors
-    on one device, any token count) and returns all results in that order, partials summed over slices.
+    on one device, any leading dimensions in the place of tokens) and returns all results in that order, with the same
+    leading dimensions, partials summed over slices.
     """
 
     def __init__(self, path: Path, problem: Problem) -> None:
@@ -52,6 +54,7 @@ class LoadedKernel:
         self._workspace = _workspace(library) if self.kind == "cuda" else None
         self._tensors = [argument for argument in self.arguments if argument.role != "scalar"]
         self._scalars = [argument for argument in self.arguments if argument.role == "scalar"]
+        self._dims = len(self.arguments[0].shape) - 1
         self._inputs = sum(argument.role == "input" for argument in self.arguments)
         self._partials = sum(argument.role == "partial" for argument in self.arguments)
         self._pointers: Any = ctypes.c_void_p * len(self._tensors)
@@ -72,9 +75,8 @@ class LoadedKernel:
     def __call__(self, *inputs: Value, out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         """Run on the default number of slices; `out`, which the caller has checked, is for the first outputs."""
         tensors, scalars = self._split(inputs)
-        first = tensors[0]
-        tokens: int = first.shape[0] if isinstance(first, torch.Tensor) and first.dim() else 0
-        layout = self._layout(tokens, self.slices(tokens))
+        leading = leading_shape(tensors[0], self._dims) if isinstance(tensors[0], torch.Tensor) else torch.Size((0,))
+        layout = self._layout(leading, self.slices(leading.numel()))
         self._check(tensors, layout)
         return self._run(tensors, scalars, layout, out)
 
@@ -108,7 +110,7 @@ class LoadedKernel:
         self, given: Sequence[Value], tokens: int, slices: int, out: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, ...]:
         """Run on exactly `slices` slices."""
-        return self._run(*self._split(given), self._layout(tokens, slices), out)
+        return self._run(*self._split(given), self._layout((tokens,), slices), out)
 
     def _run(
         self, tensors: list[torch.Tensor], scalars: Sequence[float], layout: _Layout, out: Sequence[torch.Tensor]
@@ -191,21 +193,23 @@ class LoadedKernel:
                     f"{value.device}"
                 )
 
-    def _layout_of(self, tokens: int, slices: int) -> _Layout:
-        rows = slices if slices > 1 else None  # a partial of a single slice is the result itself
+    def _layout_of(self, leading: tuple[int, ...], slices: int) -> _Layout:
+        rows = () if slices == 1 else (slices,)  # a partial of a single slice is the result itself
         given = [argument for argument in self._tensors if is_given(argument)]
         made = [argument for argument in self._tensors if argument.role in ("output", "partial")]
-        shapes = [(_shape(argument, tokens, rows), DTYPES[argument.dtype]) for argument in made]
+        shapes = [(*(rows if a.role == "partial" else ()), *_with_leading(a, leading)) for a in made]
+        dtypes = [DTYPES[argument.dtype] for argument in made]
+        pooled = [self.kind == "cpu" and MEMORY_POOL.pools(*each) for each in zip(shapes, dtypes, strict=True)]
         return _Layout(
-            tokens,
+            prod(leading),
             slices,
-            tuple((argument, argument.sized(tokens), DTYPES[argument.dtype]) for argument in given),
-            tuple((*each, self.kind == "cpu" and MEMORY_POOL.pools(*each)) for each in shapes),
+            tuple((argument, _with_leading(argument, leading), DTYPES[argument.dtype]) for argument in given),
+            tuple(zip(shapes, dtypes, pooled, strict=True)),
         )
 
 
 class _Layout(NamedTuple):
-    """What all calls with as many tokens and slices share.
+    """What all calls with the same leading dimensions and number of slices share.
 
     Fields:
         given: every tensor that the caller passes, with its shape and dtype.
@@ -216,6 +220,22 @@ class _Layout(NamedTuple):
     slices: int
     given: tuple[tuple[Argument, tuple[int, ...], torch.dtype], ...]
     made: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...]
+
+
+def leading_shape(first: torch.Tensor, dims: int) -> torch.Size:
+    """The dimensions in the place of tokens: all but the last `dims` of a kernel's first argument."""
+    return first.shape[: first.dim() - dims]
+
+
+def has_tokens(argument: Argument) -> bool:
+    """Whether a tensor has a row for each token."""
+    return argument.shape[:1] == (TOKENS,)
+
+
+def _with_leading(argument: Argument, leading: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape with these dimensions in the place of tokens."""
+    shape = argument.sized(0)
+    return (*leading, *shape[1:]) if has_tokens(argument) else shape
 
 
 def is_given(argument: Argument) -> bool:
@@ -233,25 +253,18 @@ CPU = torch.device("cpu")
 
 def empty_result(argument: Argument, tokens: int, slices: int, device: torch.device = CPU) -> torch.Tensor:
     """An uninitialised tensor for a result; a partial has one row per slice: [slices, ...]."""
-    return _empty(_shape(argument, tokens, slices), DTYPES[argument.dtype], device)
-
-
-def _shape(argument: Argument, tokens: int, slices: int | None) -> tuple[int, ...]:
-    """A result's shape; with `slices`, a partial has one row for each."""
     shape = argument.sized(tokens)
-    return (slices, *shape) if argument.role == "partial" and slices is not None else shape
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if argument.role == "partial":
+        shape = (slices, *shape)
     if device.type == "cpu":
-        return MEMORY_POOL.empty(shape, dtype)
-    return torch.empty(shape, dtype=dtype, device=device)
+        return MEMORY_POOL.empty(shape, DTYPES[argument.dtype])
+    return torch.empty(shape, dtype=DTYPES[argument.dtype], device=device)
 
 
 def summed(partials: torch.Tensor) -> torch.Tensor:
     """The sum over slices, in an order that depends on their number alone, so that it is reproducible bit for bit."""
     total = partials[0]
-    for index in range(1, len(partials)):
+    for index in range(1, partials.shape[0]):  # len is a function of Python, and slower
         total.add_(partials[index])
     return total
 

@@ -65,7 +65,7 @@ def ways(monkeypatch):
 
 
 def aggregate(x=None):
-    return functional.aggregate(torch.randn(4, N, WIDTH) if x is None else x, torch.rand(4, N))
+    return functional.aggregate(torch.randn(4, N, WIDTH) if x is None else x, torch.full((4, N), 0.5))
 
 
 def test_plain_tensors_and_parameters_go_directly(ways):
@@ -102,6 +102,20 @@ def test_subclasses_and_function_transforms_are_watched():
     assert seen == [True]
     assert needs_dispatcher([torch.randn(2).as_subclass(Tagged)])
     assert not needs_dispatcher([torch.randn(2), torch.nn.Parameter(torch.randn(2))])
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_what_a_function_transform_left_behind_is_taken(gradients):
+    """Its wrappers of tensors live on where a function keeps them, with no memory of their own."""
+
+    def keep(x):
+        kept.append(x * 2)
+        return x.sum()
+
+    kept: list[torch.Tensor] = []
+    torch.func.grad(keep)(torch.ones(4, N, WIDTH))
+    with torch.set_grad_enabled(gradients):
+        assert torch.equal(aggregate(kept[0]), aggregate(torch.full((4, N, WIDTH), 2.0)))
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3), (2, 0)])
