@@ -246,15 +246,26 @@ OPERATORS = {op: _differentiable_op(op) for op in _HOW}
 _DIRECT = {op: _direct_op(op) for op in OPERATORS}
 
 
-def call(op: str, tensors: tuple[torch.Tensor, ...], settings: tuple[Any, ...]) -> Any:
+def call(op: str, tensors: tuple[torch.Tensor, ...], settings: tuple[Any, ...], check: Callable[[], object]) -> Any:
     """Run an op, differentiably, on tensors with any leading dimensions, which the results have too; its settings are
     scalars and the ints of `PROBLEM`. As a custom op where `needs_dispatcher`, else directly; under transforms and in
-    forward mode in plain torch (`mhc.dispatch.torch_form`). Results that only a backward takes are left out."""
+    forward mode in plain torch (`mhc.dispatch.torch_form`). Results that only a backward takes are left out.
+
+    `check` raises `BadInput` unless the tensors fit. What runs directly looks at every tensor itself, so that there it
+    is called to say what does not fit.
+    """
+    fault: ValueError | None = None
     if not needs_dispatcher(tensors):
-        if torch.is_grad_enabled():
-            return _DIRECT[op].apply(settings, *tensors)  # type: ignore[no-untyped-call]
-        living = tuple(map(torch._C._functorch.unwrap_if_dead, tensors))  # as a function of autograd does
-        return _alone_or_all(_DIRECT[op].run(living, settings)[0])
+        try:
+            if torch.is_grad_enabled():
+                return _DIRECT[op].apply(settings, *tensors)  # type: ignore[no-untyped-call]
+            living = tuple(map(torch._C._functorch.unwrap_if_dead, tensors))  # as a function of autograd does
+            return _alone_or_all(_DIRECT[op].run(living, settings)[0])
+        except ValueError as error:
+            fault = error
+    check()
+    if fault is not None:
+        raise fault
     if torch_form.is_transformed(tensors):
         return _alone_or_all(torch_form.outputs(op, (*tensors, *settings))[: _HOW[op].returned])
     how = _HOW[op]
@@ -263,14 +274,14 @@ def call(op: str, tensors: tuple[torch.Tensor, ...], settings: tuple[Any, ...]) 
     return _alone_or_all(how.unflat(outputs if isinstance(outputs, tuple) else (outputs,), leading))
 
 
-def needs_dispatcher(values: Iterable[Any]) -> bool:
-    """Whether ops on these values must go through torch's dispatcher: under a compiler, a tracing or dispatch mode, a
+def needs_dispatcher(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether ops on these tensors must go through torch's dispatcher: under a compiler, a tracing or dispatch mode, a
     function transform, forward mode, or with tensor subclasses."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch_form.is_transformed(values)
-        or any(issubclass(kind, torch.Tensor) for kind in set(map(type, values)) - PLAIN_TYPES)
+        or torch_form.is_transformed(tensors)
+        or not PLAIN_TYPES.issuperset(map(type, tensors))
     )
 
 

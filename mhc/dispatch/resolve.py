@@ -26,8 +26,9 @@ from tiles.cache.record import Record
 from tiles.cache.shipped import shipped_records
 from tiles.compiler import compile as compiler
 from tiles.errors import first_line
+from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.registry import kernel_spec
-from tiles.kernels.spec import EVERY_TOKENS, PAPER_ROUNDS, Problem, Run
+from tiles.kernels.spec import EVERY_TOKENS, PAPER_ROUNDS, Argument, Problem, Run
 from tiles.runtime.loaded_kernel import (
     LoadedKernel,
     LoadError,
@@ -36,6 +37,7 @@ from tiles.runtime.loaded_kernel import (
     is_result,
     leading_shape,
     run_reference,
+    with_leading,
 )
 from tiles.target import Device, detect_device
 
@@ -334,21 +336,31 @@ def reference(problem: Problem, device: torch.device, why: str) -> Resolved:
     return Resolved(_by_token(partial(_run_reference, problem), problem), problem, str(device), "reference", why)
 
 
+def _check_fits(argument: Argument, value: torch.Tensor, leading: torch.Size, device: torch.device) -> None:
+    shape, dtype = with_leading(argument, leading), DTYPES[argument.dtype]
+    if value.shape != shape or value.dtype != dtype or value.device != device:
+        raise ValueError(f"{argument.name} must be {dtype} {shape} on {device}, got {value.dtype} {tuple(value.shape)}")
+
+
 def _by_token(call: Call, problem: Problem) -> Call:
-    """What runs on tensors [tokens, ...], on tensors with any leading dimensions, as a `LoadedKernel` does."""
+    """What runs on tensors [tokens, ...], on tensors with any leading dimensions, as a `LoadedKernel` does: with a
+    `ValueError` for those that do not fit."""
     arguments = kernel_spec(problem.op, problem.direction).arguments(problem)
-    given = [has_tokens(argument) for argument in filter(is_given, arguments)]
-    results = [has_tokens(argument) for argument in filter(is_result, arguments)]
+    given = [argument for argument in arguments if is_given(argument)]
+    results = [has_tokens(argument) for argument in arguments if is_result(argument)]
     dims = len(arguments[0].shape) - 1
 
     def run(*inputs: Any) -> tuple[torch.Tensor, ...]:
         leading = leading_shape(inputs[0], dims)
+        for argument, value in zip(given, inputs, strict=True):
+            if argument.role != "scalar":
+                _check_fits(argument, value, leading, inputs[0].device)
         if len(leading) == 1:
             return call(*inputs)
         count = len(leading)
         flat = (
-            value.view((leading.numel(), *value.shape[count:])) if of_tokens else value
-            for of_tokens, value in zip(given, inputs, strict=True)
+            value.view((leading.numel(), *value.shape[count:])) if has_tokens(argument) else value
+            for argument, value in zip(given, inputs, strict=True)
         )
         return tuple(
             # No view in autograd's sense, which forbids a sublayer that begins in place to write to one of several.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mhc import functional
+from mhc.checks import stream_shape
 from mhc.dispatch import torch_form
 from mhc.dispatch.kernels import active
 from mhc.dispatch.operators import needs_dispatcher
@@ -80,12 +81,19 @@ def pre_with_residual(
     Where torch's dispatcher is needed, the residual is x itself: a compiler plans the sum of gradients by itself.
     """
     given = (x, phi, alpha, bias)
-    if not torch.is_grad_enabled() or needs_dispatcher((*given, norm_weight)):
+    if not torch.is_grad_enabled() or needs_dispatcher(given if norm_weight is None else (*given, norm_weight)):
         named: dict[str, Any] = {"eps": eps, "hc_eps": hc_eps, "post_scale": post_scale}
         named |= {"norm_weight": norm_weight, "norm_eps": norm_eps}
         return (*functional.pre(*given, rounds=rounds, **named), x)
-    *_shape, mixes = functional.check_pre(*given)
-    norm = sublayer_norm("pre" if mixes else "pre" + IDENTITY, x, norm_weight, norm_eps, rounds)
+    streams, _width = stream_shape(x)
+    norm = sublayer_norm(functional.op_of_pre(streams, phi), x, norm_weight, norm_eps, rounds)
     settings = (rounds, (eps, hc_eps, post_scale, *norm.eps), norm.op)
-    u, post, *res, residual = _PreWithResidual.apply(*given, *settings, *norm.weight)  # type: ignore[no-untyped-call]
+    fault: ValueError | None = None
+    try:
+        u, post, *res, residual = _PreWithResidual.apply(*given, *settings, *norm.weight)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        fault = error
+    if fault is not None:
+        functional.check_pre(*given)
+        raise fault
     return norm.apply(u), post, res[0] if res else None, residual

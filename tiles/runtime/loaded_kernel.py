@@ -197,13 +197,13 @@ class LoadedKernel:
         rows = () if slices == 1 else (slices,)  # a partial of a single slice is the result itself
         given = [argument for argument in self._tensors if is_given(argument)]
         made = [argument for argument in self._tensors if argument.role in ("output", "partial")]
-        shapes = [(*(rows if a.role == "partial" else ()), *_with_leading(a, leading)) for a in made]
+        shapes = [(*(rows if a.role == "partial" else ()), *with_leading(a, leading)) for a in made]
         dtypes = [DTYPES[argument.dtype] for argument in made]
         pooled = [self.kind == "cpu" and MEMORY_POOL.pools(*each) for each in zip(shapes, dtypes, strict=True)]
         return _Layout(
             prod(leading),
             slices,
-            tuple((argument, _with_leading(argument, leading), DTYPES[argument.dtype]) for argument in given),
+            tuple((argument, with_leading(argument, leading), DTYPES[argument.dtype]) for argument in given),
             tuple(zip(shapes, dtypes, pooled, strict=True)),
         )
 
@@ -232,7 +232,7 @@ def has_tokens(argument: Argument) -> bool:
     return argument.shape[:1] == (TOKENS,)
 
 
-def _with_leading(argument: Argument, leading: tuple[int, ...]) -> tuple[int, ...]:
+def with_leading(argument: Argument, leading: tuple[int, ...]) -> tuple[int, ...]:
     """A shape with these dimensions in the place of tokens."""
     shape = argument.sized(0)
     return (*leading, *shape[1:]) if has_tokens(argument) else shape

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mhc import functional
 from mhc.dispatch import operators
 from mhc.dispatch.operators import OPERATORS, needs_dispatcher
+from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
 
@@ -102,6 +103,21 @@ def test_subclasses_and_function_transforms_are_watched():
     assert seen == [True]
     assert needs_dispatcher([torch.randn(2).as_subclass(Tagged)])
     assert not needs_dispatcher([torch.randn(2), torch.nn.Parameter(torch.randn(2))])
+
+
+@pytest.mark.parametrize("kernels", ["reference", "compiled"], indirect=True)
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [{"pre": torch.rand(3, 2, N)}, {"pre": torch.rand(2, 3, N).double()}, {"pre": torch.rand(2, 3, N, device="meta")}],
+    ids=["leading dimensions", "dtype", "device"],
+)
+def test_what_does_not_fit_is_said_in_one_message(kernels, gradients, changes):
+    """The kernel, which has looked at every tensor, says it in other words."""
+    given = {"x": torch.randn(2, 3, N, WIDTH, requires_grad=gradients), **changes}
+    with torch.set_grad_enabled(gradients), pytest.raises(BadInput, match=r"^pre must be torch\.float32 ") as raised:
+        functional.aggregate(**given)
+    assert raised.value.__context__ is None
 
 
 @pytest.mark.parametrize("gradients", [True, False])
