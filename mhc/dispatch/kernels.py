@@ -39,7 +39,7 @@ class Kernels:
         self.resolver, self.batch_invariant = resolver, batch_invariant
         self._batch_invariant_form: Kernels | None = self if batch_invariant else None
         self._resolved: dict[tuple[Any, ...], Resolved] = {}
-        self._tuned_without_norm: dict[tuple[Any, ...], bool] = {}
+        self._op_with_norm: dict[tuple[Any, ...], str] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -122,18 +122,19 @@ class Kernels:
         key = (op, direction, streams, width, rounds, first.dtype, first.device, tokens)
         return self._resolved.get(key) or self._resolve(key)
 
-    def tuned_without_norm(
+    def op_with_norm(
         self, op: str, streams: int, width: int, rounds: int, dtype: torch.dtype, device: torch.device
-    ) -> bool:
-        """Whether a kernel is stored for an op and none for the op that normalises too, whatever their token counts."""
+    ) -> str:
+        """The op that does what `op` does and normalises too; `op` itself where a kernel is stored for that and none
+        for the other, whatever their token counts."""
         key = (op, streams, width, rounds, dtype, device)
-        found = self._tuned_without_norm.get(key)
+        found = self._op_with_norm.get(key)
         if found is None:
             plain = Problem(op, "forward", streams, width, DTYPE_NAMES[dtype], EVERY_TOKENS, rounds)
             normed = replace(plain, op=normalising(op))
             with self._lock:
-                found = self.resolver.has_stored(plain, device) and not self.resolver.has_stored(normed, device)
-            self._tuned_without_norm[key] = found
+                apart = self.resolver.has_stored(plain, device) and not self.resolver.has_stored(normed, device)
+            found = self._op_with_norm[key] = op if apart else normed.op
         return found
 
     def batch_invariant_form(self) -> Kernels:
