@@ -261,7 +261,11 @@ def least_traffic(problem: Problem) -> dict[str, Traffic]:
     def moved(direction: Direction) -> Traffic:
         passes = FUSED_PASSES.get(problem.op, {problem.op: 1})
         parts = [replace(problem, op=op, direction=direction) for op, count in passes.items() for _ in range(count)]
-        return _total(kernel_spec(part.op, direction).traffic(part, part.tokens) for part in parts)
+        total = _total(kernel_spec(part.op, direction).traffic(part, part.tokens) for part in parts)
+        # By itself an op's backward has nothing to add to; in a composite it adds to the gradient of the streams.
+        given = [] if problem.op in FUSED_PASSES else kernel_spec(problem.op, direction).arguments(parts[0])
+        added_to = sum(argument.nbytes(problem.tokens) for argument in given if argument.role == "updated")
+        return replace(total, read=total.read - added_to)
 
     forward, backward = moved("forward"), moved("backward")
     return {"forward": forward, "backward": backward, "both": _total((forward, backward))}

@@ -2,8 +2,8 @@
 
 All are made from the kernels' arguments. A backward takes the forward's tensors, the results that it saved, the
 gradients of its other results, and its scalars; it returns the gradients of the forward's tensors. A tensor whose
-gradient is that of the forward's result (x of x + post f) may be left out of both. Arguments that a kernel adds to
-start at zero here. The ints after the arguments are streams, width and Sinkhorn rounds. Tensors of custom ops have one
+gradient is that of the forward's result (x of x + post f) may be left out of both. Arguments that a kernel adds to hold
+nothing here. The ints after the arguments are streams, width and Sinkhorn rounds. Tensors of custom ops have one
 leading dimension, tokens; those of `call` have any.
 """
 
@@ -21,7 +21,7 @@ from mhc.dispatch.kernels import DTYPE_NAMES, active
 from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.registry import kernel_spec, kernel_specs
 from tiles.kernels.spec import TOKENS, Argument, Direction, Problem
-from tiles.runtime.loaded_kernel import empty_result, has_tokens, is_result, leading_shape
+from tiles.runtime.loaded_kernel import has_tokens, is_result, leading_shape
 
 PROBLEM = ("streams", "width", "rounds")
 
@@ -42,14 +42,6 @@ def _schema(given: list[Argument], results: list[Argument]) -> str:
     return f"({', '.join(inputs)}) -> {f'({outputs})' if len(results) > 1 else outputs}"
 
 
-def _zeros(argument: Argument, like: torch.Tensor) -> torch.Tensor:
-    """A zeroed result on the device of `like`, with as many tokens."""
-    tokens = like.shape[0]
-    if like.device.type == "cpu":
-        return empty_result(argument, tokens, 1).zero_()
-    return like.new_zeros(argument.sized(tokens), dtype=DTYPES[argument.dtype])
-
-
 def _arguments_for(op: str, direction: Direction, values: tuple[Any, ...]) -> tuple[Argument, ...]:
     """A kernel's arguments at the shapes of the values that it is called with."""
     first, (streams, width, rounds) = values[0], values[-len(PROBLEM) :]
@@ -59,15 +51,11 @@ def _arguments_for(op: str, direction: Direction, values: tuple[Any, ...]) -> tu
 
 def _runner(op: str, direction: Direction) -> Callable[..., tuple[torch.Tensor, ...]]:
     """A function that runs one kernel on tensors and settings: scalars and the ints of `PROBLEM`."""
-    updates = any(argument.role == "updated" for argument in _arguments(op, direction)[1])
+    updated = [None for argument in _arguments(op, direction)[1] if argument.role == "updated"]
 
     def run(tensors: Iterable[torch.Tensor], settings: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         *scalars, streams, width, rounds = settings
-        inputs = [*map(torch.Tensor.contiguous, tensors), *scalars]
-        if updates:
-            arguments = _arguments_for(op, direction, (*inputs, streams, width, rounds))
-            flat = inputs[0].view(-1, *inputs[0].shape[-2:])
-            inputs += [_zeros(a, flat).view(inputs[0].shape) for a in arguments if a.role == "updated"]
+        inputs = [*map(torch.Tensor.contiguous, tensors), *scalars, *updated]
         return active().run(op, direction, streams, width, rounds, inputs)
 
     return run

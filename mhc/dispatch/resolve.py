@@ -353,13 +353,13 @@ def _by_token(call: Call, problem: Problem) -> Call:
     def run(*inputs: Any) -> tuple[torch.Tensor, ...]:
         leading = leading_shape(inputs[0], dims)
         for argument, value in zip(given, inputs, strict=True):
-            if argument.role != "scalar":
+            if argument.role != "scalar" and value is not None:
                 _check_fits(argument, value, leading, inputs[0].device)
         if len(leading) == 1:
             return call(*inputs)
         count = len(leading)
         flat = (
-            value.view((leading.numel(), *value.shape[count:])) if has_tokens(argument) else value
+            value.view((leading.numel(), *value.shape[count:])) if has_tokens(argument) and value is not None else value
             for argument, value in zip(given, inputs, strict=True)
         )
         return tuple(

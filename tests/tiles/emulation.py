@@ -22,7 +22,7 @@ import torch
 from tiles.compiler.cuda_launcher import ALIGNMENT, IMAGE, Plan, with_cuda_launcher
 from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.spec import Argument
-from tiles.runtime.loaded_kernel import is_given, is_result
+from tiles.runtime.loaded_kernel import flags_of, is_result
 
 HERE = Path(__file__).parent
 EMULATOR = HERE / "emulator"
@@ -128,7 +128,7 @@ class Emulation:
     def _run(
         self, inputs: dict[str, Any], tokens: int, way: Way, counted: bool, past: Mapping[str, int]
     ) -> tuple[dict[str, torch.Tensor], list[Movement]]:
-        arguments = [argument for argument in self._arguments if argument.role != "scalar"]
+        arguments = [argument for argument in self._arguments if not argument.is_scalar]
         values = {argument.name: _value(argument, inputs, tokens) for argument in arguments}
         places, end = [], _GUARD
         for argument in arguments:
@@ -140,7 +140,8 @@ class Emulation:
             memory[at : at + size] = values[name].contiguous().flatten().view(torch.uint8)
         file = self._folder / "memory"
         file.write_bytes(memory.numpy().tobytes())
-        scalars = [inputs[argument.name] for argument in self._arguments if argument.role == "scalar"]
+        values_of = inputs | {flag: float(updated in inputs) for flag, updated in flags_of(self._arguments).items()}
+        scalars = [values_of[argument.name] for argument in self._arguments if argument.is_scalar]
         job = {"tensors": places, "scalars": scalars, "tokens": tokens, "memory": str(file), "counted": counted}
         job |= self._workspace(tokens)
         said = self._call(job, way)
@@ -201,7 +202,7 @@ class Emulation:
 
 
 def _value(argument: Argument, inputs: dict[str, Any], tokens: int) -> torch.Tensor:
-    if is_given(argument):
+    if argument.name in inputs:
         return inputs[argument.name]
     return torch.full(argument.sized(tokens), torch.nan, dtype=DTYPES[argument.dtype])
 

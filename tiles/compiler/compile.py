@@ -24,9 +24,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from tiles.compiler.cpu_elements import ELEMENTS
 from tiles.compiler.cpu_epilogue import epilogues
 from tiles.compiler.cpu_launcher import with_launcher
 from tiles.compiler.cpu_prelude import PRELUDE
+from tiles.compiler.cpu_streams import stream_functions
 from tiles.compiler.cuda_launcher import IMAGE, SPLITS, Launch, Plan, with_cuda_launcher
 from tiles.errors import BadInput
 from tiles.kernels.occupancy import REGISTER_FILE, multiprocessor
@@ -188,7 +190,7 @@ def _plan(program: Any, module: Any, arguments: Sequence[Argument]) -> Plan:
     named = {argument.name for argument in arguments}
     buffers = [program.buffer_map[parameter] for parameter in program.params if parameter in program.buffer_map]
     extra = [buffer for buffer in buffers if buffer.name not in named]
-    lost = {argument.name for argument in arguments if argument.role != "scalar"} - {buffer.name for buffer in buffers}
+    lost = {argument.name for argument in arguments if not argument.is_scalar} - {buffer.name for buffer in buffers}
     if lost:  # TileLang renames a parameter that a program assigns to a name; the launcher would take it for workspace
         found = [buffer.name for buffer in extra]
         raise CompileError(f"a program must keep its parameters' names, got {found}: do not assign {sorted(lost)}")
@@ -252,7 +254,8 @@ def _c_expression(extent: Any) -> str:
 
 def _without_tilelang(source: str) -> str:
     """The kernels use plain C types alone, so the text needs no header of TileLang's."""
-    return source.replace("#include <tl_templates/cpp/common.h>", PRELUDE + epilogues(source))
+    called = epilogues(source) + stream_functions(source)
+    return source.replace("#include <tl_templates/cpp/common.h>", PRELUDE + (called and ELEMENTS + called))
 
 
 def _cxx() -> list[str] | None:

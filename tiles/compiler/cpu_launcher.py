@@ -29,8 +29,8 @@ def with_launcher(source: str, arguments: Sequence[Argument]) -> str:
 
 def _launcher(kernel: str, parameters: Sequence[str], arguments: Sequence[Argument]) -> str:
     passed = {TOKENS: "(int32_t)(last - first)", "splits": "1"}
-    tensors = [argument for argument in arguments if argument.role != "scalar"]
-    scalars = [argument for argument in arguments if argument.role == "scalar"]
+    tensors = [argument for argument in arguments if not argument.is_scalar]
+    scalars = [argument for argument in arguments if argument.is_scalar]
     for index, argument in enumerate(tensors):
         row = argument.nbytes(1)
         if argument.role == "partial":

@@ -120,8 +120,8 @@ def _sum_kernel(partials: Sequence[Argument], use_pdl: int) -> str:
 
 
 def _host(plan: Plan, arguments: Sequence[Argument], partials: Sequence[Argument]) -> str:
-    tensors = [argument for argument in arguments if argument.role != "scalar"]
-    scalars = [argument.name for argument in arguments if argument.role == "scalar"]
+    tensors = [argument for argument in arguments if not argument.is_scalar]
+    scalars = [argument.name for argument in arguments if argument.is_scalar]
     places = {argument.name: index for index, argument in enumerate(tensors)}
     spaces = dict(plan.workspace) | {
         f"of_{a.name}": f"(chunks * splits > 1 ? chunks * splits * INT64_C({a.nbytes(1)}) : 0)" for a in partials

@@ -17,6 +17,10 @@ PAPER_SCALARS = {"eps": 1e-6, "hc_eps": 0.0, "post_scale": 2.0}
 """Their values in the paper; its eps is not stated, this is DeepSeek-V4's."""
 
 
+DX_IS_GIVEN = Argument("dx_is_given", (), "float32", "flag")
+"""1 where dx holds a gradient that is added to, 0 where it holds nothing."""
+
+
 def streams(name: str, problem: Problem, role: Role) -> Argument:
     """[T, n, C] in the streams' dtype; programs see a token as one row of n·C."""
     return Argument(name, (TOKENS, problem.streams, problem.width), problem.dtype, role, flat=True)

@@ -17,7 +17,7 @@ from tiles.errors import BadInput
 from tiles.target import Target
 
 Direction = Literal["forward", "backward"]
-Role = Literal["input", "output", "updated", "partial", "scalar"]
+Role = Literal["input", "output", "updated", "partial", "scalar", "flag"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -152,9 +152,11 @@ def why_bad_dtype(dtype: str) -> str | None:
 class Argument:
     """One kernel argument: a tensor (`shape` may lead with TOKENS) or a float32 scalar (`shape` is empty).
 
-    An `updated` tensor is an input that the kernel adds to in place. A `partial` is an output that each slice of tokens
-    writes on its own: the kernel sees [slices, *shape], the caller gets the sum over slices, in slice order, so results
-    repeat bit for bit at a fixed slice count. Of a `flat` tensor a program sees each token as one row.
+    An `updated` tensor is one that the kernel adds to in place. The `flag` before it, a scalar that the runtime sets,
+    is 1 where the caller gives it, and 0 where it holds nothing yet: then it is written alone. A `partial` is an output
+    that each slice of tokens writes on its own: the kernel sees [slices, *shape], the caller gets the sum over slices,
+    in slice order, so results repeat bit for bit at a fixed slice count. Of a `flat` tensor a program sees each token
+    as one row.
     """
 
     name: str
@@ -166,6 +168,11 @@ class Argument:
     def sized(self, tokens: int) -> tuple[int, ...]:
         """The concrete shape for a token count."""
         return tuple(tokens if isinstance(size, str) else size for size in self.shape)
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether it is passed by value."""
+        return self.role in ("scalar", "flag")
 
     def nbytes(self, tokens: int) -> int:
         """Bytes of the tensor (4 for a scalar)."""

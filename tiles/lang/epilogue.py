@@ -9,11 +9,13 @@ from tiles.lang.values import Expr
 
 
 class Others(NamedTuple):
-    """What gradients gain besides: gate[t] u[t, c] + more[t, c]. `gate` runs over neighbouring elements."""
+    """What gradients gain besides: gate[t] u[t, c], and where `more_is_given` is 1 and not 0 more[t, c]. `gate` runs
+    over neighbouring elements."""
 
     u: View
     gate: View
     more: View
+    more_is_given: Expr
 
 
 @T.macro
@@ -35,7 +37,16 @@ def gradients(
     stored = (out,) if others is None else (out, others.u, others.more)
     name = "_".join(["mhc_gradients", str(rows), *(_element(view, dtype) for view in stored)])
     of_product = (*_matrix(out), a.pointer(), a.stride(0), a.stride(1), *_matrix(b), *_matrix(x), slope.pointer())
-    of_others = () if others is None else (*_matrix(others.u), others.gate.pointer(), *_matrix(others.more))
+    of_others = (
+        ()
+        if others is None
+        else (
+            *_matrix(others.u),
+            others.gate.pointer(),
+            *_matrix(others.more),
+            others.more_is_given,
+        )
+    )
     T.call_extern("int32", name, *of_product, *of_others, count, width)
 
 

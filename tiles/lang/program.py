@@ -53,7 +53,7 @@ def program(
 
 
 def _type(argument: Any, sizes: Mapping[str, Expr], dialect: Dialect) -> Any:
-    if argument.role == "scalar":
+    if argument.is_scalar:
         return T.float32()
     shape = tuple(sizes.get(size, size) if isinstance(size, str) else size for size in argument.shape)
     if argument.flat:

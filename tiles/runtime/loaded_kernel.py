@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise, zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,7 +27,7 @@ from tiles.kernels.spec import TOKENS, Argument, KernelSpec, Problem
 from tiles.runtime.cpu_memory_pool import MEMORY_POOL
 from tiles.runtime.cuda_status import is_final, status_text
 
-Value = torch.Tensor | float
+Value = torch.Tensor | float | None
 
 MIN_SLICE_BYTES = 64 * 1024
 """Smallest slice of tokens that pays for waking another thread (about 5 µs at 10 GB/s)."""
@@ -40,8 +41,8 @@ class LoadedKernel:
     """A kernel ready to run on this machine, on a device of its kind.
 
     A call takes the inputs, scalars and updated tensors of `spec.arguments(problem)` in that order (contiguous tensors
-    on one device, any leading dimensions in the place of tokens) and returns all results in that order, with the same
-    leading dimensions, partials summed over slices.
+    on one device, any leading dimensions in the place of tokens; None for an updated one that holds nothing yet, which
+    is then made) and returns all results in that order, with the same leading dimensions, partials summed over slices.
     """
 
     def __init__(self, path: Path, problem: Problem) -> None:
@@ -52,8 +53,9 @@ class LoadedKernel:
         self.arguments = self.spec.arguments(problem)
         self._launch = _entry(library, self.kind)
         self._workspace = _workspace(library) if self.kind == "cuda" else None
-        self._tensors = [argument for argument in self.arguments if argument.role != "scalar"]
-        self._scalars = [argument for argument in self.arguments if argument.role == "scalar"]
+        self._tensors = [argument for argument in self.arguments if not argument.is_scalar]
+        self._scalars = [argument for argument in self.arguments if argument.is_scalar]
+        self._flags = flags_of(self.arguments)
         self._dims = len(self.arguments[0].shape) - 1
         self._inputs = sum(argument.role == "input" for argument in self.arguments)
         self._partials = sum(argument.role == "partial" for argument in self.arguments)
@@ -113,32 +115,39 @@ class LoadedKernel:
         return self._run(*self._split(given), self._layout((tokens,), slices), out)
 
     def _run(
-        self, tensors: list[torch.Tensor], scalars: Sequence[float], layout: _Layout, out: Sequence[torch.Tensor]
+        self, tensors: list[Any], scalars: Sequence[float], layout: _Layout, out: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        device = tensors[0].device
-        tensors.extend(out)
-        for shape, dtype, pooled in layout.made[len(out) :]:
-            made = MEMORY_POOL.empty(shape, dtype) if pooled else torch.empty(shape, dtype=dtype, device=device)
-            tensors.append(made)
-        self._start(tensors, scalars, layout.tokens, layout.slices)
-        results = tensors[self._inputs :]
+        device, updated = tensors[0].device, tensors[self._inputs :]
+        if updated:
+            scalars = [*scalars, *(float(tensor is not None) for tensor in updated)]
+        results = []
+        for given, (shape, dtype, pooled) in zip_longest((*updated, *out), layout.results):
+            if given is not None:
+                results.append(given)
+            elif pooled:
+                results.append(MEMORY_POOL.empty(shape, dtype))
+            else:
+                results.append(torch.empty(shape, dtype=dtype, device=device))
+        self._start(tensors[: self._inputs] + results, scalars, layout.tokens, layout.slices)
         if layout.slices > 1 and self._partials:
             results[-self._partials :] = map(summed, results[-self._partials :])
         return tuple(results)
 
     def launch(self, inputs: dict[str, Value], results: dict[str, torch.Tensor], tokens: int, slices: int) -> None:
-        """Write `results` (partials of [slices, ...] elements) from `inputs`; the caller owns every tensor.
+        """Write `results` (partials of [slices, ...] elements) from `inputs`; the caller owns every tensor. A result
+        that is updated holds something where `inputs` has it too.
 
         Raises `BadInput` for a result on a CUDA device that does not begin at a multiple of 32 bytes.
         """
         named: dict[str, Any] = inputs | results
+        named |= {flag: float(updated in inputs) for flag, updated in self._flags.items()}
         tensors, scalars = ([named[argument.name] for argument in kind] for kind in (self._tensors, self._scalars))
         self._start(tensors, scalars, tokens, slices)
 
-    def _split(self, given: Sequence[Value]) -> tuple[list[torch.Tensor], Sequence[float]]:
+    def _split(self, given: Sequence[Value]) -> tuple[list[Any], Sequence[Any]]:
         """The tensors that a caller passes, inputs and then updated ones, and the scalars, which come between them."""
-        first, end = self._inputs, self._inputs + len(self._scalars)
-        return [*given[:first], *given[end:]], given[first:end]  # type: ignore[list-item,return-value]
+        first, end = self._inputs, self._inputs + len(self._scalars) - len(self._flags)
+        return [*given[:first], *given[end:]], given[first:end]
 
     def _start(self, tensors: Sequence[torch.Tensor], scalars: Sequence[float], tokens: int, slices: int) -> None:
         """Run on all tensors, inputs and results, in the order of the arguments."""
@@ -184,6 +193,8 @@ class LoadedKernel:
         first = tensors[0]
         device = first.device if isinstance(first, torch.Tensor) and first.device.type == self.kind else None
         for value, (argument, shape, dtype) in zip(tensors, layout.given, strict=True):
+            if value is None and argument.role == "updated":
+                continue
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"{self.spec.name}: {argument.name} must be a tensor, got {value!r}")
             if value.shape != shape or value.dtype != dtype or value.device != device or not value.is_contiguous():
@@ -196,7 +207,7 @@ class LoadedKernel:
     def _layout_of(self, leading: tuple[int, ...], slices: int) -> _Layout:
         rows = () if slices == 1 else (slices,)  # a partial of a single slice is the result itself
         given = [argument for argument in self._tensors if is_given(argument)]
-        made = [argument for argument in self._tensors if argument.role in ("output", "partial")]
+        made = [argument for argument in self._tensors if is_result(argument)]
         shapes = [(*(rows if a.role == "partial" else ()), *with_leading(a, leading)) for a in made]
         dtypes = [DTYPES[argument.dtype] for argument in made]
         pooled = [self.kind == "cpu" and MEMORY_POOL.pools(*each) for each in zip(shapes, dtypes, strict=True)]
@@ -213,13 +224,13 @@ class _Layout(NamedTuple):
 
     Fields:
         given: every tensor that the caller passes, with its shape and dtype.
-        made: shape and dtype of every result that is made here, and whether its memory is the pool's.
+        results: shape and dtype of every result, and whether its memory is the pool's where it is made here.
     """
 
     tokens: int
     slices: int
     given: tuple[tuple[Argument, tuple[int, ...], torch.dtype], ...]
-    made: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...]
+    results: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...]
 
 
 def leading_shape(first: torch.Tensor, dims: int) -> torch.Size:
@@ -241,6 +252,11 @@ def with_leading(argument: Argument, leading: tuple[int, ...]) -> tuple[int, ...
 def is_given(argument: Argument) -> bool:
     """Whether the caller passes this argument."""
     return argument.role in ("input", "scalar", "updated")
+
+
+def flags_of(arguments: Sequence[Argument]) -> dict[str, str]:
+    """The flags, and the updated argument after each, which they are about."""
+    return {argument.name: after.name for argument, after in pairwise(arguments) if argument.role == "flag"}
 
 
 def is_result(argument: Argument) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import subprocess
 
 import pytest
 import torch
+from cpp_calls import compiled, pointers
 
-from tiles.compiler.compile import CPU_FLAGS
+from tiles.compiler.cpu_elements import ELEMENTS, STORED
 from tiles.compiler.cpu_epilogue import epilogues
 from tiles.compiler.cpu_prelude import PRELUDE
 
@@ -38,22 +38,18 @@ extern "C" void sums_24(float *lanes, float *total, int32_t count) { sums<24>(la
 EPILOGUE = r"""
 extern "C" void rows(STORED_T *out, float *a, float *b, float *x, float *slope, U_T *u, float *gate, STORED_T *more,
                      int32_t row, int32_t count, int32_t width) {
-  mhc_gradients_3_STORED_U_STORED(out, row, a, 1, 3, b, row, x, row, slope, u, row, gate, more, row, count, width);
+  mhc_gradients_3_STORED_U_STORED(out, row, a, 1, 3, b, row, x, row, slope, u, row, gate, more, row, 1, count, width);
+}
+extern "C" void first(STORED_T *out, float *a, float *b, float *x, float *slope, U_T *u, float *gate, STORED_T *more,
+                      int32_t row, int32_t count, int32_t width) {
+  mhc_gradients_3_STORED_U_STORED(out, row, a, 1, 3, b, row, x, row, slope, u, row, gate, more, row, 0, count, width);
 }
 extern "C" void plain(STORED_T *out, float *a, float *b, float *x, float *slope, int32_t row, int32_t count,
                       int32_t width) {
   mhc_gradients_3_STORED(out, row, a, 1, 3, b, row, x, row, slope, count, width);
 }
 """
-STORED_TYPES = {"float32": "float", "bfloat16": "uint16_t", "float16": "uint16_t"}
 LOWER = (0, 1, 0x0FFF, 0x1000, 0x1001, 0x2000, 0x7FFF, 0x8000, 0x8001, 0xFFFF)
-
-
-def compiled(source, folder):
-    text, library = folder / "calls.cpp", folder / "calls.so"
-    text.write_text(source)
-    subprocess.run(["g++", *CPU_FLAGS, "-shared", "-march=native", str(text), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -94,13 +90,9 @@ def test_lanes_are_added_in_one_order_wherever_a_token_lies(tmp_path):
 
 
 def with_epilogue(dtype, u, folder):
-    text = EPILOGUE.replace("STORED_T", STORED_TYPES[dtype]).replace("U_T", STORED_TYPES[u])
+    text = EPILOGUE.replace("STORED_T", STORED[dtype]).replace("U_T", STORED[u])
     text = text.replace("_STORED", f"_{dtype}").replace("_U_", f"_{u}_")
-    return compiled(PRELUDE + epilogues(text) + text, folder)
-
-
-def pointers(*tensors):
-    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    return compiled(PRELUDE + ELEMENTS + epilogues(text) + text, folder)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +115,9 @@ def test_register_blocks_with_an_epilogue_add_up_and_touch_no_column_beside_thei
         calls.rows(*pointers(out, a, b, x, slope, of_u, gate, out), *sizes)
         assert (out - wanted)[:, :width].abs().max() <= tolerance, width
         assert torch.equal(out[:, width:], before[:, width:]), width
+        nothing = torch.full_like(out, float("nan"))
+        calls.first(*pointers(nothing, a, b, x, slope, of_u, gate, nothing), *sizes)
+        assert (nothing - wanted + before.double())[:, :width].abs().max() <= tolerance, width
         calls.plain(*pointers(out, a, b, x, slope), *sizes)
         assert (out - product)[:, :width].abs().max() <= tolerance, width
         assert torch.equal(out[:, width:], before[:, width:]), width

@@ -131,8 +131,8 @@ def test_every_compiled_kernel_gets_its_own_arguments(driver, artifacts, tmp_pat
         path = tmp_path / f"{number}.so"
         path.write_bytes(artifact.binary)
         arguments = kernel_spec(op, direction).arguments(Problem(op, direction, 2, 64, "bfloat16"))
-        tensors = [argument.name for argument in arguments if argument.role != "scalar"]
-        scalars = [argument.name for argument in arguments if argument.role == "scalar"]
+        tensors = [argument.name for argument in arguments if not argument.is_scalar]
+        scalars = [argument.name for argument in arguments if argument.is_scalar]
         values = {name: 0x1000 * (place + 1) for place, name in enumerate(tensors)}
         floats = {name: 0.5 + place for place, name in enumerate(scalars)}
         kernels = {

@@ -24,6 +24,7 @@ from count_traffic import row
 from emulated import Emulated, generate
 from emulation import Found, Way
 
+from autotune.measuring.verify import without_updated
 from tiles.kernels.fused.chain_schedule import ChainSchedule
 from tiles.kernels.project.tensor_core_schedule import TiledSchedule
 from tiles.kernels.reference_inputs import in_float64
@@ -49,6 +50,12 @@ class Case:
     schedule: Any = None
     split_tokens: int = 0
     chunk_tokens: int = 0
+
+    @property
+    def updates(self) -> bool:
+        """Whether the kernel adds to what it is given."""
+        arguments = kernel_specs()[self.problem.op, self.problem.direction].arguments(self.problem)
+        return any(argument.role == "updated" for argument in arguments)
 
     def __str__(self) -> str:
         p = self.problem
@@ -256,6 +263,16 @@ def test_a_token_has_the_same_bits_alone_and_among_others(kernels, case):
         some = run(first, count)
         for name in owned:
             assert torch.equal(some[name], together[name][first : first + count]), (name, first, count)
+
+
+@pytest.mark.parametrize("case", tiers(case for case in FIXED if case.updates), ids=str)
+def test_what_is_updated_may_hold_nothing_yet(kernels, case):
+    """Then its memory, of NaN here, is not read."""
+    kernel, tokens = kernels[case], 37
+    inputs = kernel.spec.inputs(kernel.problem, tokens, 0)
+    zeros = kernel.run(inputs | {"dx": torch.zeros_like(inputs["dx"])}, tokens)
+    for name, got in kernel.run(without_updated(kernel.spec.arguments(kernel.problem), inputs), tokens).items():
+        assert torch.equal(got, zeros[name]), name
 
 
 @pytest.mark.slow

@@ -208,8 +208,8 @@ def test_inputs_and_reference_have_the_shapes_of_the_arguments(spec):
     values = spec.inputs(problem, 5, 0)
     results = spec.reference(problem, values)
     for argument in spec.arguments(problem):
-        if argument.role == "scalar":
-            assert isinstance(values[argument.name], float)
+        if argument.is_scalar:
+            assert argument.role == "flag" or isinstance(values[argument.name], float)
             continue
         tensor = (values if is_given(argument) else results)[argument.name]
         assert tuple(tensor.shape) == argument.sized(5)

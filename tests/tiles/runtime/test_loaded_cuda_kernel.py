@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not 
 PROBLEM = Problem("pre", "backward", 2, 8, "bfloat16")
 TOKENS = 5
 ARGUMENTS = kernel_spec(PROBLEM.op, PROBLEM.direction).arguments(PROBLEM)
-TENSORS = tuple(argument.name for argument in ARGUMENTS if argument.role != "scalar")
+TENSORS = tuple(argument.name for argument in ARGUMENTS if not argument.is_scalar)
 LAUNCH = Launch("toy", (*TENSORS, "between"), ("tokens", "1", "1"), (32, 1, 1), 0)
 
 

@@ -124,7 +124,8 @@ class Backward:
 
     `scratch` allocates what they work on. A block of tokens: fill dpre, dpost [n, tokens] and, where res is not the
     identity, dres [n, n, tokens], then `run`; it leaves dz [N, tokens] and ds [tokens], which `store_logits` writes.
-    `clear` comes before the first block, `store` after the last; `gates` gives pre ahead of `run`.
+    `clear` comes before the first block, `store` after the last; where pre is needed before, `gates` and
+    `run_after_gates` do what `run` does.
     """
 
     def __init__(self, problem: Problem, block: int, dialect: Dialect) -> None:
@@ -159,9 +160,8 @@ class Backward:
                             held.dz[2 * n + i * n + j, thread] = held.dres[i, j, thread]
 
         @T.macro
-        def run(held: Any, z: Any, s: Any, maps: Any, start: Any, last: Any) -> None:
+        def run_after_gates(held: Any, z: Any, maps: Any, start: Any, last: Any) -> None:
             of = held.forward
-            gates(of, z, s, maps, start, last)
             if mixes:
                 rounds.forward(of.logits, of.matrix, of.column, held.kept, maps)
                 rounds.backward(of.logits, of.matrix, of.column, held.kept, held.dres, maps)
@@ -191,6 +191,11 @@ class Backward:
                 held.ds[thread] = T.float32(-0.5 / fan_in) * scale * scale * held.ds[thread]
 
         @T.macro
+        def run(held: Any, z: Any, s: Any, maps: Any, start: Any, last: Any) -> None:
+            gates(held.forward, z, s, maps, start, last)
+            run_after_gates(held, z, maps, start, last)
+
+        @T.macro
         def store_logits(held: Any, dz: Any, ds: Any, start: Any, last: Any) -> None:
             """Write dz and ds out."""
             for thread in dialect.thread_loop(block):
@@ -217,7 +222,7 @@ class Backward:
             add_threads(held.sums, outputs, len(groups), dalpha, split)
 
         self.clear, self.run, self.store_logits, self.store = clear, run, store_logits, store
-        self.gates = gates
+        self.gates, self.run_after_gates = gates, run_after_gates
 
     def scratch(self) -> BackwardScratch:
         """Allocate what the macros work on; call it inside the kernel."""

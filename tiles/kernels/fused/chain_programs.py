@@ -68,7 +68,7 @@ def step_forward(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> An
 
 
 def pre_backward(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> Any:
-    """dx̄ += dz·phi + 2 x̄ ds + pre·du, with dz and ds from du, dpost and dres; dphi, dalpha and dbias."""
+    """dx̄ (+)= dz·phi + 2 x̄ ds + pre·du, with dz and ds from du, dpost and dres; dphi, dalpha and dbias."""
     backward, rows = Backward(problem, schedule, dialect), Rows(schedule)
     apply = Aggregate(problem, schedule.row_width, dialect, schedule.row_threads)
     dx_dphi_tile, groups = gradients_of_streams(problem, schedule, dialect)
@@ -82,7 +82,7 @@ def pre_backward(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> An
                 apply.dpre_dot(p.x, p.du, token, p.dpre, token)
         backward.launch_coefficients(p, p.dpre)
         with dialect.kernel(groups, p.splits, threads=schedule.threads) as (group, split):
-            dx_dphi_tile(p, group, split, as_value(p.tokens), as_value(p.splits), (p.du, p.dx, p.pre))
+            dx_dphi_tile(p, group, split, as_value(p.tokens), as_value(p.splits), (p.du, p.dx, p.pre, p.dx_is_given))
         backward.launch_join(p)
 
     return pre_backward
@@ -120,7 +120,7 @@ def step_backward(problem: Problem, schedule: ChainSchedule, dialect: Cuda) -> A
                     mixed.merge_and_dot(p.x, p.f, p.du, p.x_next_workspace, token, weights, p.dpre)
         backward.launch_coefficients(p.renamed(**signature.next_maps(problem, "d")), p.dpre)
         with dialect.kernel(groups, p.splits, threads=schedule.threads) as (group, split):
-            of_x_next, extra_grads = p.renamed(x="x_next_workspace", dx=g), (p.du, p.dx_next, p.pre)
+            of_x_next, extra_grads = p.renamed(x="x_next_workspace", dx=g), (p.du, p.dx_next, p.pre, T.float32(1))
             dx_dphi_tile(of_x_next, group, split, as_value(p.tokens), as_value(p.splits), extra_grads)
         with dialect.kernel(rows.blocks(p.tokens), threads=schedule.row_threads) as block:
             dialect.pdl_wait(schedule.use_pdl)

@@ -8,7 +8,7 @@ stream i of a token begins at column i·C.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import tilelang.language as T
 
@@ -25,6 +25,7 @@ from tiles.kernels.spec import Problem
 from tiles.lang.dialect import Cpu, Cuda, Dialect, View
 from tiles.lang.epilogue import Others
 from tiles.lang.program import program
+from tiles.lang.streams import Streams, stream_dots
 from tiles.lang.values import Buffer, Expr, as_value, bind, token_range, variable
 
 
@@ -54,7 +55,7 @@ def step_forward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
     assert isinstance(dialect, Cpu)
     block = schedule.block_tokens
     before = _Forward(problem, schedule, dialect, lambda p: (p.x, p.f), block)
-    mixed = Merge(problem, schedule.row_width, dialect)
+    mixed = Merge(problem, schedule.row_width, dialect, prefetched=True)
 
     @program(signature.step(problem), dialect)
     def step_forward(p: Any) -> None:
@@ -70,7 +71,7 @@ def step_forward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
 
 
 def pre_backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
-    """dx̄ += dz·phi + 2 x̄ ds + pre·du, with dz and ds from du, dpost and dres; dphi, dalpha and dbias."""
+    """dx̄ (+)= dz·phi + 2 x̄ ds + pre·du, with dz and ds from du, dpost and dres; dphi, dalpha and dbias."""
     if isinstance(schedule, ChainSchedule):
         assert isinstance(dialect, Cuda)
         return chain_programs.pre_backward(problem, schedule, dialect)
@@ -88,7 +89,7 @@ def pre_backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
                 start = variable(first[0] + step * schedule.block_tokens)
                 count = variable(T.min(schedule.block_tokens, last[0] - start))
                 after.logits(held, normed, p, start, count)
-                after.dx_dphi(held, normed, p, p.dx, split, start, last[0], count)
+                after.dx_dphi(held, normed, p, More(p.dx, p.dx_is_given), split, start, last[0], count)
             after.coefficients.store(held, p.dalpha, p.dbias, split)
 
     return pre_backward
@@ -121,13 +122,20 @@ def step_backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any
                     token = variable(start + t)
                     mixed.merge(p.x, p.f, p.dx, token, mixed.weights(p, token))
                 after.logits(held, normed, of_x_next, start, count)
-                after.dx_dphi(held, normed, of_x_next, p.dx_next, split, start, last[0], count)
+                after.dx_dphi(held, normed, of_x_next, More(p.dx_next, T.float32(1)), split, start, last[0], count)
                 for t in T.serial(count):
                     token = variable(start + t)
                     mixed.merge_back(p.renamed(g="dx"), token, mixed.weights(p, token))
             after.coefficients.store(held, p.dalpha, p.dbias, split)
 
     return step_backward
+
+
+class More(NamedTuple):
+    """The gradient that streams get from elsewhere, and whether there is one: 1 or 0."""
+
+    grads: Buffer
+    is_given: Expr
 
 
 class _Forward:
@@ -149,11 +157,11 @@ class _Forward:
                 project(p, start + r * rows, last)
             coefficients.run(held, p.z, p.s, p, start, start + count)
             coefficients.store(held, p, None, start, start + count)
-            for t in T.serial(count):
-                pre = [bind(held.pre[i, t]) for i in apply.streams]
-                if problem.normalises:
-                    norm.aggregate(p, start + t, pre)
-                else:
+            if problem.normalises:
+                norm.aggregate(p, held.pre, start, count)
+            else:
+                for t in T.serial(count):
+                    pre = [bind(held.pre[i, t]) for i in apply.streams]
                     apply.aggregate(p.x, p.u, start + t, pre)
 
         self.run = run
@@ -166,10 +174,8 @@ class _Backward:
         n, width, block, outputs = problem.streams, problem.width, schedule.block_tokens, problem.outputs
         lanes = token_lanes(block)
         coefficients = gates.Backward(problem, lanes, dialect)
-        apply = Aggregate(problem, schedule.row_width, dialect)
         dx_dphi_tile = gradients(problem, schedule, dialect)
-        norm_rows = Norm(problem, schedule.row_width, dialect)
-        norm_tile = Norm(problem, schedule.block_width, dialect)
+        norm = Norm(problem, schedule.block_width, dialect)
 
         @T.macro
         def clear(held: Any, p: Any, split: Expr) -> None:
@@ -192,46 +198,44 @@ class _Backward:
                 for i, j in T.grid(n, n):
                     for index in dialect.parallel(lanes):
                         held.dres[i, j, index] = p.dres[start + T.min(index, count - 1), i, j]
+            coefficients.gates(held.forward, p.z, p.s, p, start, start + count)
             if problem.normalises:
-                coefficients.gates(held.forward, p.z, p.s, p, start, start + count)
-                for t in T.serial(count):
-                    norm_rows.dots(p, normed, start + t, t, held.forward.pre, held.dpre)
+                norm.dots(p, normed, start, count, held.forward.pre, held.dpre)
             else:
-                for t in T.serial(count):
-                    apply.dpre_dot(p.x, p.du, start + t, held.dpre, t)
-            coefficients.run(held, p.z, p.s, p, start, start + count)
+                x, du = View(p.x, (start, 0), (0, 1)), View(p.du, (start, 0), (0, 1))
+                stream_dots(held.dpre, Streams(x, n, problem.dtype), du, count)
+            coefficients.run_after_gates(held, p.z, p, start, start + count)
 
         def others(
-            held: Any, u: Buffer, more: Buffer, i: Expr, column: Expr, in_block: bool, t: Expr, token: Expr
+            held: Any, u: Buffer, more: More, i: Expr, column: Expr, in_block: bool, t: Expr, token: Expr
         ) -> Others:
-            """pre_i times the gradient of u, whose rows are tokens, or those of the block; and the gradient that x gets
-            from elsewhere."""
+            """pre_i times the gradient of u, whose rows are tokens, or those of the block; and `more`."""
             of_u = View(u, (t, 0) if in_block else (token, column), (0, 1))
             gate = View(held.forward.pre, (i, t), (0, 1))
-            return Others(of_u, gate, View(more, (token, i * width + column), (0, 1)))
+            return Others(of_u, gate, View(more.grads, (token, i * width + column), (0, 1)), more.is_given)
 
         @T.macro
         def dx_dphi(
-            held: Any, normed: Any, p: Any, more: Buffer, split: Expr, start: Expr, last: Expr, count: Expr
+            held: Any, normed: Any, p: Any, more: More, split: Expr, start: Expr, last: Expr, count: Expr
         ) -> None:
             """dx = dz·phi + 2 x ds + pre·du + more, and the block's part of dphi."""
             if problem.normalises:
                 for part in T.serial(width // schedule.block_width):
                     column = bind(part * schedule.block_width)
-                    norm_tile.gradients(p, normed, split, start, column, count, held.forward.pre)
+                    norm.gradients(p, normed, split, start, column, count, held.forward.pre)
                     for i in T.serial(n):
                         extra = partial(others, held, normed.of_u, more, i, column, True)
-                        dx_dphi_tile(p, held.dz, held.ds, split, start, last, i * width + column, extra, (more,))
+                        dx_dphi_tile(p, held.dz, held.ds, split, start, last, i * width + column, extra, (more.grads,))
             else:
                 for i in T.serial(n):
                     for part in T.serial(width // schedule.block_width):
                         column = bind(part * schedule.block_width)
                         extra = partial(others, held, p.du, more, i, column, False)
-                        dx_dphi_tile(p, held.dz, held.ds, split, start, last, i * width + column, extra, (more,))
+                        dx_dphi_tile(p, held.dz, held.ds, split, start, last, i * width + column, extra, (more.grads,))
 
         def scratch() -> NormScratch | None:
             """What a norm keeps; call it inside the kernel."""
-            return norm_rows.scratch(block, schedule.block_width) if problem.normalises else None
+            return norm.scratch(block, schedule.block_width) if problem.normalises else None
 
         self.coefficients, self.clear, self.logits, self.dx_dphi = coefficients, clear, logits, dx_dphi
         self.scratch = scratch

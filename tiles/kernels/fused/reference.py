@@ -28,7 +28,7 @@ def pre_forward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
 
 
 def pre_backward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
-    """dx added to the dx that is given [T, n, C], dphi [N, nC], dalpha [3], dbias [N]."""
+    """dx [T, n, C], added to the dx that is given where one is, dphi [N, nC], dalpha [3], dbias [N]."""
     x, gate = values["x"], coefficients.forward(problem, values)["pre"]
     du, of_norm = norm.backward(problem, values, x, gate)
     aggregated = apply.aggregate_backward(problem, {"x": x, "pre": gate, "du": du})
@@ -36,9 +36,10 @@ def pre_backward(problem: Problem, values: Values) -> dict[str, torch.Tensor]:
     # In the parameters' precision, so that dx is rounded once.
     wide = {"x": x.to(values["phi"].dtype), "phi": values["phi"], "dz": logits["dz"], "ds": logits["ds"]}
     projected = project.backward(problem, wide)
-    dx = values["dx"] + torch.einsum("ti,tc->tic", gate, du.to(gate.dtype)) + projected["dx"]
+    dx = torch.einsum("ti,tc->tic", gate, du.to(gate.dtype)) + projected["dx"]
+    more = values.get("dx")
     return {
-        "dx": dx.to(x.dtype),
+        "dx": (dx if more is None else more + dx).to(x.dtype),
         "dphi": projected["dphi"],
         "dalpha": logits["dalpha"],
         "dbias": logits["dbias"],

@@ -128,7 +128,7 @@ def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
     lanes = token_lanes(schedule.block_tokens)
     if problem.direction == "forward":
         held = coefficients.forward_scratch(problem, lanes, target) + forward_scratch(problem, schedule)
-        held += problem.width * problem.normalises
+        held += 2 * problem.width * problem.normalises
     else:
         held = coefficients.backward_scratch(problem, lanes, target) + backward_scratch(schedule)
         held += norm_scratch(problem, schedule)

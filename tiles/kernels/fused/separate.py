@@ -42,15 +42,16 @@ def pre_backward(
     eps: float,
     hc_eps: float,
     post_scale: float,
-    dx: torch.Tensor,
+    dx: torch.Tensor | None,
 ) -> Results:
-    """-> dx (added to in place), dphi, dalpha, dbias."""
+    """-> dx (added to in place where it is given), dphi, dalpha, dbias."""
     scalars = (eps, hc_eps, post_scale)
     pre = run("coefficients", "forward", (z, s, alpha, bias, *scalars))[0]
     through_u, dpre = run("aggregate", "backward", (x, pre, du))
     dz, ds, dalpha, dbias = run("coefficients", "backward", (z, s, alpha, bias, dpre, dpost, dres, *scalars))
     through_z, dphi = run("project", "backward", (x, phi, dz, ds))
-    return dx.add_(through_u).add_(through_z), dphi, dalpha, dbias
+    given = through_u if dx is None else dx.add_(through_u)
+    return given.add_(through_z), dphi, dalpha, dbias
 
 
 def step_forward(

@@ -8,7 +8,18 @@ dnorm_weight after dbias.
 
 from __future__ import annotations
 
-from tiles.kernels.arguments import affine, gates, mixing, norm_weight, phi, projected, row, scalars, streams
+from tiles.kernels.arguments import (
+    DX_IS_GIVEN,
+    affine,
+    gates,
+    mixing,
+    norm_weight,
+    phi,
+    projected,
+    row,
+    scalars,
+    streams,
+)
 from tiles.kernels.spec import Argument, Problem
 
 
@@ -30,7 +41,7 @@ def _parameter_gradients(problem: Problem) -> tuple[Argument, ...]:
 
 def pre(problem: Problem) -> tuple[Argument, ...]:
     """forward: x, phi, alpha, bias, scalars -> u, post, res, z, s;
-    backward: x, phi, alpha, bias, z, s, du, dpost, dres, scalars, dx (added to) -> dx, dphi, dalpha, dbias."""
+    backward: x, phi, alpha, bias, z, s, du, dpost, dres, scalars, dx (added to, or None) -> dx, dphi, dalpha, dbias."""
     given = (streams("x", problem, "input"), *_parameters(problem))
     if problem.direction == "forward":
         maps = (gates("post", problem, "output"), *mixing("res", problem, "output"))
@@ -42,6 +53,7 @@ def pre(problem: Problem) -> tuple[Argument, ...]:
         gates("dpost", problem, "input"),
         *mixing("dres", problem, "input"),
         *scalars(problem),
+        DX_IS_GIVEN,
         streams("dx", problem, "updated"),
         *_parameter_gradients(problem),
     )

@@ -201,8 +201,9 @@ def gradients(problem: Problem, schedule: Any, dialect: Cuda, streams: int = 1) 
     of one where it is copied ahead. Where it reaches past a stream, columns of the next one are carried along: no
     result of a column depends on another, and they are not written.
 
-    `extra_grads`, where given, is (du [T, C], more [T, nC], pre [T, n]): pre_i du + more is added to dx. Then kernels
-    before this one make dz, ds and pre; they are waited for once phi is in shared memory.
+    `extra_grads`, where given, is (du [T, C], more [T, nC], pre [T, n], more_is_given): pre_i du, and more where that
+    is 1 and not 0, are added to dx. Then kernels before this one make dz, ds and pre; they are waited for once phi is
+    in shared memory.
     """
     outputs, dtype, block, width = problem.outputs, problem.dtype, schedule.block_tokens, schedule.block_width
     row, of_tile, parts = width // streams, tuple(range(streams)), -(-problem.width // (width // streams))
@@ -212,11 +213,12 @@ def gradients(problem: Problem, schedule: Any, dialect: Cuda, streams: int = 1) 
     stages = schedule.stages
 
     @T.macro
-    def begin(x: Buffer, extra_grads: Any, at: Expr, places: Any, slots: Any, slot: Expr) -> None:
+    def begin(x: Buffer, extra_grads: Any, at: Expr, past: Expr, places: Any, slots: Any, slot: Expr) -> None:
         """Copy a block of tokens ahead of its turn: TileLang 0.1.15 pipelines no loop of unknown length that copies x
-        and the extra gradients."""
+        and the extra gradients. Of row `past` on nothing is copied."""
         tiles.async_copy_g2s(extra_grads[0], at, places.within, slots[0], slot)
-        tiles.async_copy_g2s(extra_grads[1], at, places.column(0), slots[1], slot)
+        of_more = T.if_then_else(extra_grads[3] > 0, at, past)
+        tiles.async_copy_g2s(extra_grads[1], of_more, places.column(0), slots[1], slot)
         tiles.async_copy_g2s(x, at, places.column(0), slots[2], slot)
 
     @T.macro
@@ -264,13 +266,14 @@ def gradients(problem: Problem, schedule: Any, dialect: Cuda, streams: int = 1) 
         first, last, blocks = token_range(tokens, split, splits, block)
         if ahead:
             for step in T.serial(stages - 1):
-                begin(p.x, extra_grads, or_past(first[0] + step * block, last[0], tokens), places, others, step)
+                soon = or_past(first[0] + step * block, last[0], tokens)
+                begin(p.x, extra_grads, soon, tokens, places, others, step)
         for step in T.serial(blocks[0]) if ahead else tiles.pipelined(blocks[0], stages):
             start = first[0] + step * block
             if ahead:
                 tiles.cp_async_wait_group(3 * (stages - 2))
                 after = bind(or_past(start + (stages - 1) * block, last[0], tokens))
-                begin(p.x, extra_grads, after, places, others, (step + stages - 1) % stages)
+                begin(p.x, extra_grads, after, tokens, places, others, (step + stages - 1) % stages)
                 if dtype == OPERAND:
                     for t, c in dialect.parallel(block, width):
                         state[t, c] = others[2][step % stages, t, c]
@@ -279,8 +282,9 @@ def gradients(problem: Problem, schedule: Any, dialect: Cuda, streams: int = 1) 
                     state[t, c] = p.x[start + t, places.column(c)]
                 if extra_grads is not None:
                     tiles.copy_g2s(extra_grads[0], start, within, others[0])
+                    of_more = T.if_then_else(extra_grads[3] > 0, start, tokens)
                     for t, c in dialect.parallel(block, width):
-                        others[1][t, c] = extra_grads[1][start + t, places.column(c)]
+                        others[1][t, c] = extra_grads[1][of_more + t, places.column(c)]
             split_dz(p.dz, left, right, start)
             load_scales(p, extra_grads, lengths, gates, start, stream)
             for t, c in dialect.parallel(block, width):

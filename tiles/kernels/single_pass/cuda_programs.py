@@ -150,7 +150,7 @@ def _backward_by_rows(problem: Problem, schedule: ChainSchedule, dialect: Cuda) 
                     weights = mixed.weights(p, token)
                     mixed.merge_and_dot(p.x, p.f, p.du, p.x_next_workspace, token, weights, dpre)
         with dialect.kernel(groups, p.splits, threads=schedule.threads) as (group, split):
-            of_x_next, extra_grads = p.renamed(x="x_next_workspace", dx=g), (p.du, p.dx_next, p.pre)
+            of_x_next, extra_grads = p.renamed(x="x_next_workspace", dx=g), (p.du, p.dx_next, p.pre, T.float32(1))
             dx_dphi_tile(of_x_next, group, split, as_value(p.tokens), as_value(p.splits), extra_grads)
         with dialect.kernel(rows.blocks(p.tokens), threads=schedule.row_threads) as block:
             dialect.pdl_wait(schedule.use_pdl)

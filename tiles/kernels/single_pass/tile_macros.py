@@ -13,7 +13,7 @@ from tiles.kernels.fused.norm import Norm, NormScratch
 from tiles.kernels.limits import divisors, token_lanes
 from tiles.kernels.project.programs import output_groups, prefetch_of
 from tiles.kernels.single_pass.schedule import SinglePassSchedule, tile_row
-from tiles.kernels.spec import Problem
+from tiles.kernels.spec import DTYPE_BYTES, Problem
 from tiles.lang.columns import Columns
 from tiles.lang.dialect import Cpu, View
 from tiles.lang.rows import SourceRow
@@ -23,14 +23,18 @@ DOTS_WIDTH = 640
 """Most columns of a register block of dot products: what they read stays in an L1 cache."""
 
 
-class _Tile:
-    """What both passes share. `staged` has x' of tokens, rounded as streams are, in rows of n · block_width columns."""
+MERGED_BYTES = 256
+"""Most bytes of a stream that the forward merges at a time, while it brings in as many of the next token."""
 
-    def __init__(self, problem: Problem, schedule: SinglePassSchedule, dialect: Cpu) -> None:
+
+class _Tile:
+    """What both passes share; `columns` of each stream are merged at a time. `staged` has x' of tokens, rounded as
+    streams are, in rows of n · block_width columns."""
+
+    def __init__(self, problem: Problem, schedule: SinglePassSchedule, dialect: Cpu, columns: Columns) -> None:
         n, dtype, width = problem.streams, problem.dtype, schedule.block_width
         self.streams = streams = tuple(range(n))
         self.groups = output_groups(problem.outputs, schedule.register_outputs)
-        columns = Columns(width, dtype, dialect, nontemporal=bool(schedule.nontemporal))
 
         def place(i: Expr, column: Expr) -> Expr:
             return i * problem.width + column
@@ -71,8 +75,11 @@ class ForwardTile(_Tile):
     """The macro `run` for a register block of tokens, start..start + register_tokens as far as below `last`."""
 
     def __init__(self, problem: Problem, schedule: SinglePassSchedule, dialect: Cpu) -> None:
-        super().__init__(problem, schedule, dialect)
-        streams, groups, width = self.streams, self.groups, schedule.block_width
+        width, how = schedule.block_width, {"nontemporal": bool(schedule.nontemporal), "prefetched": True}
+        merged = divisors(width, 8, MERGED_BYTES // DTYPE_BYTES[problem.dtype])[-1]
+        super().__init__(problem, schedule, dialect, Columns(merged, problem.dtype, dialect, **how))
+        streams, groups = self.streams, self.groups
+        of_u = Columns(merged, problem.dtype, dialect)  # the sublayer reads u' at once: it goes through the caches
         rows, dots_width = schedule.register_tokens, divisors(width, 8, DOTS_WIDTH)[-1]
         parts, columns, norm = width // dots_width, self.columns, Norm(problem, width, dialect)
         prefetch = prefetch_of(problem, dots_width, groups, dialect)
@@ -92,27 +99,28 @@ class ForwardTile(_Tile):
             """x' and u' of a token's columns, x' into `staged` as well; x'² is added to squares[row], and u'², where u'
             will be normalised, to squares_of_u[row]."""
             pre, post, res = self.weights(p, token)
-            total_of_u = total_of_columns()
-            totals, given = [dialect.accumulator(width) for _ in streams], self.load(p, token, column)
-            mixed, gathered = [columns.result(p.x_next) for _ in streams], columns.row(p.u)
-            for i in streams:
-                mixed[i].store_at(token, self.place(i, column))
-            gathered.store_at(token, column)
-            for outer in columns.outer():
-                for inner in columns.inner():
-                    values = self.x_next(given, res, post, columns.index(outer, inner))
-                    for i in streams:
-                        mixed[i].put(columns.index(outer, inner), values[i], rounded=True)
-                        staged[row, i * width + columns.place(outer, inner)] = values[i]
-                        totals[i][0] += values[i] * values[i]  # one sum of all would wait for each addition
-                    if problem.normalises:
+            total_of_u, totals = total_of_columns(), [dialect.accumulator(width) for _ in streams]
+            mixed, gathered = [columns.result(p.x_next) for _ in streams], of_u.result(p.u)
+            for part in T.serial(width // merged):
+                first, within = bind(column + part * merged), bind(part * merged)
+                given = self.load(p, token, first)
+                for i in streams:
+                    mixed[i].store_at(token, self.place(i, first))
+                gathered.store_at(token, first)
+                dialect.prefetch((p.u,), (token + 1, first), merged)
+                for outer in columns.outer():
+                    for inner in columns.inner():
+                        values = self.x_next(given, res, post, columns.index(outer, inner))
+                        for i in streams:
+                            mixed[i].put(columns.index(outer, inner), values[i], rounded=True)
+                            staged[row, i * width + within + columns.place(outer, inner)] = values[i]
+                            totals[i][0] += values[i] * values[i]  # one sum of all would wait for each addition
                         u = bind(weighted(pre, values))
-                        total_of_u[0] += u * u
+                        if problem.normalises:
+                            total_of_u[0] += u * u
                         gathered.put(columns.index(outer, inner), u)
-                    else:
-                        gathered.put(columns.index(outer, inner), weighted(pre, values))
-            for i in streams:
-                mixed[i].flush()
+                for result in (*mixed, gathered):
+                    result.flush()
             squares[row] = squares[row] + sum(total[0] for total in totals)
             if problem.normalises:
                 squares_of_u[row] = squares_of_u[row] + total_of_u[0]
@@ -163,7 +171,8 @@ class BackwardTile(_Tile):
     """The macros of the backward. `sums` [block_tokens, N] are of dpre, dpost and dres, in this order."""
 
     def __init__(self, problem: Problem, schedule: SinglePassSchedule, dialect: Cpu) -> None:
-        super().__init__(problem, schedule, dialect)
+        columns = Columns(schedule.block_width, problem.dtype, dialect, nontemporal=bool(schedule.nontemporal))
+        super().__init__(problem, schedule, dialect, columns)
         streams, groups, width, dtype = self.streams, self.groups, schedule.block_width, problem.dtype
         n, block, rows = problem.streams, schedule.block_tokens, schedule.register_tokens
         lanes = token_lanes(block)
