@@ -51,8 +51,11 @@ def project(x: torch.Tensor, phi: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     x [..., n, C], phi [N, K] float32 -> z [..., N], s [...], float32.
     """
     n, width = stream_shape(x)
-    expect("phi", phi, (n * n + 2 * n, n * width), torch.float32, x.device)
-    return call("project", x, phi, n, width, ROUNDS)
+
+    def check() -> None:
+        expect("phi", phi, (n * n + 2 * n, n * width), torch.float32, x.device)
+
+    return call("project", (x, phi), (n, width, ROUNDS), check)
 
 
 def coefficients(
@@ -77,15 +80,19 @@ def coefficients(
     """
     check_problem(streams, width)
     check_scalars(hc_eps, post_scale)
-    outputs, leading = streams * streams + 2 * streams, s.shape
-    expect("s", s, leading, torch.float32, z.device)
-    expect("z", z, (*leading, outputs), torch.float32, z.device)
-    expect("alpha", alpha, (3,), torch.float32, z.device)
-    expect("bias", bias, (outputs,), torch.float32, z.device)
-    given = (z, s, alpha, bias, eps, hc_eps, post_scale, streams, width, rounds)
+
+    def check() -> None:
+        outputs = streams * streams + 2 * streams
+        expect("s", s, s.shape, torch.float32, z.device)
+        expect("z", z, (*s.shape, outputs), torch.float32, z.device)
+        expect("alpha", alpha, (3,), torch.float32, z.device)
+        expect("bias", bias, (outputs,), torch.float32, z.device)
+
+    tensors, settings = (z, s, alpha, bias), (eps, hc_eps, post_scale, streams, width, rounds)
     if out is not None:
-        return write_results("coefficients", given, leading, out)
-    return call("coefficients", *given)
+        check()
+        return write_results("coefficients", tensors, settings, s.shape, out)
+    return call("coefficients", tensors, settings, check)
 
 
 def sinkhorn(logits: torch.Tensor, rounds: int = ROUNDS, *, hc_eps: float = 0.0) -> torch.Tensor:
@@ -99,8 +106,11 @@ def sinkhorn(logits: torch.Tensor, rounds: int = ROUNDS, *, hc_eps: float = 0.0)
         raise BadInput(f"logits must be [..., n, n], got {tuple(logits.shape)}: pass square matrices")
     n = logits.shape[-1]
     check_problem(n)
-    expect("logits", logits, (*logits.shape[:-2], n, n), torch.float32, logits.device)
-    return call("sinkhorn", logits, hc_eps, n, ANY_WIDTH, rounds)
+
+    def check() -> None:
+        expect("logits", logits, (*logits.shape[:-2], n, n), torch.float32, logits.device)
+
+    return call("sinkhorn", (logits,), (hc_eps, n, ANY_WIDTH, rounds), check)
 
 
 def aggregate(x: torch.Tensor, pre: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -109,12 +119,15 @@ def aggregate(x: torch.Tensor, pre: torch.Tensor, *, out: torch.Tensor | None = 
     x [..., n, C], pre [..., n] float32 -> u [..., C] in x's dtype.
     """
     n, width = stream_shape(x)
-    leading = x.shape[:-2]
-    expect("pre", pre, (*leading, n), torch.float32, x.device)
-    given = (x, pre, n, width, ROUNDS)
+    settings = (n, width, ROUNDS)
+
+    def check() -> None:
+        expect("pre", pre, (*x.shape[:-2], n), torch.float32, x.device)
+
     if out is not None:
-        return write_results("aggregate", given, leading, out)
-    return call("aggregate", *given)
+        check()
+        return write_results("aggregate", (x, pre), settings, x.shape[:-2], out)
+    return call("aggregate", (x, pre), settings, check)
 
 
 def merge(
@@ -124,23 +137,24 @@ def merge(
 
     x [..., n, C], f [..., C] in x's dtype, res [..., n, n] (None: the identity) and post [..., n] float32 -> x' like x.
     """
-    check_merge(x, f, res, post)
-    n, width = x.shape[-2:]
-    op, given = _op("merge", res is not None), (x, f, *_given(res), post, n, width, ROUNDS)
-    if out is not None:
-        return write_results(op, given, x.shape[:-2], out)
-    return call(op, *given)
-
-
-def check_merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor | None, post: torch.Tensor) -> torch.Size:
-    """The leading dimensions; raises `BadInput` unless f, res and post fit x."""
     n, width = stream_shape(x)
-    leading = x.shape[:-2]
+
+    def check() -> None:
+        _check_merge(x, f, res, post)
+
+    op, tensors, settings = _op("merge", res is not None), (x, f, *_given(res), post), (n, width, ROUNDS)
+    if out is not None:
+        check()
+        return write_results(op, tensors, settings, x.shape[:-2], out)
+    return call(op, tensors, settings, check)
+
+
+def _check_merge(x: torch.Tensor, f: torch.Tensor, res: torch.Tensor | None, post: torch.Tensor) -> None:
+    *leading, n, width = x.shape
     expect("f", f, (*leading, width), x.dtype, x.device)
     if res is not None:
         expect("res", res, (*leading, n, n), torch.float32, x.device)
     expect("post", post, (*leading, n), torch.float32, x.device)
-    return leading
 
 
 def _op(base_op: str, mixes: bool) -> str:
@@ -176,26 +190,35 @@ def pre(
     norm and none for the op with it, torch's rms_norm follows the kernel, which moves 2C elements a token more, and u
     is saved for the backward.
     """
-    n, width, mixes = check_pre(x, phi, alpha, bias)
+    n, width = stream_shape(x)
+
+    def check() -> None:
+        check_pre(x, phi, alpha, bias)
+
     check_scalars(hc_eps, post_scale)
-    norm = sublayer_norm(_op("pre", mixes), x, norm_weight, norm_eps, rounds)
-    scalars = eps, hc_eps, post_scale, *norm.eps
-    given = (x, phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
+    norm = sublayer_norm(op_of_pre(n, phi), x, norm_weight, norm_eps, rounds)
+    tensors = (x, phi, alpha, bias, *norm.weight)
+    settings = (eps, hc_eps, post_scale, *norm.eps, n, width, rounds)
     if out is not None:
-        return norm.write(write_results(norm.op, given, x.shape[:-2], out), 0)
-    u, post, *res = call(norm.op, *given)[:-2]
+        check()
+        return norm.write(write_results(norm.op, tensors, settings, x.shape[:-2], out), 0)
+    u, post, *res = call(norm.op, tensors, settings, check)
     return norm.apply(u), post, res[0] if res else None
 
 
-def check_pre(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> tuple[int, int, bool]:
-    """n, C, and whether there are logits of res; raises `BadInput` unless the parameters fit x."""
-    n, width = stream_shape(x)
-    mixes = len(phi) != 2 * n
+def op_of_pre(streams: int, phi: torch.Tensor) -> str:
+    """The op, by whether there are logits of res."""
+    return _op("pre", phi.shape[:1] != (2 * streams,))
+
+
+def check_pre(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> None:
+    """Raise `BadInput` unless the parameters fit x."""
+    n, width = x.shape[-2:]
+    mixes = op_of_pre(n, phi) == "pre"
     outputs = 2 * n + (n * n if mixes else 0)
     expect("phi", phi, (outputs, n * width), torch.float32, x.device)
     expect("alpha", alpha, (3 if mixes else 2,), torch.float32, x.device)
     expect("bias", bias, (outputs,), torch.float32, x.device)
-    return n, width, mixes
 
 
 def _check_boundary(
@@ -204,16 +227,16 @@ def _check_boundary(
     post: torch.Tensor,
     res: torch.Tensor | None,
     parameters: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-) -> tuple[int, int, torch.Size]:
-    """n, C and the leading dimensions; raises `BadInput` unless all fit x."""
-    n, width, mixes = check_pre(x, *parameters)
-    if mixes != (res is not None):
+) -> None:
+    """Raise `BadInput` unless all fit x."""
+    check_pre(x, *parameters)
+    if (op_of_pre(x.shape[-2], parameters[0]) == "pre") != (res is not None):
         rows = tuple(parameters[0].shape)
         raise BadInput(
             f"res must be None, the identity, on both sides of a boundary or on none, got {_described(res)} and phi "
             f"{rows}: pass res, or merge and pre one after the other"
         )
-    return n, width, check_merge(x, f, res, post)
+    _check_merge(x, f, res, post)
 
 
 def _described(res: torch.Tensor | None) -> str:
@@ -244,14 +267,19 @@ def step(
     The backward recomputes x' from x and f. With norm_weight [C], the next sublayer's, u' comes out normalised, as u of
     `pre` does.
     """
-    n, width, leading = _check_boundary(x, f, post, res, (phi, alpha, bias))
+    n, width = stream_shape(x)
+
+    def check() -> None:
+        _check_boundary(x, f, post, res, (phi, alpha, bias))
+
     check_scalars(hc_eps, post_scale)
     norm = sublayer_norm(_op("step", res is not None), x, norm_weight, norm_eps, rounds)
-    scalars = eps, hc_eps, post_scale, *norm.eps
-    given = (x, f, post, *_given(res), phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
+    tensors = (x, f, post, *_given(res), phi, alpha, bias, *norm.weight)
+    settings = (eps, hc_eps, post_scale, *norm.eps, n, width, rounds)
     if out is not None:
-        return norm.write(write_results(norm.op, given, leading, out), 1)
-    x_next, u, post_next, *res_next = call(norm.op, *given)[:-2]
+        check()
+        return norm.write(write_results(norm.op, tensors, settings, x.shape[:-2], out), 1)
+    x_next, u, post_next, *res_next = call(norm.op, tensors, settings, check)
     return x_next, norm.apply(u), post_next, res_next[0] if res_next else None
 
 
@@ -282,13 +310,18 @@ def single_pass(
     res and res' are None together. The backward recomputes x' from x and f. With norm_weight [C], the next sublayer's,
     u' comes out normalised, as u of `pre` does.
     """
-    n, width, leading = _check_boundary(x, f, post, res, (phi, alpha, bias))
+    n, width = stream_shape(x)
+
+    def check() -> None:
+        _check_boundary(x, f, post, res, (phi, alpha, bias))
+        expect("pre", pre, (*x.shape[:-2], n), torch.float32, x.device)
+
     check_scalars(hc_eps, post_scale)
     norm = sublayer_norm(_op("single_pass", res is not None), x, norm_weight, norm_eps, rounds)
-    expect("pre", pre, (*leading, n), torch.float32, x.device)
-    scalars = eps, hc_eps, post_scale, *norm.eps
-    given = (x, f, pre, post, *_given(res), phi, alpha, bias, *norm.weight, *scalars, n, width, rounds)
+    tensors = (x, f, pre, post, *_given(res), phi, alpha, bias, *norm.weight)
+    settings = (eps, hc_eps, post_scale, *norm.eps, n, width, rounds)
     if out is not None:
-        return norm.write(write_results(norm.op, given, leading, out), 1)
-    x_next, u, pre_next, post_next, *res_next = call(norm.op, *given)[:-2]
+        check()
+        return norm.write(write_results(norm.op, tensors, settings, x.shape[:-2], out), 1)
+    x_next, u, pre_next, post_next, *res_next = call(norm.op, tensors, settings, check)
     return x_next, norm.apply(u), pre_next, post_next, res_next[0] if res_next else None

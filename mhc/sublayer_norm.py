@@ -66,8 +66,9 @@ def op_with_norm(op: str, streams: int, width: int, rounds: int, dtype: torch.dt
     `op` itself, and then torch's rms_norm. A compiler, which cannot look at kernels, takes what is inside."""
     if device.type not in FUSED_DEVICES:
         return op
-    apart = not torch.compiler.is_compiling() and active().tuned_without_norm(op, streams, width, rounds, dtype, device)
-    return op if apart else normalising(op)
+    if torch.compiler.is_compiling():
+        return normalising(op)
+    return active().op_with_norm(op, streams, width, rounds, dtype, device)
 
 
 def rms_norm(u: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

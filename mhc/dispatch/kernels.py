@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import EVERY_TOKENS, IDENTITY, NORM, Direction, Problem
 from tiles.pack.pack import Pack
-from tiles.runtime.loaded_kernel import LoadedKernel, is_given
+from tiles.runtime.loaded_kernel import LoadedKernel, is_given, leading_shape
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -38,7 +39,7 @@ class Kernels:
         self.resolver, self.batch_invariant = resolver, batch_invariant
         self._batch_invariant_form: Kernels | None = self if batch_invariant else None
         self._resolved: dict[tuple[Any, ...], Resolved] = {}
-        self._tuned_without_norm: dict[tuple[Any, ...], bool] = {}
+        self._op_with_norm: dict[tuple[Any, ...], str] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -71,7 +72,8 @@ class Kernels:
     def run(
         self, op: str, direction: Direction, streams: int, width: int, rounds: int, inputs: Sequence[Any]
     ) -> tuple[torch.Tensor, ...]:
-        """Run one kernel on contiguous inputs, in the order of its arguments; the first gives dtype and device."""
+        """Run one kernel on contiguous inputs, in the order of its arguments, any leading dimensions in the place of
+        tokens; the first gives dtype and device."""
         return self.look_up(op, direction, streams, width, rounds, inputs[0]).call(*inputs)
 
     def run_into(
@@ -114,22 +116,25 @@ class Kernels:
         self, op: str, direction: Direction, streams: int, width: int, rounds: int, first: torch.Tensor
     ) -> Resolved:
         """The kernel for inputs that begin with `first`; a dictionary hit once it is resolved."""
-        tokens = EVERY_TOKENS if self.batch_invariant else token_bucket(first.shape[0])
+        tokens = EVERY_TOKENS
+        if not self.batch_invariant:
+            tokens = token_bucket(leading_shape(first, _dims(op, direction)).numel())
         key = (op, direction, streams, width, rounds, first.dtype, first.device, tokens)
         return self._resolved.get(key) or self._resolve(key)
 
-    def tuned_without_norm(
+    def op_with_norm(
         self, op: str, streams: int, width: int, rounds: int, dtype: torch.dtype, device: torch.device
-    ) -> bool:
-        """Whether a kernel is stored for an op and none for the op that normalises too, whatever their token counts."""
+    ) -> str:
+        """The op that does what `op` does and normalises too; `op` itself where a kernel is stored for that and none
+        for the other, whatever their token counts."""
         key = (op, streams, width, rounds, dtype, device)
-        found = self._tuned_without_norm.get(key)
+        found = self._op_with_norm.get(key)
         if found is None:
             plain = Problem(op, "forward", streams, width, DTYPE_NAMES[dtype], EVERY_TOKENS, rounds)
             normed = replace(plain, op=normalising(op))
             with self._lock:
-                found = self.resolver.has_stored(plain, device) and not self.resolver.has_stored(normed, device)
-            self._tuned_without_norm[key] = found
+                apart = self.resolver.has_stored(plain, device) and not self.resolver.has_stored(normed, device)
+            found = self._op_with_norm[key] = op if apart else normed.op
         return found
 
     def batch_invariant_form(self) -> Kernels:
@@ -160,6 +165,12 @@ class Kernels:
         if ranks.is_distributed() and not mine.from_rank0 and mine.source is not None and mine.stored_records():
             text = "every rank chooses kernels by itself: call mhc.load_kernels after init_process_group, on all ranks"
             mine.warn_once("ranks", text)
+
+
+@cache
+def _dims(op: str, direction: Direction) -> int:
+    """The dimensions after tokens of a kernel's first argument."""
+    return len(kernel_spec(op, direction).arguments(Problem(op, direction, streams=1, width=8))[0].shape) - 1
 
 
 def normalising(op: str) -> str:

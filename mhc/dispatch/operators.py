@@ -21,7 +21,7 @@ from mhc.dispatch.kernels import DTYPE_NAMES, active
 from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.registry import kernel_spec, kernel_specs
 from tiles.kernels.spec import TOKENS, Argument, Direction, Problem
-from tiles.runtime.loaded_kernel import is_result
+from tiles.runtime.loaded_kernel import has_tokens, is_result, leading_shape
 
 PROBLEM = ("streams", "width", "rounds")
 
@@ -50,13 +50,13 @@ def _arguments_for(op: str, direction: Direction, values: tuple[Any, ...]) -> tu
 
 
 def _runner(op: str, direction: Direction) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """A function that runs one kernel on tensors, scalars and the ints of `PROBLEM`."""
+    """A function that runs one kernel on tensors and settings: scalars and the ints of `PROBLEM`."""
     updated = [None for argument in _arguments(op, direction)[1] if argument.role == "updated"]
 
-    def run(*values: Any) -> tuple[torch.Tensor, ...]:
-        *inputs, streams, width, rounds = values
-        inputs = [value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs]
-        return active().run(op, direction, streams, width, rounds, (*inputs, *updated))
+    def run(tensors: Iterable[torch.Tensor], settings: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        *scalars, streams, width, rounds = settings
+        inputs = [*map(torch.Tensor.contiguous, tensors), *scalars, *updated]
+        return active().run(op, direction, streams, width, rounds, inputs)
 
     return run
 
@@ -64,10 +64,11 @@ def _runner(op: str, direction: Direction) -> Callable[..., tuple[torch.Tensor, 
 def _custom_op(name: str, op: str, direction: Direction) -> Any:
     """The custom op (torch's CustomOpDef) of one kernel, with its fake implementation."""
     given, results = _arguments(op, direction)
+    tensors = sum(argument.role == "input" for argument in given)
     single, run_kernel = len(results) == 1, _runner(op, direction)
 
     def run(*values: Any) -> Any:
-        outputs = run_kernel(*values)
+        outputs = run_kernel(values[:tensors], values[tensors:])
         return outputs[0] if single else outputs
 
     def fake(*values: Any) -> Any:
@@ -88,13 +89,12 @@ def _custom_op(name: str, op: str, direction: Direction) -> Any:
 
 class _Differentiation(NamedTuple):
     """How an op's backward is called: which of the forward's inputs that are tensors (they come first) have tokens, and
-    the dimensions after tokens of the first; the positions of its results that are saved for the backward and of those
-    whose gradients it takes; the positions of the tensors that it leaves out."""
+    the dimensions after tokens of the first; how many of its results the backward takes the gradients of (the others,
+    behind them, are saved for it); the positions of the tensors that it leaves out."""
 
     has_tokens: tuple[bool, ...]
     dims: int
-    saved: tuple[int, ...]
-    differentiated: tuple[int, ...]
+    returned: int
     left_out: tuple[int, ...]
 
     @property
@@ -102,75 +102,61 @@ class _Differentiation(NamedTuple):
         """The number of inputs that are tensors."""
         return len(self.has_tokens)
 
-    def leading(self, first: torch.Tensor) -> torch.Size:
-        """The leading dimensions of an input with tokens, which the first one is."""
-        return first.shape[: first.dim() - self.dims]
-
-    def flat(self, values: Sequence[Any], leading: torch.Size) -> Sequence[Any]:
-        """Inputs with one dimension of tokens in the place of these, and what follows the tensors."""
+    def flat(self, tensors: Sequence[torch.Tensor], leading: torch.Size) -> Sequence[torch.Tensor]:
+        """Inputs with one dimension of tokens in the place of these."""
         if len(leading) == 1:
-            return values
-        flat = [
-            value.reshape(-1, *value.shape[len(leading) :]) if has_tokens else value
-            for has_tokens, value in zip(self.has_tokens, values, strict=False)
+            return tensors
+        return [
+            tensor.reshape(-1, *tensor.shape[len(leading) :]) if of_tokens else tensor
+            for of_tokens, tensor in zip(self.has_tokens, tensors, strict=True)
         ]
-        return [*flat, *values[len(flat) :]]
 
     def unflat(self, results: Sequence[torch.Tensor], leading: torch.Size) -> tuple[torch.Tensor, ...]:
-        """Results with these leading dimensions; those that are saved for the backward stay as they are."""
+        """Results with these leading dimensions, less those that are saved for the backward."""
+        returned = results[: self.returned]
         if len(leading) == 1:
-            return tuple(results)
-        kept = set(self.saved)
-        return tuple(
-            result if index in kept else result.view((*leading, *result.shape[1:]))
-            for index, result in enumerate(results)
-        )
+            return tuple(returned)
+        return tuple(result.view((*leading, *result.shape[1:])) for result in returned)
 
-    def given(self, kept: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    def given(self, kept: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Of the tensors and results that are saved, those that the backward takes."""
+        if not self.left_out:
+            return kept
         return [tensor for index, tensor in enumerate(kept) if index not in self.left_out]
 
-    def gradients(self, results: Iterable[torch.Tensor], grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def gradients(self, results: Sequence[torch.Tensor], grad: torch.Tensor) -> Sequence[torch.Tensor | None]:
         """The gradients of all tensors from the backward's results, and the gradient of the forward's only one."""
+        if not self.left_out:
+            return results
         found = iter(results)
-        return tuple(grad if index in self.left_out else next(found) for index in range(self.tensors))
-
-    def unflat_gradients(
-        self, gradients: Sequence[torch.Tensor | None], leading: torch.Size
-    ) -> Sequence[torch.Tensor | None]:
-        """Gradients of the inputs, those of inputs with tokens with these leading dimensions."""
-        if len(leading) == 1:
-            return gradients
-        return [
-            grad.view((*leading, *grad.shape[1:])) if has_tokens and grad is not None else grad
-            for has_tokens, grad in zip(self.has_tokens, gradients, strict=True)
-        ]
+        return [grad if index in self.left_out else next(found) for index in range(self.tensors)]
 
 
 def _differentiation(op: str) -> _Differentiation:
     (given, results), (taken, _) = _arguments(op, "forward"), _arguments(op, "backward")
     names, tensors = {argument.name for argument in taken}, [a for a in given if a.role == "input"]
-    saved = tuple(index for index, argument in enumerate(results) if argument.name in names)
-    differentiated = tuple(index for index in range(len(results)) if index not in saved)
+    saved = [argument.name in names for argument in results]
+    returned = saved.count(False)
+    assert all(saved[returned:]), f"{op}: the results that only the backward takes are the last"
     left_out = tuple(index for index, argument in enumerate(tensors) if argument.name not in names)
-    has_tokens = tuple(argument.shape[:1] == (TOKENS,) for argument in tensors)
-    return _Differentiation(has_tokens, len(tensors[0].shape) - 1, saved, differentiated, left_out)
+    return _Differentiation(tuple(map(has_tokens, tensors)), len(tensors[0].shape) - 1, returned, left_out)
 
 
 def _differentiable_op(op: str) -> Any:
     """An op's forward as a custom op whose gradient is its backward kernel."""
     forward, backward = _custom_op(op, op, "forward"), _custom_op(f"{op}_backward", op, "backward")
     how = _HOW[op]
-    tensors, saved, differentiated = how.tensors, how.saved, how.differentiated
+    tensors, returned = how.tensors, how.returned
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:tensors], *(output[index] for index in saved))
+        ctx.save_for_backward(*inputs[:tensors], *(output[returned:] if isinstance(output, tuple) else ()))
         ctx.settings = inputs[tensors:]
 
     def gradients(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        taken = [grads[index] for index in differentiated]
+        taken = grads[:returned]
+        results: Sequence[torch.Tensor | None]
         if torch_form.kernel_is_not_enough(taken):
-            results = torch_form.gradients(op, ctx.saved_tensors[:tensors], ctx.settings, taken, differentiated)
+            results = torch_form.gradients(op, ctx.saved_tensors[:tensors], ctx.settings, taken)
         else:
             found = backward(*how.given(ctx.saved_tensors), *taken, *ctx.settings)
             results = how.gradients(found if isinstance(found, tuple) else (found,), taken[0])
@@ -200,42 +186,41 @@ def _alone_or_all(outputs: tuple[torch.Tensor, ...]) -> Any:
     return outputs if len(outputs) > 1 else outputs[0]
 
 
-def _autograd_function(op: str) -> type[torch.autograd.Function]:
+class _Direct(torch.autograd.Function):
+    """An op as a function of autograd."""
+
+    run: Callable[..., tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]
+    """The op without autograd -> its results, and those that are saved for a backward."""
+
+
+def _direct_op(op: str) -> type[_Direct]:
     """The same for plain tensors, without torch's dispatcher, which costs more than a small kernel does, and much more
     when its code is no longer in the processor's caches."""
     forward_kernel, backward_kernel = _runner(op, "forward"), _runner(op, "backward")
     how = _HOW[op]
-    tensors, saved, differentiated = how.tensors, how.saved, how.differentiated
+    returned = how.returned
 
-    class Direct(torch.autograd.Function):
-        """Leading dimensions are flattened in here, where autograd keeps no record of it."""
+    class Direct(_Direct):
+        @staticmethod
+        def run(
+            tensors: tuple[torch.Tensor, ...], settings: tuple[Any, ...]
+        ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+            outputs = forward_kernel(tensors, settings)
+            return outputs[:returned], outputs[returned:]
 
         @staticmethod
-        def forward(ctx: Any, *values: Any) -> Any:
-            ctx.leading, ctx.settings = how.leading(values[0]), values[tensors:]
-            outputs = forward_kernel(*how.flat(values, ctx.leading))
-            kept = [outputs[index] for index in saved]
-            ctx.save_for_backward(*values[:tensors], *kept)
-            ctx.mark_non_differentiable(*kept)
-            if len(ctx.leading) == 1:
-                return _alone_or_all(outputs)
-            # No views in autograd's sense: it forbids a sublayer that begins in place to write to one of several.
-            made = zip(outputs, how.unflat(outputs, ctx.leading), strict=True)
-            return _alone_or_all(tuple(flat if result is flat else result.detach() for flat, result in made))
+        def forward(ctx: Any, settings: tuple[Any, ...], *tensors: torch.Tensor) -> Any:
+            results, kept = Direct.run(tensors, settings)
+            ctx.save_for_backward(*tensors, *kept)
+            ctx.settings = settings
+            return _alone_or_all(results)
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            kept, taken = ctx.saved_tensors, [grads[index] for index in differentiated]
-            if len(ctx.leading) != 1:
-                taken = [grad.reshape(-1, *grad.shape[len(ctx.leading) :]) for grad in taken]
-            if torch_form.kernel_is_not_enough(taken):
-                with torch.enable_grad():
-                    given = how.flat(kept[:tensors], ctx.leading)
-                results = torch_form.gradients(op, given, ctx.settings, taken, differentiated)
-            else:
-                flat = how.flat(kept, ctx.leading)
-                results = how.gradients(backward_kernel(*how.given(flat), *taken, *ctx.settings), taken[0])
-            return (*how.unflat_gradients(results, ctx.leading), *(None for _ in ctx.settings))
+            kept, settings = ctx.saved_tensors, ctx.settings
+            if torch_form.kernel_is_not_enough(grads):
+                return None, *torch_form.gradients(op, kept[: how.tensors], settings, grads)
+            return None, *how.gradients(backward_kernel((*how.given(kept), *grads), settings), grads[0])
 
     return Direct
 
@@ -246,37 +231,46 @@ _HOW = {op: _differentiation(op) for op in sorted({op for op, _ in kernel_specs(
 OPERATORS = {op: _differentiable_op(op) for op in _HOW}
 """The differentiable custom ops by name."""
 
-_DIRECT = {op: _autograd_function(op) for op in OPERATORS}
+_DIRECT = {op: _direct_op(op) for op in OPERATORS}
 
 
-def call(op: str, *values: Any) -> Any:
-    """Run an op, differentiably, on tensors with any leading dimensions, which the results have too, but for those that
-    only a backward takes: as a custom op where `needs_dispatcher`, else directly; under transforms and in forward mode
-    in plain torch (`mhc.dispatch.torch_form`)."""
-    if not needs_dispatcher(values):
-        return _DIRECT[op].apply(*values)
+def call(op: str, tensors: tuple[torch.Tensor, ...], settings: tuple[Any, ...], check: Callable[[], object]) -> Any:
+    """Run an op, differentiably, on tensors with any leading dimensions, which the results have too; its settings are
+    scalars and the ints of `PROBLEM`. As a custom op where `needs_dispatcher`, else directly; under transforms and in
+    forward mode in plain torch (`mhc.dispatch.torch_form`). Results that only a backward takes are left out.
+
+    `check` raises `BadInput` unless the tensors fit. What runs directly looks at every tensor itself, so that there it
+    is called to say what does not fit.
+    """
+    fault: ValueError | None = None
+    if not needs_dispatcher(tensors):
+        try:
+            if torch.is_grad_enabled():
+                return _DIRECT[op].apply(settings, *tensors)  # type: ignore[no-untyped-call]
+            living = tuple(map(torch._C._functorch.unwrap_if_dead, tensors))  # as a function of autograd does
+            return _alone_or_all(_DIRECT[op].run(living, settings)[0])
+        except ValueError as error:
+            fault = error
+    check()
+    if fault is not None:
+        raise fault
+    if torch_form.is_transformed(tensors):
+        return _alone_or_all(torch_form.outputs(op, (*tensors, *settings))[: _HOW[op].returned])
     how = _HOW[op]
-    leading = how.leading(values[0])
-    flat = how.flat(values, leading)
-    outputs = torch_form.outputs(op, flat) if torch_form.is_transformed(values) else OPERATORS[op](*flat)
+    leading = leading_shape(tensors[0], how.dims)
+    outputs = OPERATORS[op](*how.flat(tensors, leading), *settings)
     return _alone_or_all(how.unflat(outputs if isinstance(outputs, tuple) else (outputs,), leading))
 
 
-def flattened(op: str, values: Sequence[Any]) -> Sequence[Any]:
-    """The values of `call` with one leading dimension, tokens."""
-    how = _HOW[op]
-    return how.flat(values, how.leading(values[0]))
-
-
-def needs_dispatcher(values: Iterable[Any]) -> bool:
-    """Whether ops on these values must go through torch's dispatcher: under a compiler, a tracing or dispatch mode, a
+def needs_dispatcher(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether ops on these tensors must go through torch's dispatcher: under a compiler, a tracing or dispatch mode, a
     function transform, forward mode, or with tensor subclasses."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch_form.is_transformed(values)
-        or any(isinstance(value, torch.Tensor) and type(value) not in PLAIN_TYPES for value in values)
+        or torch_form.is_transformed(tensors)
+        or not PLAIN_TYPES.issuperset(map(type, tensors))
     )
 
 
-PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import torch
 
 from mhc.checks import expect
 from mhc.dispatch.kernels import DTYPE_NAMES, active
-from mhc.dispatch.operators import flattened, needs_dispatcher
+from mhc.dispatch.operators import needs_dispatcher
 from tiles.compiler.cuda_launcher import ALIGNMENT
 from tiles.errors import BadInput
 from tiles.kernels.reference_inputs import DTYPES
@@ -31,21 +31,23 @@ class _Result(NamedTuple):
     dtype: torch.dtype
 
 
-def write_results(op: str, values: Sequence[Any], leading: torch.Size, out: Any) -> Any:
-    """Run an op's forward on `values` (as `mhc.dispatch.operators.call` takes them) with `out` for its results; returns
-    `out`, a tensor or a tuple.
+def write_results(
+    op: str, tensors: tuple[torch.Tensor, ...], settings: tuple[Any, ...], leading: torch.Size, out: Any
+) -> Any:
+    """Run an op's forward as `mhc.dispatch.operators.call` does, with `out` for its results; returns `out`, a tensor or
+    a tuple.
 
     `out` has what the function returns: results [*leading, ...], contiguous, and None for a res that is the identity.
     Raises `BadInput` for anything else, where memory is shared with an input or another result, and where autograd or
     torch's dispatcher would have to take part. z and s, which only a backward takes, and a kernel's workspace on CUDA
     come from torch's allocator.
     """
-    *inputs, streams, width, rounds = values
-    problem = Problem(op, "forward", streams, width, DTYPE_NAMES[inputs[0].dtype], rounds=rounds)
+    *scalars, streams, width, rounds = settings
+    problem = Problem(op, "forward", streams, width, DTYPE_NAMES[tensors[0].dtype], rounds=rounds)
     names, results = _layout(problem)
     given = _as_tuple(problem, out, len(results))
-    _check_autograd((*inputs, *given))
-    device = inputs[0].device
+    _check_autograd((*tensors, *given))
+    device = tensors[0].device
     for (name, shape, dtype), tensor in zip(results, given, strict=True):
         expect(name, tensor, (*leading, *shape), dtype, device)
         if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
@@ -53,11 +55,10 @@ def write_results(op: str, values: Sequence[Any], leading: torch.Size, out: Any)
                 f"{name} must be contiguous and begin at a multiple of {ALIGNMENT} bytes, got strides "
                 f"{tensor.stride()} at byte {tensor.data_ptr() % ALIGNMENT}: pass the first rows of a buffer"
             )
-    read = [(name, value) for name, value in zip(names, inputs, strict=True) if isinstance(value, torch.Tensor)]
+    read = list(zip(names, tensors, strict=True))
     _check_memory(read, [(result.name, tensor) for result, tensor in zip(results, given, strict=True)])
-    flat = flattened(op, inputs)
-    contiguous = [value.contiguous() if isinstance(value, torch.Tensor) else value for value in flat]
-    active().run_into(op, streams, width, rounds, contiguous, given)
+    inputs = [*map(torch.Tensor.contiguous, tensors), *scalars]
+    active().run_into(op, streams, width, rounds, inputs, given)
     for tensor in given:
         if not tensor.is_inference():  # a kernel writes through a pointer, which autograd does not see
             torch.autograd.graph.increment_version(tensor)
@@ -66,13 +67,13 @@ def write_results(op: str, values: Sequence[Any], leading: torch.Size, out: Any)
 
 @lru_cache(maxsize=256)
 def _layout(problem: Problem) -> tuple[tuple[str, ...], tuple[_Result, ...]]:
-    """The names of a forward's inputs and scalars, and the results that the function returns: not those that are kept
+    """The names of a forward's inputs, and the results that the function returns: not those that are kept
     for the backward alone."""
     spec, backward = kernel_spec(problem.op, "forward"), replace(problem, direction="backward")
     kept = {a.name for a in kernel_spec(problem.op, "backward").arguments(backward) if is_given(a)}
     arguments = spec.arguments(problem)
     returned = [a for a in arguments if is_result(a) and a.name not in kept]
-    return tuple(a.name for a in arguments if is_given(a)), tuple(
+    return tuple(a.name for a in arguments if a.role == "input"), tuple(
         _Result("out" if len(returned) == 1 else f"out[{number}], {a.name},", a.sized(0)[1:], DTYPES[a.dtype])
         for number, a in enumerate(returned)
     )
@@ -100,12 +101,11 @@ def _kinds(out: Any) -> str:
     return type(out).__name__
 
 
-def _check_autograd(values: Iterable[Any]) -> None:
+def _check_autograd(tensors: Sequence[torch.Tensor]) -> None:
     """Raise `BadInput` where a kernel alone would not do."""
-    values = list(values)
-    if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in values):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise BadInput("out has no gradients, got tensors that require them: call in torch.no_grad(), or without out")
-    if needs_dispatcher(values):
+    if needs_dispatcher(tensors):
         raise BadInput(
             "out is for plain tensors outside of torch.compile, tracing and transforms, got others: leave it out there"
         )

@@ -26,9 +26,19 @@ from tiles.cache.record import Record
 from tiles.cache.shipped import shipped_records
 from tiles.compiler import compile as compiler
 from tiles.errors import first_line
+from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.registry import kernel_spec
-from tiles.kernels.spec import EVERY_TOKENS, PAPER_ROUNDS, Problem, Run
-from tiles.runtime.loaded_kernel import LoadedKernel, LoadError, run_reference
+from tiles.kernels.spec import EVERY_TOKENS, PAPER_ROUNDS, Argument, Problem, Run
+from tiles.runtime.loaded_kernel import (
+    LoadedKernel,
+    LoadError,
+    has_tokens,
+    is_given,
+    is_result,
+    leading_shape,
+    run_reference,
+    with_leading,
+)
 from tiles.target import Device, detect_device
 
 log = logging.getLogger("mhc")
@@ -196,11 +206,11 @@ class Resolver:
     def _call(self, candidate: KernelCandidate, problem: Problem, device: torch.device, run: Run) -> tuple[Call, str]:
         """A candidate's callable, and what to add to its reason; raises `Unavailable`."""
         if candidate.runs == "reference":
-            return partial(_run_reference, problem), ""
+            return _by_token(partial(_run_reference, problem), problem), ""
         if candidate.runs == "separate":
             separate = kernel_spec(problem.op, problem.direction).separate
             assert separate
-            return partial(separate.call, run), ""
+            return _by_token(partial(separate.call, run), problem), ""
         if candidate.code is not None:
             assert self.source is not None
             try:
@@ -323,7 +333,42 @@ def _must_not_run(*_: Any) -> tuple[torch.Tensor, ...]:
 
 def reference(problem: Problem, device: torch.device, why: str) -> Resolved:
     """A problem resolved to the torch reference."""
-    return Resolved(partial(_run_reference, problem), problem, str(device), "reference", why)
+    return Resolved(_by_token(partial(_run_reference, problem), problem), problem, str(device), "reference", why)
+
+
+def _check_fits(argument: Argument, value: torch.Tensor, leading: torch.Size, device: torch.device) -> None:
+    shape, dtype = with_leading(argument, leading), DTYPES[argument.dtype]
+    if value.shape != shape or value.dtype != dtype or value.device != device:
+        raise ValueError(f"{argument.name} must be {dtype} {shape} on {device}, got {value.dtype} {tuple(value.shape)}")
+
+
+def _by_token(call: Call, problem: Problem) -> Call:
+    """What runs on tensors [tokens, ...], on tensors with any leading dimensions, as a `LoadedKernel` does: with a
+    `ValueError` for those that do not fit."""
+    arguments = kernel_spec(problem.op, problem.direction).arguments(problem)
+    given = [argument for argument in arguments if is_given(argument)]
+    results = [has_tokens(argument) for argument in arguments if is_result(argument)]
+    dims = len(arguments[0].shape) - 1
+
+    def run(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        leading = leading_shape(inputs[0], dims)
+        for argument, value in zip(given, inputs, strict=True):
+            if argument.role != "scalar" and value is not None:
+                _check_fits(argument, value, leading, inputs[0].device)
+        if len(leading) == 1:
+            return call(*inputs)
+        count = len(leading)
+        flat = (
+            value.view((leading.numel(), *value.shape[count:])) if has_tokens(argument) and value is not None else value
+            for argument, value in zip(given, inputs, strict=True)
+        )
+        return tuple(
+            # No view in autograd's sense, which forbids a sublayer that begins in place to write to one of several.
+            result.view((*leading, *result.shape[1:])).detach() if of_tokens else result
+            for of_tokens, result in zip(results, call(*flat), strict=True)
+        )
+
+    return run
 
 
 def _run_reference(problem: Problem, *inputs: Any) -> tuple[torch.Tensor, ...]:

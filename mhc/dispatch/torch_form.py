@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from mhc.dispatch.kernels import DTYPE_NAMES, active
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Direction, Problem
-from tiles.runtime.loaded_kernel import is_result
+from tiles.runtime.loaded_kernel import has_tokens, is_result, leading_shape
 
 
 def is_transformed(values: Iterable[Any]) -> bool:
@@ -40,7 +40,8 @@ def kernel_is_not_enough(grads: Iterable[torch.Tensor | None]) -> bool:
 
 
 def outputs(op: str, values: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-    """All results of an op's forward kernel, in their order, from its inputs, scalars, streams, width and rounds."""
+    """All results of an op's forward kernel, in their order, from its inputs, scalars, streams, width and rounds; any
+    leading dimensions in the place of tokens."""
     if not torch.compiler.is_compiling():
         what = "forward mode, function transforms and second derivatives"
         active().resolver.warn_once("torch form", f"{what} run {op} in slow plain torch, as no kernel computes them")
@@ -48,10 +49,16 @@ def outputs(op: str, values: Sequence[Any]) -> tuple[torch.Tensor, ...]:
     direction: Direction = "forward"
     problem = Problem(op, direction, streams, width, DTYPE_NAMES[given[0].dtype], rounds=rounds)
     arguments = kernel_spec(op, direction).arguments(problem)
-    names = [argument.name for argument in arguments if not is_result(argument)]
+    inputs = [argument for argument in arguments if not is_result(argument)]
+    leading = leading_shape(given[0], len(inputs[0].shape) - 1)
+    flat = {
+        argument.name: value.reshape(-1, *value.shape[len(leading) :]) if has_tokens(argument) else value
+        for argument, value in zip(inputs, given, strict=True)
+    }
     with torch.autocast(given[0].device.type, enabled=False):
-        results = kernel_spec(op, direction).reference(problem, dict(zip(names, given, strict=True)))
-    return tuple(results[argument.name] for argument in arguments if is_result(argument))
+        results = kernel_spec(op, direction).reference(problem, flat)
+    names = [argument.name for argument in arguments if is_result(argument)]
+    return tuple(results[name].reshape((*leading, *results[name].shape[1:])) for name in names)
 
 
 def gradients(
@@ -59,15 +66,14 @@ def gradients(
     inputs: Sequence[torch.Tensor],
     settings: Sequence[Any],
     grads: Sequence[torch.Tensor],
-    which: Sequence[int],
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of `inputs`, differentiable themselves; `grads` are those of the results numbered `which`.
+    """The gradients of `inputs`, differentiable themselves; `grads` are those of the first results.
 
     None for an input that does not require a gradient.
     """
     with torch.enable_grad():
         results = outputs(op, (*inputs, *settings))
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    taken = [results[index] for index in which]
-    found = iter(torch.autograd.grad(taken, wanted, list(grads), create_graph=True, allow_unused=True))
+    taken = results[: len(grads)]
+    found = iter(torch.autograd.grad(taken, wanted, grads, create_graph=True, allow_unused=True))
     return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import defaultdict
 from contextlib import suppress
+from math import prod
 
 import torch
 
@@ -32,14 +33,15 @@ class MemoryPool:
         self._idle: dict[int, list[mmap.mmap]] = defaultdict(list)
         self._bytes = {"idle": 0, "used": 0, "peak": 0}
 
+    def pools(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether such a tensor has memory of the pool."""
+        return prod(shape) * dtype.itemsize >= MIN_POOLED_BYTES
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised contiguous CPU tensor."""
-        count = 1
-        for size in shape:
-            count *= size
-        needed = count * dtype.itemsize
-        if needed < MIN_POOLED_BYTES:
+        if not self.pools(shape, dtype):
             return torch.empty(shape, dtype=dtype, device="cpu")
+        needed = prod(shape) * dtype.itemsize
         block = self._acquire(-(-needed // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES)
         # The tensor's storage keeps `lease` alive; the block is released when `lease` is collected.
         lease = (ctypes.c_char * needed).from_buffer(block)

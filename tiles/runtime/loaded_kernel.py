@@ -11,9 +11,10 @@ import os
 import shutil
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, zip_longest
+from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -22,7 +23,7 @@ from tiles.compiler.cuda_launcher import ALIGNMENT, LOAD, MISALIGNED, TOOLKIT, W
 from tiles.errors import BadInput
 from tiles.kernels.reference_inputs import DTYPES
 from tiles.kernels.registry import kernel_spec
-from tiles.kernels.spec import Argument, KernelSpec, Problem
+from tiles.kernels.spec import TOKENS, Argument, KernelSpec, Problem
 from tiles.runtime.cpu_memory_pool import MEMORY_POOL
 from tiles.runtime.cuda_status import is_final, status_text
 
@@ -40,8 +41,8 @@ class LoadedKernel:
     """A kernel ready to run on this machine, on a device of its kind.
 
     A call takes the inputs, scalars and updated tensors of `spec.arguments(problem)` in that order (contiguous tensors
-    on one device, any token count; None for an updated one that holds nothing yet, which is then made) and returns all
-    results in that order, partials summed over slices.
+    on one device, any leading dimensions in the place of tokens; None for an updated one that holds nothing yet, which
+    is then made) and returns all results in that order, with the same leading dimensions, partials summed over slices.
     """
 
     def __init__(self, path: Path, problem: Problem) -> None:
@@ -52,17 +53,16 @@ class LoadedKernel:
         self.arguments = self.spec.arguments(problem)
         self._launch = _entry(library, self.kind)
         self._workspace = _workspace(library) if self.kind == "cuda" else None
-        self._run = self._on_cpu if self.kind == "cpu" else self._on_cuda
-        self._given = [argument for argument in self.arguments if is_given(argument)]
         self._tensors = [argument for argument in self.arguments if not argument.is_scalar]
         self._scalars = [argument for argument in self.arguments if argument.is_scalar]
         self._flags = flags_of(self.arguments)
+        self._dims = len(self.arguments[0].shape) - 1
+        self._inputs = sum(argument.role == "input" for argument in self.arguments)
+        self._partials = sum(argument.role == "partial" for argument in self.arguments)
         self._pointers: Any = ctypes.c_void_p * len(self._tensors)
         self._floats: Any = ctypes.c_float * len(self._scalars)
-        self._partials = [argument.name for argument in self._tensors if argument.role == "partial"]
         self._token_bytes = max(1, sum(arg.nbytes(2) - arg.nbytes(1) for arg in self._tensors))
-        self._expected = lru_cache(maxsize=64)(self._shapes)
-        self._made = lru_cache(maxsize=64)(self._results)
+        self._layout = lru_cache(maxsize=64)(self._layout_of)
 
     @property
     def device(self) -> torch.device:
@@ -76,8 +76,11 @@ class LoadedKernel:
 
     def __call__(self, *inputs: Value, out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         """Run on the default number of slices; `out`, which the caller has checked, is for the first outputs."""
-        tokens = self._tokens(inputs)
-        return self.run(inputs, tokens, self.slices(tokens), out)
+        tensors, scalars = self._split(inputs)
+        leading = leading_shape(tensors[0], self._dims) if isinstance(tensors[0], torch.Tensor) else torch.Size((0,))
+        layout = self._layout(leading, self.slices(leading.numel()))
+        self._check(tensors, layout)
+        return self._run(tensors, scalars, layout, out)
 
     def slices(self, tokens: int) -> int:
         """The number of token slices of a call: on a CPU one for each of torch's threads, fewer when there is little to
@@ -106,24 +109,29 @@ class LoadedKernel:
             raise LoadError(status_text(status, self.toolkit))
 
     def run(
-        self, inputs: Sequence[Value], tokens: int, slices: int, out: Sequence[torch.Tensor] = ()
+        self, given: Sequence[Value], tokens: int, slices: int, out: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, ...]:
         """Run on exactly `slices` slices."""
-        values: dict[str, Any] = {
-            argument.name: value for argument, value in zip(self._given, inputs, strict=True) if value is not None
-        }
-        device, results, given = inputs[0].device, {}, iter(out)  # type: ignore[union-attr]
-        for name, role, shape, dtype in self._made(tokens, slices):
-            if role == "updated" and name in values:
-                results[name] = values[name]
-            elif role != "output" or (result := next(given, None)) is None:
-                results[name] = _empty(shape, dtype, device)
+        return self._run(*self._split(given), self._layout((tokens,), slices), out)
+
+    def _run(
+        self, tensors: list[Any], scalars: Sequence[float], layout: _Layout, out: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        device, updated = tensors[0].device, tensors[self._inputs :]
+        if updated:
+            scalars = [*scalars, *(float(tensor is not None) for tensor in updated)]
+        results = []
+        for given, (shape, dtype, pooled) in zip_longest((*updated, *out), layout.results):
+            if given is not None:
+                results.append(given)
+            elif pooled:
+                results.append(MEMORY_POOL.empty(shape, dtype))
             else:
-                results[name] = result
-        self.launch(values, results, tokens, slices)
-        for name in self._partials if slices > 1 else ():
-            results[name] = summed(results[name])
-        return tuple(results.values())
+                results.append(torch.empty(shape, dtype=dtype, device=device))
+        self._start(tensors[: self._inputs] + results, scalars, layout.tokens, layout.slices)
+        if layout.slices > 1 and self._partials:
+            results[-self._partials :] = map(summed, results[-self._partials :])
+        return tuple(results)
 
     def launch(self, inputs: dict[str, Value], results: dict[str, torch.Tensor], tokens: int, slices: int) -> None:
         """Write `results` (partials of [slices, ...] elements) from `inputs`; the caller owns every tensor. A result
@@ -131,28 +139,38 @@ class LoadedKernel:
 
         Raises `BadInput` for a result on a CUDA device that does not begin at a multiple of 32 bytes.
         """
-        tensors: dict[str, Any] = inputs | results
-        tensors |= {flag: float(updated in inputs) for flag, updated in self._flags.items()}
-        pointers = self._pointers(*[tensors[argument.name].data_ptr() for argument in self._tensors])
-        scalars = self._floats(*[tensors[argument.name] for argument in self._scalars])
-        status = self._run(pointers, scalars, tokens, slices, next(iter(results.values())).device)
-        if status == MISALIGNED and self.kind == "cuda":
-            self.launch(self._aligned(inputs, results), results, tokens, slices)
-        elif status != 0:
+        named: dict[str, Any] = inputs | results
+        named |= {flag: float(updated in inputs) for flag, updated in self._flags.items()}
+        tensors, scalars = ([named[argument.name] for argument in kind] for kind in (self._tensors, self._scalars))
+        self._start(tensors, scalars, tokens, slices)
+
+    def _split(self, given: Sequence[Value]) -> tuple[list[Any], Sequence[Any]]:
+        """The tensors that a caller passes, inputs and then updated ones, and the scalars, which come between them."""
+        first, end = self._inputs, self._inputs + len(self._scalars) - len(self._flags)
+        return [*given[:first], *given[end:]], given[first:end]
+
+    def _start(self, tensors: Sequence[torch.Tensor], scalars: Sequence[float], tokens: int, slices: int) -> None:
+        """Run on all tensors, inputs and results, in the order of the arguments."""
+        pointers, floats = self._pointers(*[tensor.data_ptr() for tensor in tensors]), self._floats(*scalars)
+        if self.kind == "cpu":
+            status = self._launch(pointers, floats, tokens, slices)
+        else:
+            status = self._on_cuda(pointers, floats, tokens, tensors[-1].device)
+            if status == MISALIGNED:
+                self._start(self._aligned(tensors), scalars, tokens, slices)
+                return
+        if status != 0:
             raise RuntimeError(f"{self.spec.name} failed: {self._status_text(status)}")
 
-    def _aligned(self, inputs: dict[str, Value], results: dict[str, torch.Tensor]) -> dict[str, Value]:
-        """The inputs, those copied that do not begin where vectors may, such as views from an odd element on."""
-        for name, tensor in results.items():
+    def _aligned(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All tensors, those inputs copied that do not begin where vectors may, such as views from an odd element."""
+        for argument, tensor in zip(self._tensors[self._inputs :], tensors[self._inputs :], strict=True):
             if past := tensor.data_ptr() % ALIGNMENT:
                 raise BadInput(
-                    f"{self.spec.name}: {name} is written in place and must begin at a multiple of {ALIGNMENT} bytes, "
-                    f"got one that begins {past} bytes past it: pass a tensor that is no such view"
+                    f"{self.spec.name}: {argument.name} is written in place and must begin at a multiple of "
+                    f"{ALIGNMENT} bytes, got one that begins {past} bytes past it: pass a tensor that is no such view"
                 )
-        return {
-            name: value.clone() if isinstance(value, torch.Tensor) and value.data_ptr() % ALIGNMENT else value
-            for name, value in inputs.items()
-        }
+        return [tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor for tensor in tensors]
 
     def _status_text(self, status: int) -> str:
         """The meaning of a launcher's status."""
@@ -160,10 +178,7 @@ class LoadedKernel:
             return status_text(status, self.toolkit)
         return f"the kernel returned {status}: rebuild the kernel cache with `mhc-tune tune`"
 
-    def _on_cpu(self, pointers: Any, scalars: Any, tokens: int, slices: int, device: torch.device) -> int:
-        return int(self._launch(pointers, scalars, tokens, slices))
-
-    def _on_cuda(self, pointers: Any, scalars: Any, tokens: int, slices: int, device: torch.device) -> int:
+    def _on_cuda(self, pointers: Any, scalars: Any, tokens: int, device: torch.device) -> int:
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
             size = self.workspace(tokens)
@@ -173,13 +188,12 @@ class LoadedKernel:
             address = None if space is None else space.data_ptr()
             return int(self._launch(pointers, scalars, tokens, stream, address, device.index))
 
-    def _tokens(self, inputs: Sequence[Value]) -> int:
-        """The token count, after checking every input: a wrong pointer would corrupt memory."""
-        first = inputs[0]
-        tokens: int = first.shape[0] if isinstance(first, torch.Tensor) and first.dim() else 0
+    def _check(self, tensors: Sequence[Any], layout: _Layout) -> None:
+        """Check every tensor that the caller passes: a wrong pointer would corrupt memory."""
+        first = tensors[0]
         device = first.device if isinstance(first, torch.Tensor) and first.device.type == self.kind else None
-        for argument, (shape, dtype), value in zip(self._given, self._expected(tokens), inputs, strict=True):
-            if argument.role == "scalar" or (argument.role == "updated" and value is None):
+        for value, (argument, shape, dtype) in zip(tensors, layout.given, strict=True):
+            if value is None and argument.role == "updated":
                 continue
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"{self.spec.name}: {argument.name} must be a tensor, got {value!r}")
@@ -189,24 +203,50 @@ class LoadedKernel:
                     f"shape {shape}, on one device with the others, got {value.dtype} {tuple(value.shape)} on "
                     f"{value.device}"
                 )
-        return tokens
 
-    def _shapes(self, tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every argument that the caller passes."""
-        return [(argument.sized(tokens), DTYPES[argument.dtype]) for argument in self._given]
+    def _layout_of(self, leading: tuple[int, ...], slices: int) -> _Layout:
+        rows = () if slices == 1 else (slices,)  # a partial of a single slice is the result itself
+        given = [argument for argument in self._tensors if is_given(argument)]
+        made = [argument for argument in self._tensors if is_result(argument)]
+        shapes = [(*(rows if a.role == "partial" else ()), *with_leading(a, leading)) for a in made]
+        dtypes = [DTYPES[argument.dtype] for argument in made]
+        pooled = [self.kind == "cpu" and MEMORY_POOL.pools(*each) for each in zip(shapes, dtypes, strict=True)]
+        return _Layout(
+            prod(leading),
+            slices,
+            tuple((argument, with_leading(argument, leading), DTYPES[argument.dtype]) for argument in given),
+            tuple(zip(shapes, dtypes, pooled, strict=True)),
+        )
 
-    def _results(self, tokens: int, slices: int) -> list[tuple[str, str, tuple[int, ...], torch.dtype]]:
-        """Name, role, shape and dtype of every result; a partial of a single slice is the result itself."""
-        return [
-            (
-                argument.name,
-                argument.role,
-                _shape(argument, tokens, slices if slices > 1 else None),
-                DTYPES[argument.dtype],
-            )
-            for argument in self._tensors
-            if is_result(argument)
-        ]
+
+class _Layout(NamedTuple):
+    """What all calls with the same leading dimensions and number of slices share.
+
+    Fields:
+        given: every tensor that the caller passes, with its shape and dtype.
+        results: shape and dtype of every result, and whether its memory is the pool's where it is made here.
+    """
+
+    tokens: int
+    slices: int
+    given: tuple[tuple[Argument, tuple[int, ...], torch.dtype], ...]
+    results: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...]
+
+
+def leading_shape(first: torch.Tensor, dims: int) -> torch.Size:
+    """The dimensions in the place of tokens: all but the last `dims` of a kernel's first argument."""
+    return first.shape[: first.dim() - dims]
+
+
+def has_tokens(argument: Argument) -> bool:
+    """Whether a tensor has a row for each token."""
+    return argument.shape[:1] == (TOKENS,)
+
+
+def with_leading(argument: Argument, leading: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape with these dimensions in the place of tokens."""
+    shape = argument.sized(0)
+    return (*leading, *shape[1:]) if has_tokens(argument) else shape
 
 
 def is_given(argument: Argument) -> bool:
@@ -229,26 +269,19 @@ CPU = torch.device("cpu")
 
 def empty_result(argument: Argument, tokens: int, slices: int, device: torch.device = CPU) -> torch.Tensor:
     """An uninitialised tensor for a result; a partial has one row per slice: [slices, ...]."""
-    return _empty(_shape(argument, tokens, slices), DTYPES[argument.dtype], device)
-
-
-def _shape(argument: Argument, tokens: int, slices: int | None) -> tuple[int, ...]:
-    """A result's shape; with `slices`, a partial has one row for each."""
     shape = argument.sized(tokens)
-    return (slices, *shape) if argument.role == "partial" and slices is not None else shape
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if argument.role == "partial":
+        shape = (slices, *shape)
     if device.type == "cpu":
-        return MEMORY_POOL.empty(shape, dtype)
-    return torch.empty(shape, dtype=dtype, device=device)
+        return MEMORY_POOL.empty(shape, DTYPES[argument.dtype])
+    return torch.empty(shape, dtype=DTYPES[argument.dtype], device=device)
 
 
 def summed(partials: torch.Tensor) -> torch.Tensor:
     """The sum over slices, in an order that depends on their number alone, so that it is reproducible bit for bit."""
     total = partials[0]
-    for part in partials[1:]:
-        total = total.add_(part)
+    for index in range(1, partials.shape[0]):  # len is a function of Python, and slower
+        total.add_(partials[index])
     return total
 
 

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from called import called
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhc import functional
 from mhc.dispatch import operators
-from mhc.dispatch.operators import OPERATORS, call, needs_dispatcher
+from mhc.dispatch.operators import OPERATORS, needs_dispatcher
+from tiles.errors import BadInput
 from tiles.kernels.registry import kernel_spec
 from tiles.kernels.spec import Problem
 
@@ -26,10 +28,7 @@ def outcome(run, op):
     given, ints = values_of(op)
     found = run(*given, *ints)
     found = found if isinstance(found, tuple) else (found,)
-    backward = kernel_spec(op, "backward").arguments(Problem(op, "backward", N, WIDTH))
-    taken_back = {argument.name for argument in backward}
-    names = [argument.name for argument in kernel_spec(op, "forward").arguments(Problem(op, "forward", N, WIDTH))]
-    results = [result for name, result in zip(names[-len(found) :], found, strict=True) if name not in taken_back]
+    results = found[: operators._HOW[op].returned]
     torch.manual_seed(1)
     upstream = [torch.randn_like(result) for result in results]
     tensors = [value for value in given if isinstance(value, torch.Tensor)]
@@ -50,7 +49,7 @@ def outcome(run, op):
     indirect=["kernels"],
 )
 def test_both_ways_give_the_same_bits(kernels, op):
-    for direct, custom in zip(outcome(lambda *values: call(op, *values), op), outcome(OPERATORS[op], op), strict=True):
+    for direct, custom in zip(outcome(called(op), op), outcome(OPERATORS[op], op), strict=True):
         assert torch.equal(direct, custom)
 
 
@@ -67,7 +66,7 @@ def ways(monkeypatch):
 
 
 def aggregate(x=None):
-    return functional.aggregate(torch.randn(4, N, WIDTH) if x is None else x, torch.rand(4, N))
+    return functional.aggregate(torch.randn(4, N, WIDTH) if x is None else x, torch.full((4, N), 0.5))
 
 
 def test_plain_tensors_and_parameters_go_directly(ways):
@@ -103,7 +102,36 @@ def test_subclasses_and_function_transforms_are_watched():
     torch.func.grad(note)(torch.randn(2))
     assert seen == [True]
     assert needs_dispatcher([torch.randn(2).as_subclass(Tagged)])
-    assert not needs_dispatcher([torch.randn(2), 1.0, 3])
+    assert not needs_dispatcher([torch.randn(2), torch.nn.Parameter(torch.randn(2))])
+
+
+@pytest.mark.parametrize("kernels", ["reference", "compiled"], indirect=True)
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [{"pre": torch.rand(3, 2, N)}, {"pre": torch.rand(2, 3, N).double()}, {"pre": torch.rand(2, 3, N, device="meta")}],
+    ids=["leading dimensions", "dtype", "device"],
+)
+def test_what_does_not_fit_is_said_in_one_message(kernels, gradients, changes):
+    """The kernel, which has looked at every tensor, says it in other words."""
+    given = {"x": torch.randn(2, 3, N, WIDTH, requires_grad=gradients), **changes}
+    with torch.set_grad_enabled(gradients), pytest.raises(BadInput, match=r"^pre must be torch\.float32 ") as raised:
+        functional.aggregate(**given)
+    assert raised.value.__context__ is None
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_what_a_function_transform_left_behind_is_taken(gradients):
+    """Its wrappers of tensors live on where a function keeps them, with no memory of their own."""
+
+    def keep(x):
+        kept.append(x * 2)
+        return x.sum()
+
+    kept: list[torch.Tensor] = []
+    torch.func.grad(keep)(torch.ones(4, N, WIDTH))
+    with torch.set_grad_enabled(gradients):
+        assert torch.equal(aggregate(kept[0]), aggregate(torch.full((4, N, WIDTH), 2.0)))
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3), (2, 0)])
@@ -119,16 +147,13 @@ def test_leading_dimensions_are_those_of_tokens_in_a_row(op, leading):
         given = [value.requires_grad_() for value in given]
         found = call_op(*given, *values[len(given) :], N, WIDTH, 20)
         found = found if isinstance(found, tuple) else (found,)
-        results = [found[index] for index in how.differentiated]
+        results = found[: how.returned]
         gradients = torch.autograd.grad([result.square().sum() for result in results], given)
         assert all(result.shape[: len(shape)] == torch.Size(shape) for result in results)
         assert all(gradient.shape == value.shape for gradient, value in zip(gradients, given, strict=True))
         return [value.detach().flatten() for value in (*results, *gradients)]
 
-    def direct(*given):
-        return call(op, *given)
-
-    for one, other in zip(run(direct, leading), run(OPERATORS[op], (tokens,)), strict=True):
+    for one, other in zip(run(called(op), leading), run(OPERATORS[op], (tokens,)), strict=True):
         assert torch.equal(one, other)
 
 
