@@ -66,6 +66,18 @@ class TensorCores:
         rows, columns = tiles.shape[1:]
         _async_copy(tensor[row : row + rows, column : column + columns], tiles[stage, 0:rows, 0:columns])
 
+    def multistage_streams(self, stages: int, rows: int, streams: int, columns: int, dtype: str) -> Buffer:
+        """So many tiles of all streams in shared memory, token by token, for `async_copy_streams_g2s`."""
+        return T.alloc_shared((stages, rows, streams, columns), dtype)
+
+    def async_copy_streams_g2s(self, tensor: Buffer, row: Expr, column: Expr, tiles: Buffer, stage: Expr) -> Any:
+        """Begin to copy the same columns of all streams, flattened in `tensor`, as one tile: a thread's share of it is
+        a whole vector where its share of one stream's is half of one."""
+        rows, streams, columns = tiles.shape[1:]
+        shape = (tensor.shape[0], streams, tensor.shape[1] // streams)
+        source = T.reshape(tensor, shape)[row : row + rows, 0:streams, column : column + columns]
+        _async_copy(source, tiles[stage, 0:rows, 0:streams, 0:columns])
+
     def cp_async_wait_group(self, count: int) -> Any:
         """Wait for all asynchronous copies of any thread but the last `count` tiles."""
         _wait_group(count)

@@ -13,6 +13,10 @@ from tiles.lang.dialect import Dialect
 from tiles.lang.program import program
 from tiles.lang.values import Buffer, Expr, as_value, bind, token_range
 
+MOST_SPLITS = 256
+"""Thread blocks that share the tokens on CUDA, one block of tokens each while there are no more than that: a warp goes
+through the rounds of a block step by step, and few of them leave multiprocessors idle."""
+
 
 def sinkhorn_forward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect) -> Any:
     """res = SK(logits)."""
@@ -96,7 +100,7 @@ def backward(problem: Problem, schedule: CoefficientsSchedule, dialect: Dialect)
     n, block, unrolled = problem.streams, schedule.block_tokens, dialect.unrolled
     coefficients = Backward(problem, block, dialect)
 
-    @program(arguments(problem), dialect)
+    @program(arguments(problem), dialect, most_splits=MOST_SPLITS, split_tokens=block)
     def coefficients_backward(p: Any) -> None:
         with dialect.kernel(p.splits, threads=block) as split:
             held = coefficients.scratch()

@@ -10,6 +10,7 @@ import tilelang.language as T
 
 from tiles.kernels.apply.merge import merged, merged_back, weighted
 from tiles.kernels.fused.merged_schedule import columns_of, frees_early, groups, summed
+from tiles.kernels.fused.staged_tiles import StagedTiles
 from tiles.kernels.fused.thread_tile import ThreadTile, Weights
 from tiles.kernels.project.presplit_phi import PresplitPhi
 from tiles.kernels.project.tensor_core_programs import epilogue_store_of, factors_of, or_past
@@ -84,7 +85,7 @@ def merged_projection(problem: Problem, schedule: TiledSchedule, dialect: Cuda) 
                     tiles.copy_g2s(phi, 0, i * width + column, weights[i])
             for t, thread in patch.threads():
                 weights_of.load(smem_weights, t, held)
-                patch.load(staged, (), t, thread, width - column, taken)
+                patch.load(staged, t, thread, width - column, taken)
                 for at in patch.steps():
                     values = [bind(dialect.load(taken[j * vector + at], dtype)) for j in given]
                     for i in streams:
@@ -150,16 +151,10 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
     load_phi, split_dz = factors_of(problem, schedule, dialect)
     matrix, count, four = problem.weights, summed(problem), min(4, vector)
     weights_of, stages, copied = Weights(problem, schedule, dialect), schedule.stages, (*given, *given)
+    ahead_of_turn = StagedTiles(problem, schedule, dialect)
+    begin = ahead_of_turn.begin
     early = frees_early(problem, schedule)
     under_way = stages if early else stages - 1
-
-    @T.macro
-    def begin(p: Any, row: Expr, column: Expr, staged: Any, stage: Expr) -> None:
-        for i in streams:
-            tiles.async_copy_g2s(p.x, row, i * width + column, staged[i], stage)
-            tiles.async_copy_g2s(p.dx_next, row, i * width + column, staged[n + 1 + i], stage)
-        tiles.async_copy_g2s(p.f, row, column, staged[n], stage)
-        tiles.async_copy_g2s(p.du, row, column, staged[2 * n + 1], stage)
 
     def element(taken: Any, number: int, t: Expr, thread: Expr, at: Expr) -> Expr:
         """What a thread has taken of one of the tiles."""
@@ -184,7 +179,7 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
         smem_gradients = tiles.smem(sides, across, "float32")
         tiles.pad_rows(smem_products, smem_gradients)
         grads, sums = tiles.accumulator(block, across), tiles.accumulator(across, sides)
-        staged = [tiles.multistage_smem(stages, block, columns, dtype) for _ in copied]
+        staged = ahead_of_turn.allocate()
         parts, totals = patch.fragment(count, "float32"), tiles.reduced(block, count)
         mixed = patch.registers(n, dtype)
         taken = [patch.fragment(vector, dtype) for _ in copied] if early else patch.registers(len(copied), dtype)
@@ -209,17 +204,17 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
                 smem_products[t, c] = grads[t, c]
             weights_of.gather(p, start, smem_weights)
             weights_of.add(p.pre, start, smem_weights)
-            tiles.cp_async_wait_group(max(0, under_way - 1) * len(copied))
+            tiles.cp_async_wait_group(max(0, under_way - 1) * ahead_of_turn.count)
             if early:
                 for t, thread in patch.threads():
-                    patch.hold(staged, (step % stages,), t, thread, width - column, taken)
+                    patch.hold(ahead_of_turn.of(staged, step % stages), t, thread, width - column, taken)
             if under_way > 0:
                 ahead = bind(step + under_way)
                 row = bind(or_past(first[0] + ahead * block, last[0], tokens))
                 begin(p, row, column, staged, ahead % stages)
             for t, thread in patch.threads():
                 if not early:
-                    patch.load(staged, (step % stages,), t, thread, width - column, taken)
+                    patch.load(ahead_of_turn.of(staged, step % stages), t, thread, width - column, taken)
                 load_products(smem_products, t, thread, products)
                 weights_of.load(smem_weights, t, held)
                 length = bind(2 * p.ds[start + t])

@@ -81,6 +81,13 @@ def frees_early(problem: Problem, tiles: TiledSchedule) -> bool:
     return tiles.block_tokens * columns_of(problem, tiles) == tiles.threads * vector(problem, tiles)
 
 
+def copies_streams_together(problem: Problem, tiles: TiledSchedule) -> bool:
+    """Whether a backward copies all streams as one tile: where a thread's share of one stream is less than a vector of
+    16 bytes, and of all of them is not. TileLang 0.1.15 has layouts for a power of two of streams."""
+    of_stream, whole = tiles.block_tokens * columns_of(problem, tiles), tiles.threads * 16 // DTYPE_BYTES[problem.dtype]
+    return problem.streams.bit_count() == 1 and of_stream < whole <= problem.streams * of_stream
+
+
 def usual(problem: Problem, target: Target) -> TiledSchedule | None:
     """The first of some usual shapes that fits, large tiles first; None where there is none."""
     fitting = (tiles for tiles in _usual(problem) if why_invalid(problem, tiles, target) is None)

@@ -34,32 +34,23 @@ class ThreadTile:
             return value if whole else T.if_then_else(inside, value, T.cast(0, value.dtype))
 
         @T.macro
-        def load(
-            tiles: Sequence[Buffer], stage: tuple[Expr, ...], t: Expr, thread: Expr, room: Expr, held: Buffer
-        ) -> None:
-            """Its elements of each tile, of one stage where tiles have several; zeros from column `room` on."""
+        def load(tiles: Sequence[Any], t: Expr, thread: Expr, room: Expr, held: Buffer) -> None:
+            """Its elements of each tile [tokens, columns]; zeros from column `room` on."""
             for number in _numbers(tiles):
                 if whole or thread * vector < room:
                     for at in elements(vector):
-                        held[number * vector + at] = tiles[number][(*stage, t, thread * vector + at)]
+                        held[number * vector + at] = tiles[number][t, thread * vector + at]
                 else:
                     for at in elements(vector):
                         held[number * vector + at] = T.cast(0, held.dtype)
 
         @T.macro
-        def hold(
-            tiles: Sequence[Buffer],
-            stage: tuple[Expr, ...],
-            t: Expr,
-            thread: Expr,
-            room: Expr,
-            fragments: Sequence[Buffer],
-        ) -> None:
+        def hold(tiles: Sequence[Any], t: Expr, thread: Expr, room: Expr, fragments: Sequence[Buffer]) -> None:
             """The same into a `fragment` for each tile, which another loop reads."""
             for number in _numbers(tiles):
                 for at in elements(vector):
                     fragments[number][t, thread, at] = within(
-                        tiles[number][(*stage, t, thread * vector + at)], thread * vector < room
+                        tiles[number][t, thread * vector + at], thread * vector < room
                     )
 
         @T.macro
