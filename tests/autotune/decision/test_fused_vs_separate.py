@@ -14,6 +14,7 @@ from tiles.cache.cache import KernelCache, Key
 from tiles.compiler.compile import compile_kernel
 from tiles.kernels.registry import kernel_spec, kernel_specs
 from tiles.kernels.spec import Problem
+from tiles.runtime.loaded_kernel import is_result
 from tiles.target import detect_device
 
 DEVICE = detect_device("cpu")
@@ -100,7 +101,7 @@ def test_separate_work_is_the_fused_kernels_work(spec):
         return tuple(results[argument.name] for argument in arguments if argument.name in results)
 
     found = spec.separate.call(run, *values.values())
-    names = [argument.name for argument in spec.arguments(problem) if argument.role not in ("input", "scalar")]
+    names = [argument.name for argument in spec.arguments(problem) if is_result(argument)]
     assert ran == set(spec.separate.parts)
     for name, actual in zip(names, found, strict=True):
         torch.testing.assert_close(actual, wanted[name])
