@@ -132,7 +132,7 @@ def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
         held += 2 * problem.width * problem.normalises
     else:
         held = coefficients.backward_scratch(problem, lanes, target) + backward_scratch(schedule)
-        held += norm_scratch(problem, schedule)
+        held += norm_scratch(problem, schedule) + problem.normalises * problem.streams * lanes
     copied = problem.streams * schedule.row_width if stages_grads(problem) else 0
     return 4 * held + DTYPE_BYTES[problem.dtype] * copied
 
