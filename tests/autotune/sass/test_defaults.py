@@ -45,11 +45,19 @@ def test_a_default_has_bytes_in_flight_two_blocks_and_no_spills(op, direction, w
 @pytest.mark.parametrize("arch", ("sm_80", "sm_100a"))
 @pytest.mark.parametrize(
     ("op", "direction", "streams"),
-    [("single_pass", "forward", 1), ("pre", "backward", 4), ("step", "backward", 4), ("single_pass", "backward", 4)],
+    [
+        ("single_pass", "forward", 1),
+        ("pre", "backward", 4),
+        ("pre_identity", "backward", 16),
+        ("step", "backward", 4),
+        ("step_identity", "backward", 4),
+        ("single_pass", "backward", 4),
+    ],
 )
-def test_no_default_spills_on_another_architecture(op, direction, streams, arch):
-    """The largest tiles, and one that did."""
+def test_a_default_fits_and_spills_nothing_on_another_architecture(op, direction, streams, arch):
+    """The largest tiles, and some that did."""
     problem, target = Problem(op, direction, streams, 1280, "bfloat16", tokens=4096), Target("cuda", arch)
     usage = resource_usage(compile_kernel(problem, kernel_spec(op, direction).default(problem, target), target))
     assert usage is not None
     assert usage.spilled_bytes == 0
+    assert usage.resident_blocks > 0

@@ -15,8 +15,8 @@ from tiles.kernels.apply.schedule import ApplySchedule, in_groups
 from tiles.kernels.fused import signature
 from tiles.kernels.fused.chain_macros import Backward, Forward, Rows, gradients_of_streams
 from tiles.kernels.fused.chain_schedule import ChainSchedule, tiled
+from tiles.kernels.project.split_sums import SplitSums
 from tiles.kernels.project.tensor_core_programs import (
-    SplitSums,
     begin_after_presplit,
     presplit_columns,
     projection,

@@ -266,8 +266,10 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
         for k, c in dialect.parallel(outputs, columns):
             if column + c < width:
                 for i in streams:
-                    both = smem_gradients[k, patch.swizzled(i, c)] + smem_gradients[outputs + k, patch.swizzled(i, c)]
-                    p.dphi[split, k, i * width + column + c] = both
+                    # Not by a name: TileLang 0.1.15 keeps what a name outside of loops reads apart from all else.
+                    p.dphi[split, k, i * width + column + c] = (
+                        smem_gradients[k, patch.swizzled(i, c)] + smem_gradients[outputs + k, patch.swizzled(i, c)]
+                    )
 
     return dx_dphi_tile
 

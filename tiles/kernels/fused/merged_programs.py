@@ -20,7 +20,8 @@ from tiles.kernels.fused.merged_macros import (
     presplit_merged,
     tile_sums_joined,
 )
-from tiles.kernels.project.tensor_core_programs import SplitSums, begin_after_presplit
+from tiles.kernels.project.split_sums import SplitSums
+from tiles.kernels.project.tensor_core_programs import begin_after_presplit
 from tiles.kernels.spec import Problem
 from tiles.lang.dialect import Cuda
 from tiles.lang.values import as_value

@@ -12,6 +12,7 @@ import tilelang.language as T
 
 from tiles.kernels.project.presplit_phi import PresplitPhi
 from tiles.kernels.project.signature import arguments
+from tiles.kernels.project.split_sums import SplitSums, Whole
 from tiles.kernels.project.tensor_core_schedule import (
     TiledSchedule,
     column_groups,
@@ -25,7 +26,7 @@ from tiles.kernels.spec import Problem
 from tiles.lang.dialect import Cuda
 from tiles.lang.program import program
 from tiles.lang.tensor_cores import OPERAND, TensorCores, split_bf16x2
-from tiles.lang.values import Buffer, Expr, as_value, bind, token_range
+from tiles.lang.values import Buffer, Expr, as_value, bind, token_range, variable
 
 SUM_TOKENS, SUM_THREADS = 16, 128
 """Tokens and threads of a block that sums over splits."""
@@ -47,7 +48,7 @@ def forward(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -> Any:
         presplit.launch(p.phi, p.phi_hi_lo)
         with dialect.kernel(T.ceildiv(p.tokens, block), splits, threads=schedule.threads) as (group, split):
             begin_after_presplit(dialect, schedule)
-            into = _Whole(p.z, p.s) if splits == 1 else SplitSums(p.parts, split, outputs)
+            into = Whole(p.z, p.s) if splits == 1 else SplitSums(p.parts, split, outputs)
             project(p.x, presplit.chosen(p), group, split, as_value(p.tokens), into)
         if splits > 1:
             with dialect.kernel(T.ceildiv(p.tokens, SUM_TOKENS), threads=SUM_THREADS) as group:
@@ -213,12 +214,11 @@ def gradients(problem: Problem, schedule: Any, dialect: Cuda, streams: int = 1) 
     stages = schedule.stages
 
     @T.macro
-    def begin(x: Buffer, extra_grads: Any, at: Expr, past: Expr, places: Any, slots: Any, slot: Expr) -> None:
+    def begin(x: Buffer, extra_grads: Any, at: Expr, more_row: Expr, places: Any, slots: Any, slot: Expr) -> None:
         """Copy a block of tokens ahead of its turn: TileLang 0.1.15 pipelines no loop of unknown length that copies x
-        and the extra gradients. Of row `past` on nothing is copied."""
+        and the extra gradients."""
         tiles.async_copy_g2s(extra_grads[0], at, places.within, slots[0], slot)
-        of_more = T.if_then_else(extra_grads[3] > 0, at, past)
-        tiles.async_copy_g2s(extra_grads[1], of_more, places.column(0), slots[1], slot)
+        tiles.async_copy_g2s(extra_grads[1], more_row + at, places.column(0), slots[1], slot)
         tiles.async_copy_g2s(x, at, places.column(0), slots[2], slot)
 
     @T.macro
@@ -256,35 +256,33 @@ def gradients(problem: Problem, schedule: Any, dialect: Cuda, streams: int = 1) 
             others = [tiles.smem(block, size, dtype) for size in (row, width)]
         tiles.pad_rows(out, *others, *([] if dtype == OPERAND or ahead else [state]))
         grads, sums = tiles.accumulator(block, width), tiles.accumulator(width, columns)
-        length = tiles.fragment((block,), "float32")
-        held = [tiles.fragment((block,), "float32") for _ in of_tile] if extra_grads is not None else []
         stream, within = bind(group // parts * streams), bind(group % parts * row)
         places = _Places(problem.width, row, stream, within)
         load_phi(p.phi, weights, left, right, places.column)
+        more_row = _row_of_more(extra_grads, tokens)
         if extra_grads is not None:
             dialect.pdl_wait(schedule.use_pdl)
         first, last, blocks = token_range(tokens, split, splits, block)
         if ahead:
             for step in T.serial(stages - 1):
                 soon = or_past(first[0] + step * block, last[0], tokens)
-                begin(p.x, extra_grads, soon, tokens, places, others, step)
+                begin(p.x, extra_grads, soon, more_row, places, others, step)
         for step in T.serial(blocks[0]) if ahead else tiles.pipelined(blocks[0], stages):
             start = first[0] + step * block
             if ahead:
                 tiles.cp_async_wait_group(3 * (stages - 2))
                 after = bind(or_past(start + (stages - 1) * block, last[0], tokens))
-                begin(p.x, extra_grads, after, tokens, places, others, (step + stages - 1) % stages)
+                begin(p.x, extra_grads, after, more_row, places, others, (step + stages - 1) % stages)
                 if dtype == OPERAND:
                     for t, c in dialect.parallel(block, width):
                         state[t, c] = others[2][step % stages, t, c]
             else:
-                for t, c in dialect.parallel(block, width):
-                    state[t, c] = p.x[start + t, places.column(c)]
                 if extra_grads is not None:
                     tiles.copy_g2s(extra_grads[0], start, within, others[0])
-                    of_more = T.if_then_else(extra_grads[3] > 0, start, tokens)
                     for t, c in dialect.parallel(block, width):
-                        others[1][t, c] = extra_grads[1][of_more + t, places.column(c)]
+                        others[1][t, c] = extra_grads[1][more_row + start + t, places.column(c)]
+                for t, c in dialect.parallel(block, width):
+                    state[t, c] = p.x[start + t, places.column(c)]
             split_dz(p.dz, left, right, start)
             load_scales(p, extra_grads, lengths, gates, start, stream)
             for t, c in dialect.parallel(block, width):
@@ -295,17 +293,11 @@ def gradients(problem: Problem, schedule: Any, dialect: Cuda, streams: int = 1) 
                         value = dialect.load(others[2][step % stages, t, c] if ahead else state[t, c], dtype)
                         factors[which][t, c] = split_bf16x2(dialect, value, which)
             tiles.gemm(left, weights, grads)
-            for t in dialect.parallel(block):
-                length[t] = lengths[t]
-                if extra_grads is not None:
-                    for i in of_tile:
-                        held[i][t] = gates[t, i]
             for t, c in dialect.parallel(block, width):
                 value = bind(dialect.load(others[2][step % stages, t, c] if ahead else state[t, c], dtype))
                 slot = (step % stages,) if ahead else ()
-                pre = _of_stream(held, t, c // row)
-                more = _extra_grad(dialect, dtype, others, pre, (*slot, t, c % row), (*slot, t, c))
-                grads[t, c] += length[t] * value + more
+                more = _extra_grad(dialect, dtype, others, gates, (t, c // row), (*slot, t, c % row), (*slot, t, c))
+                grads[t, c] += lengths[t] * value + more
             for t, c in dialect.parallel(block, width):
                 out[t, c] = dialect.store(grads[t, c], dtype)
             write(out, p.dx, start, places)
@@ -320,8 +312,10 @@ def gradients(problem: Problem, schedule: Any, dialect: Cuda, streams: int = 1) 
         for i in of_tile:
             for k, c in dialect.parallel(outputs, row):
                 if within + c < problem.width:
-                    both = smem_sums[k, i * row + c] + smem_sums[outputs + k, i * row + c]
-                    p.dphi[split, k, places.column(i * row + c)] = both
+                    # Not by a name: TileLang 0.1.15 keeps what a name outside of loops reads apart from all else.
+                    p.dphi[split, k, places.column(i * row + c)] = (
+                        smem_sums[k, i * row + c] + smem_sums[outputs + k, i * row + c]
+                    )
 
     return dx_dphi_tile
 
@@ -339,57 +333,27 @@ class _Places(NamedTuple):
         return (self.stream + c // self.row) * self.width + self.within + c % self.row
 
 
-def _of_stream(held: list[Buffer], t: Expr, stream: Expr) -> Any:
-    """What a thread holds of a token for one of the tile's streams: a fragment has one place for each thread."""
-    value = held[0][t] if held else None
-    for i in range(1, len(held)):
-        value = T.Select(stream == i, held[i][t], value)
-    return value
-
-
 def _extra_grad(
-    dialect: Cuda, dtype: str, others: list[Buffer], pre: Any, of_du: tuple[Expr, ...], of_more: tuple[Expr, ...]
+    dialect: Cuda,
+    dtype: str,
+    others: list[Buffer],
+    gates: Any,
+    of_gate: tuple[Expr, ...],
+    of_du: tuple[Expr, ...],
+    of_more: tuple[Expr, ...],
 ) -> Expr:
     """pre_i du_c and the gradient that x gets from elsewhere, where there are any."""
     if not others:
         return T.float32(0)
-    return pre * dialect.load(others[0][of_du], dtype) + dialect.load(others[1][of_more], dtype)
+    return gates[of_gate] * dialect.load(others[0][of_du], dtype) + dialect.load(others[1][of_more], dtype)
+
+
+def _row_of_more(extra_grads: Any, tokens: Expr) -> Any:
+    """The row at which the gradient of x from elsewhere begins: the first, or one past all where there is none, of
+    which nothing is copied. Where it is made for every tile, values of threads spill on sm_100a."""
+    return None if extra_grads is None else variable(T.Select(extra_grads[3] > 0, 0, tokens))
 
 
 def or_past(row: Expr, last: Expr, tokens: Expr) -> Expr:
     """A row before `last`, or one past all, of which nothing is copied."""
     return T.if_then_else(row < last, row, tokens)
-
-
-class _Whole(NamedTuple):
-    """Where the sums over all columns go."""
-
-    z: Buffer
-    s: Buffer
-
-    def product(self, token: Expr, k: Expr, value: Expr) -> None:
-        _store(self.z, (token, k), value)
-
-    def length(self, token: Expr, value: Expr) -> None:
-        _store(self.s, (token,), value)
-
-
-class SplitSums(NamedTuple):
-    """Where one split's sums go: [splits, T · (N + 1)], for every token N of z and the one of s."""
-
-    parts: Buffer
-    split: Expr
-    outputs: int
-
-    def product(self, token: Expr, k: Expr, value: Expr) -> None:
-        """A token's part of z_k."""
-        _store(self.parts, (self.split, token * (self.outputs + 1) + k), value)
-
-    def length(self, token: Expr, value: Expr) -> None:
-        """A token's part of s."""
-        self.product(token, self.outputs, value)
-
-
-@T.macro
-def _store(tensor: Buffer, index: Any, value: Expr) -> None:
-    tensor[index] = value

@@ -20,7 +20,10 @@ WGMMA_ROWS, SWIZZLED = 64, 16
 """Rows of wgmma, which four warps share, and bfloat16 elements in the shortest swizzled row, of 32 bytes."""
 
 OTHER_REGISTERS = 64
-"""What a thread holds besides its tiles: addresses, operands, loop counters (50 to 110 by ptxas, less if asked)."""
+"""What a thread holds besides its tiles: addresses, loop counters, scales (50 to 110 by ptxas, less if asked)."""
+
+OPERAND_REGISTERS = 8
+"""What a backward's thread holds besides where its two products take operands from registers, as all do but wgmma."""
 
 THREAD_BLOCKS = 256
 """Thread blocks that a forward's default aims at: two for each multiprocessor of a large GPU."""
@@ -193,10 +196,8 @@ def why_bad_tiles(
     if not shared:
         return f"tiles must be whole 16 × 8 blocks for every warp, got {schedule.threads} threads: choose 64 or 128"
     held = registers(problem, schedule)
-    if (
-        held > MAX_ACCUMULATORS
-        or (held + OTHER_REGISTERS) * schedule.threads * schedule.min_blocks_per_sm > REGISTER_FILE
-    ):
+    others = OTHER_REGISTERS + OPERAND_REGISTERS * (problem.direction == "backward" and target.arch != "sm_90a")
+    if held > MAX_ACCUMULATORS or (held + others) * schedule.threads * schedule.min_blocks_per_sm > REGISTER_FILE:
         return (
             f"{schedule.min_blocks_per_sm} thread blocks must fit {REGISTER_FILE} registers, got {held} values for "
             f"each of {schedule.threads} threads: choose smaller tiles or fewer blocks"

@@ -24,8 +24,8 @@ from tiles.kernels.fused.merged_macros import (
     tile_sums_joined,
 )
 from tiles.kernels.fused.signature import next_maps
+from tiles.kernels.project.split_sums import SplitSums
 from tiles.kernels.project.tensor_core_programs import (
-    SplitSums,
     begin_after_presplit,
     presplit_columns,
     projection,
