@@ -68,6 +68,56 @@ MHC_INLINE void mhc_add_stream_dots(typename mhc_vector<lanes>::type *total, con
     total[streams + i] = mhc_fma<lanes, Vector>(u, value[i], total[streams + i]);
 }
 
+// Of each four lanes of a and then of b the first and the third, or the second and the fourth.
+template <int odd>
+MHC_INLINE mhc_lanes mhc_every_second(mhc_lanes a, mhc_lanes b) {
+  int32_t at __attribute__((vector_size(4 * MHC_LANES))) = {};
+  for (int32_t l = 0; l < MHC_LANES; ++l) at[l] = (l & ~3) + (l & 2 ? MHC_LANES : 0) + 2 * (l & 1) + odd;
+  return __builtin_shuffle(a, b, at);
+}
+MHC_INLINE mhc_lanes mhc_add_pairs(mhc_lanes a, mhc_lanes b) {
+  return mhc_every_second<0>(a, b) + mhc_every_second<1>(a, b);
+}
+
+// sums[i] += the sum of total[i]'s lanes. Four sums are added up side by side.
+template <int count>
+MHC_INLINE void mhc_add_lane_sums(float *sums, const mhc_lanes *total) {
+#pragma GCC unroll 4
+  for (int32_t i = 0; i < count; i += 4) {
+    mhc_lanes four[4] = {};
+    for (int32_t k = 0; k < 4 && i + k < count; ++k) four[k] = total[i + k];
+    const mhc_lanes quads = mhc_add_pairs(mhc_add_pairs(four[0], four[1]), mhc_add_pairs(four[2], four[3]));
+    mhc_four sum = {};
+    for (int32_t v = 0; v < MHC_LANES / 4; ++v) sum += ((const mhc_four *)&quads)[v];
+    for (int32_t k = 0; k < 4 && i + k < count; ++k) sums[i + k] += sum[k];
+  }
+}
+
+// sums[i] += rows[i]·row, of rows of `width` columns that lie one after the other.
+template <int streams, class Element>
+MHC_OWN_REGISTERS int32_t mhc_row_dots(float *sums, float *rows, Element *row, int32_t width) {
+  constexpr int sides = streams <= 4 ? 2 : 1;
+  mhc_lanes total[sides][streams] = {};
+  int32_t c = 0;
+  for (; c + sides * MHC_LANES <= width; c += sides * MHC_LANES)
+    for (int32_t side = 0; side < sides; ++side) {
+      const int32_t at = c + side * MHC_LANES;
+      const mhc_lanes value = Element::template get<MHC_LANES>(row + at);
+      for (int32_t i = 0; i < streams; ++i)
+        total[side][i] = mhc_fma<MHC_LANES, mhc_lanes>(value, *(mhc_lanes *)(rows + i * width + at), total[side][i]);
+    }
+  for (; c < width; c += 8) {
+    const mhc_eight value = Element::template get<8>(row + c);
+    for (int32_t i = 0; i < streams; ++i) {
+      const mhc_eight product = value * *(mhc_eight *)(rows + i * width + c);
+      for (int32_t lane = 0; lane < 8; ++lane) total[0][i][lane % MHC_LANES] += product[lane];
+    }
+  }
+  for (int32_t i = 0; sides == 2 && i < streams; ++i) total[0][i] += total[1][i];
+  mhc_add_lane_sums<streams>(sums, total[0]);
+  return 0;
+}
+
 // dots[i][t] = Σ_c g_c x[t][i]_c, with g as above, and with `norm` u_dots[i][t] = Σ_c u_c x[t][i]_c, for `count`
 // tokens. The same columns of the next token are asked for meanwhile.
 template <bool norm, int streams, class Element>
@@ -177,9 +227,12 @@ MHC_OWN_REGISTERS int32_t mhc_norm_gradients(float *of_u, int32_t of_u_row, floa
 }
 """
 
-_CALLED = re.compile(r"\bmhc_(stream_dots|norm_dots|norm_rows|norm_gradients)_(\d+)_(float32|bfloat16|float16)\(")
+_CALLED = re.compile(
+    r"\bmhc_(stream_dots|row_dots|norm_dots|norm_rows|norm_gradients)_(\d+)_(float32|bfloat16|float16)\("
+)
 _PARAMETERS = {
     "stream_dots": "float *dots, int32_t dots_row, STORED *x, STORED *row, int32_t count, int32_t width",
+    "row_dots": "float *sums, float *rows, STORED *row, int32_t width",
     "norm_dots": "float *dots, float *u_dots, int32_t dots_row, STORED *x, STORED *row, float *gate, float *weight, "
     "int32_t count, int32_t width",
     "norm_rows": "STORED *u, STORED *x, float *gate, int32_t gate_row, float *weight, float eps, float *held, "

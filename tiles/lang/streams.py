@@ -32,6 +32,13 @@ def stream_dots(dots: Buffer, streams: Streams, row: View, tokens: Expr) -> None
 
 
 @T.macro
+def row_dots(sums: View, rows: View, row: View, streams: int, dtype: str, width: int) -> None:
+    """sums[i] += Σ_c rows_ic row_c, for all streams: float32 rows of `width` columns, one after the other, and a row of
+    `dtype`."""
+    T.call_extern("int32", f"mhc_row_dots_{streams}_{dtype}", sums.pointer(), rows.pointer(), row.pointer(), width)
+
+
+@T.macro
 def norm_dots(
     dots: Buffer, u_dots: Buffer, streams: Streams, row: View, gate: Buffer, weight: Buffer, tokens: Expr
 ) -> None:

@@ -16,6 +16,9 @@ CALLS = r"""
 extern "C" void stream_dots(float *dots, STORED_T *x, STORED_T *row, int32_t tokens, int32_t count, int32_t width) {
   mhc_stream_dots_3_STORED(dots, tokens, x, row, count, width);
 }
+extern "C" void row_dots(float *sums, float *rows, STORED_T *row, int32_t width) {
+  mhc_row_dots_3_STORED(sums, rows, row, width);
+}
 extern "C" void norm_dots(float *dots, float *u_dots, STORED_T *x, STORED_T *row, float *gate, float *weight,
                           int32_t tokens, int32_t count, int32_t width) {
   mhc_norm_dots_3_STORED(dots, u_dots, tokens, x, row, gate, weight, count, width);
@@ -111,3 +114,21 @@ def test_a_token_has_the_same_bits_wherever_it_lies(walk, width):
             assert torch.equal(alone[name][:, 0], together[name][:, token]), name
         for name in ("u", "of_u"):
             assert torch.equal(alone[name][0], together[name][token]), name
+
+
+@pytest.mark.parametrize(
+    ("streams", "dtype"), [(3, "float32"), (3, "float16"), *((streams, "bfloat16") for streams in (1, 4, 5, 16))]
+)
+def test_row_dots_are_added_to_what_was_there(streams, dtype, tmp_path):
+    text = CALLS.replace("STORED_T", STORED[dtype]).replace("STORED", dtype).replace("_3_", f"_{streams}_")
+    calls = compiled(PRELUDE + ELEMENTS + stream_functions(text) + text, tmp_path)
+    random = torch.Generator().manual_seed(streams)
+    for width in WIDTHS:
+        rows, before = torch.randn(streams, width, generator=random), torch.randn(streams, generator=random)
+        row = torch.randn(width, generator=random).to(getattr(torch, dtype))
+        sums = torch.cat([before, torch.full((4,), float("nan"))])
+        calls.row_dots(*pointers(sums, rows, row), ctypes.c_int32(width))
+        wanted = before.double() + rows.double() @ row.double()
+        # A float32 sum of so many products.
+        torch.testing.assert_close(sums[:streams].double(), wanted, rtol=0, atol=1e-5 * (1 + width**0.5))
+        assert sums[streams:].isnan().all()

@@ -62,7 +62,7 @@ def backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
     def single_pass_backward(p: Any) -> None:
         with dialect.kernel(p.splits, threads=0) as split:
             held, sums, normed = maps.scratch(), dialect.scratch(block, outputs), tile.norm_scratch()
-            staged, phi = dialect.scratch(block, row), dialect.scratch(outputs, row)
+            staged = dialect.scratch(block, row)
             maps.clear(held)
             for k in T.serial(outputs):
                 for index in dialect.parallel(fan_in):
@@ -83,13 +83,12 @@ def backward(problem: Problem, schedule: Schedule, dialect: Dialect) -> Any:
                     for t in T.serial(count):
                         tile.norm_factors(p, normed, variable(start + t), t)
                 for chunk in T.serial(problem.width // width):
-                    tile.load_phi(p.phi, phi, chunk * width)
                     for t in T.serial(count):
                         tile.merge_again(p, staged, sums, normed, split, variable(start + t), chunk * width, t)
                     tile.add_dphi(p.dphi, staged, held.dz, split, chunk * width, count)
                     for t in T.serial(count):
                         tile.start_grads(p, staged, held, normed, start, chunk * width, t)
-                    tile.add_through_z(phi, staged, held, count)
+                    tile.add_through_z(p.phi, staged, held, chunk * width, count)
                     for t in T.serial(count):
                         tile.merge_back(p, staged, sums, variable(start + t), chunk * width, t)
                 for t in T.serial(count):

@@ -30,8 +30,8 @@ from tiles.target import Target
 class SinglePassSchedule:
     """On a CPU: tokens by columns of all streams are done with before the next ones are touched.
 
-    block_tokens: tokens whose coefficients are computed side by side; backward, also those that share a copy of phi's
-        columns and one addition to dphi.
+    block_tokens: tokens whose coefficients are computed side by side; backward, also those that share one addition to
+        dphi.
     register_tokens, register_outputs: register blocks of project; register_tokens divides block_tokens.
     block_width: columns of each stream that a row is taken by; a divisor of C.
     nontemporal: 1 where x' and u' (backward dx and df) are stored past the caches.
@@ -49,26 +49,29 @@ Schedule = SinglePassSchedule | ChainSchedule
 CACHE_LINE, PAGE = 16, 1024
 """Floats of a cache line, and of all sets of an L1 cache."""
 
-FORWARD_COLUMNS = 10240
-"""Columns of all streams that a forward's default stages for a register block of tokens: half of an L2 cache."""
+FORWARD_COLUMNS, STREAM_COLUMNS = 10240, 1280
+"""Columns of all streams that a forward's default stages for a register block of tokens, half of an L2 cache, and the
+most of one stream."""
 
-FEW_STREAMS, MANY_STREAMS = 4, 8
-FEW_COLUMNS, MORE_COLUMNS = 128, 64
-"""Columns of each stream that a backward's default takes at a time: of up to FEW_STREAMS, and of more."""
+MANY_STREAMS, FEW_TOKENS = 8, 256
+BACKWARD_COLUMNS, FEW_TOKENS_COLUMNS = 128, 256
+"""Columns of each stream that a backward's default takes at a time; twice as many for FEW_TOKENS, whose phi and dphi
+come from farther away, in long rows."""
 
 
 def default(problem: Problem, target: Target) -> Schedule:
     """On a CPU forward all columns, or what of a register block of tokens stays cached. Backward, where every block of
-    tokens passes over phi and adds to dphi, more tokens, and as many columns as let phi's copy stay cached."""
+    tokens passes over phi and adds to dphi, more tokens, and columns of which their x' stay cached."""
     if target.kind == "cuda":
         return chain_schedule.default(problem, target)
     forward = problem.direction == "forward"
     tokens, outputs = dots_block(problem, target) if forward else (6, 6)
     if forward:
-        blocks, columns = 8, FORWARD_COLUMNS // problem.streams
+        blocks, columns = 8, min(STREAM_COLUMNS, FORWARD_COLUMNS // problem.streams)
     else:
-        blocks = 8 if problem.streams <= MANY_STREAMS else 4
-        columns = FEW_COLUMNS if problem.streams <= FEW_STREAMS else MORE_COLUMNS
+        few = problem.tokens <= FEW_TOKENS
+        blocks = 4 if problem.streams > MANY_STREAMS else 6 if few else 8
+        columns = FEW_TOKENS_COLUMNS if few else BACKWARD_COLUMNS
     width = divisors(problem.width, 8, columns)[-1]
     nontemporal = nontemporal_choices(problem, problem.streams, target)[0]
     return _fitting(problem, target, SinglePassSchedule(tokens * blocks, tokens, outputs, width, nontemporal))
@@ -131,7 +134,7 @@ def scratch(problem: Problem, schedule: Schedule, target: Target) -> int:
         held = rows * (problem.outputs * DOT_LANES + 1 + row + problem.normalises)
         return 4 * (coefficients.forward_scratch(problem, token_lanes(tokens), target) + held) + results
     results = _results_scratch(problem, schedule, problem.streams + 1)
-    held = tokens * problem.outputs + (tokens + problem.outputs) * row + norm_scratch(problem, schedule)
+    held = tokens * problem.outputs + tokens * row + norm_scratch(problem, schedule)
     return 4 * (coefficients.backward_scratch(problem, token_lanes(tokens), target) + held) + results
 
 

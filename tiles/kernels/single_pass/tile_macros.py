@@ -17,6 +17,7 @@ from tiles.kernels.spec import DTYPE_BYTES, Problem
 from tiles.lang.columns import Columns
 from tiles.lang.dialect import Cpu, View
 from tiles.lang.rows import SourceRow
+from tiles.lang.streams import row_dots
 from tiles.lang.values import Buffer, Expr, bind, variable
 
 DOTS_WIDTH = 640
@@ -166,7 +167,7 @@ class ForwardTile(_Tile):
 
 
 class BackwardTile(_Tile):
-    """The macros of the backward. `sums` [block_tokens, N] are of dpre, dpost and dres, in this order."""
+    """The macros of the backward. `sums` [block_tokens, N] are of dpre, dpost and dres, stream by stream of x."""
 
     def __init__(self, problem: Problem, schedule: SinglePassSchedule, dialect: Cpu) -> None:
         columns = Columns(schedule.block_width, problem.dtype, dialect, nontemporal=bool(schedule.nontemporal))
@@ -175,6 +176,11 @@ class BackwardTile(_Tile):
         n, block, rows = problem.streams, schedule.block_tokens, schedule.register_tokens
         lanes = token_lanes(block)
         columns, norm = self.columns, Norm(problem, width, dialect)
+
+        @T.macro
+        def add_dots(sums: Buffer, rows: Buffer, of: View, of_dtype: str, row: Expr, first: Expr) -> None:
+            """Add ⟨rows_i, of⟩, of a token's columns, to n of its sums from `first` on."""
+            row_dots(View(sums, (row, first), (0, 1)), View(rows, (row, 0), (0, 1)), of, n, of_dtype, width)
 
         def grad_of_u(normed: Any, row: Expr, index: Expr, du: Expr) -> Expr:
             """The gradient of u' from that of the sublayer's input."""
@@ -214,13 +220,6 @@ class BackwardTile(_Tile):
                         held.dres[i, j, index] = p.dres_next[T.min(start + index, last - 1), i, j]
 
         @T.macro
-        def load_phi(phi: Buffer, into: Buffer, column: Expr) -> None:
-            """The block's columns of phi, side by side: rows of phi itself may all begin in one set of a cache."""
-            for k, i in T.grid(problem.outputs, n):
-                for index in dialect.parallel(width):
-                    into[k, i * width + index] = phi[k, self.place(i, column) + index]
-
-        @T.macro
         def merge_again(
             p: Any, staged: Buffer, sums: Buffer, normed: Any, split: Expr, token: Expr, column: Expr, row: Expr
         ) -> None:
@@ -228,26 +227,20 @@ class BackwardTile(_Tile):
             the token's part of the norm weight's."""
             pre, post, res = self.weights(p, token)
             self.prefetch((p.x, p.dx_next), (p.f, p.du), token, column)
-            totals, given, upper = (
-                [dialect.accumulator(width) for _ in streams],
-                self.load(p, token, column),
-                columns.row(p.du),
-            )
+            given, upper = self.load(p, token, column), columns.row(p.du)
             upper.load(token, column)
             for outer in columns.outer():
                 for inner in columns.inner():
-                    values, grad = (
-                        self.x_next(given, res, post, columns.index(outer, inner)),
-                        upper.get(columns.index(outer, inner)),
-                    )
+                    values = self.x_next(given, res, post, columns.index(outer, inner))
                     if problem.normalises:
-                        u = weighted(pre, values)
+                        u, grad = weighted(pre, values), upper.get(columns.index(outer, inner))
                         norm.through(p, normed, split, column, row, columns.place(outer, inner), grad, u)
                     for i in streams:
                         staged[row, i * width + columns.place(outer, inner)] = values[i]
-                        totals[i][0] += grad_of_u(normed, row, columns.place(outer, inner), grad) * values[i]
-            for i in streams:
-                sums[row, i] = sums[row, i] + totals[i][0]
+            if problem.normalises:
+                add_dots(sums, staged, View(normed.of_u, (row, 0), (0, 1)), "float32", row, 0)
+            else:
+                add_dots(sums, staged, View(p.du, (token, column), (0, 1)), dtype, row, 0)
 
         @T.macro
         def add_group(
@@ -288,41 +281,22 @@ class BackwardTile(_Tile):
                     staged[row, i * width + index] = of_x_next + gate * of_u + of_s
 
         @T.macro
-        def add_through_z(phi: Buffer, grads: Buffer, held: Any, count: Expr) -> None:
-            """g += dz'·phi of a block, stream by stream: phi's columns of one stay in the nearest cache."""
+        def add_through_z(phi: Buffer, grads: Buffer, held: Any, column: Expr, count: Expr) -> None:
+            """g += dz'·phi of a block, stream by stream: phi's columns of one stay in a near cache."""
             for i, r in T.grid(n, T.ceildiv(count, rows)):
                 out, of_outputs = View(grads, (r * rows, i * width), (0, 1)), View(held.dz, (0, r * rows), (1, 0))
-                dialect.add_product(out, of_outputs, View(phi, (0, i * width), (0, 1)), rows, problem.outputs, width)
-
-        @T.macro
-        def add_dots(
-            of: Buffer,
-            column: Expr,
-            grads: Buffer,
-            sums: Buffer,
-            token: Expr,
-            row: Expr,
-            first: Expr,
-            step: int,
-        ) -> None:
-            """Add ⟨g_i, of⟩ over a token's columns to every `step`-th sum from `first` on."""
-            totals = [dialect.accumulator(width) for _ in streams]
-            for index in dialect.parallel(width):
-                value = bind(dialect.load(of[token, column + index], dtype))
-                for i in streams:
-                    totals[i][0] += grads[row, i * width + index] * value
-            for i in streams:
-                sums[row, first + i * step] = sums[row, first + i * step] + totals[i][0]
+                of_phi = View(phi, (0, self.place(i, column)), (0, 1))
+                dialect.add_product(out, of_outputs, of_phi, rows, problem.outputs, width)
 
         @T.macro
         def merge_back(p: Any, grads: Buffer, sums: Buffer, token: Expr, column: Expr, row: Expr) -> None:
-            """dx and df of a token's columns, and their part of dpost and dres, from its row of g. Sums have loops of
-            their own: those of all streams would not fit the registers."""
+            """dx and df of a token's columns, and their part of dpost and dres, from its row of g."""
             _pre, post, res = self.weights(p, token)
-            add_dots(p.f, column, grads, sums, token, row, n, 1)
+            add_dots(sums, grads, View(p.f, (token, column), (0, 1)), dtype, row, n)
             if problem.mixes:
                 for j in streams:
-                    add_dots(p.x, self.place(j, column), grads, sums, token, row, 2 * n + j, n)
+                    of_x = View(p.x, (token, self.place(j, column)), (0, 1))
+                    add_dots(sums, grads, of_x, dtype, row, (2 + j) * n)
             state_grads, sublayer_grads = [columns.result(p.dx) for _ in streams], columns.result(p.df)
             for j in streams:
                 state_grads[j].store_at(token, self.place(j, column))
@@ -345,9 +319,9 @@ class BackwardTile(_Tile):
                 p.dpost[token, i] = sums[row, n + i]
             if problem.mixes:
                 for i, j in T.grid(n, n):
-                    p.dres[token, i, j] = sums[row, 2 * n + i * n + j]
+                    p.dres[token, i, j] = sums[row, (2 + j) * n + i]
 
-        self.load_grads, self.load_phi, self.merge_again, self.add_dphi = load_grads, load_phi, merge_again, add_dphi
+        self.load_grads, self.merge_again, self.add_dphi = load_grads, merge_again, add_dphi
         self.start_grads, self.add_through_z = start_grads, add_through_z
         self.merge_back, self.store_sums = merge_back, store_sums
         self.norm_factors = norm_factors
