@@ -49,11 +49,12 @@ Schedule = SinglePassSchedule | ChainSchedule
 CACHE_LINE, PAGE = 16, 1024
 """Floats of a cache line, and of all sets of an L1 cache."""
 
-FORWARD_COLUMNS, STREAM_COLUMNS = 10240, 1280
-"""Columns of all streams that a forward's default stages for a register block of tokens, half of an L2 cache, and the
-most of one stream."""
+FEW_STREAMS, MANY_STREAMS, FEW_TOKENS = 4, 8, 256
 
-MANY_STREAMS, FEW_TOKENS = 8, 256
+FORWARD_COLUMNS, STREAM_COLUMNS = 20480, 1280
+"""Columns of all streams that a forward's default stages for a register block of tokens, most of a scratch, and the
+most of each of FEW_STREAMS, of which phi would stay cached."""
+
 BACKWARD_COLUMNS, FEW_TOKENS_COLUMNS = 128, 256
 """Columns of each stream that a backward's default takes at a time; twice as many for FEW_TOKENS, whose phi and dphi
 come from farther away, in long rows."""
@@ -67,11 +68,12 @@ def default(problem: Problem, target: Target) -> Schedule:
     forward = problem.direction == "forward"
     tokens, outputs = dots_block(problem, target) if forward else (6, 6)
     if forward:
-        blocks, columns = 8, min(STREAM_COLUMNS, FORWARD_COLUMNS // problem.streams)
+        few_streams = problem.streams <= FEW_STREAMS
+        blocks, columns = 8, STREAM_COLUMNS if few_streams else FORWARD_COLUMNS // problem.streams
     else:
-        few = problem.tokens <= FEW_TOKENS
-        blocks = 4 if problem.streams > MANY_STREAMS else 6 if few else 8
-        columns = FEW_TOKENS_COLUMNS if few else BACKWARD_COLUMNS
+        few_tokens = problem.tokens <= FEW_TOKENS
+        blocks = 4 if problem.streams > MANY_STREAMS else 6 if few_tokens else 8
+        columns = FEW_TOKENS_COLUMNS if few_tokens else BACKWARD_COLUMNS
     width = divisors(problem.width, 8, columns)[-1]
     nontemporal = nontemporal_choices(problem, problem.streams, target)[0]
     return _fitting(problem, target, SinglePassSchedule(tokens * blocks, tokens, outputs, width, nontemporal))

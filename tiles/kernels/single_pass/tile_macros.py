@@ -83,6 +83,7 @@ class ForwardTile(_Tile):
         rows, dots_width = schedule.register_tokens, divisors(width, 8, DOTS_WIDTH)[-1]
         parts, columns, norm = width // dots_width, self.columns, Norm(problem, width, dialect)
         prefetch = prefetch_of(problem, dots_width, groups, dialect)
+        sums_squares = problem.dtype == "float32"  # what is rounded, NaN aside, takes an instruction more to be added
 
         def total_of_columns() -> Any:
             """For u'² of a token's columns, where u' is normalised."""
@@ -99,7 +100,7 @@ class ForwardTile(_Tile):
             """x' and u' of a token's columns, x' into `staged` as well; x'² is added to squares[row], and u'², where u'
             will be normalised, to squares_of_u[row]."""
             pre, post, res = self.weights(p, token)
-            total_of_u, totals = total_of_columns(), [dialect.accumulator(width) for _ in streams]
+            total_of_u, totals = total_of_columns(), [dialect.accumulator(width) for _ in streams if sums_squares]
             mixed, gathered = [columns.result(p.x_next) for _ in streams], columns.result(p.u)
             for part in T.serial(width // merged):
                 first, within = bind(column + part * merged), bind(part * merged)
@@ -113,14 +114,18 @@ class ForwardTile(_Tile):
                         for i in streams:
                             mixed[i].put(columns.index(outer, inner), values[i], rounded=True)
                             staged[row, i * width + within + columns.place(outer, inner)] = values[i]
-                            totals[i][0] += values[i] * values[i]  # one sum of all would wait for each addition
+                            if sums_squares:
+                                totals[i][0] += values[i] * values[i]  # one sum of all would wait for each addition
                         u = bind(weighted(pre, values))
                         if problem.normalises:
                             total_of_u[0] += u * u
                         gathered.put(columns.index(outer, inner), u)
                 for result in (*mixed, gathered):
                     result.flush()
-            squares[row] = squares[row] + sum(total[0] for total in totals)
+            if sums_squares:
+                squares[row] = squares[row] + sum(total[0] for total in totals)
+            else:
+                squares[row] = squares[row] + dialect.squares(staged, (row, 0), problem.streams * width)
             if problem.normalises:
                 squares_of_u[row] = squares_of_u[row] + total_of_u[0]
 
