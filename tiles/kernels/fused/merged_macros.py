@@ -266,7 +266,8 @@ def merged_gradients(problem: Problem, schedule: TiledSchedule, dialect: Cuda) -
         for k, c in dialect.parallel(outputs, columns):
             if column + c < width:
                 for i in streams:
-                    # Not by a name: TileLang 0.1.15 keeps what a name outside of loops reads apart from all else.
+                    # Bound to a name outside of loops, what is read would be kept in memory of its own all through
+                    # the kernel (TileLang 0.1.15).
                     p.dphi[split, k, i * width + column + c] = (
                         smem_gradients[k, patch.swizzled(i, c)] + smem_gradients[outputs + k, patch.swizzled(i, c)]
                     )

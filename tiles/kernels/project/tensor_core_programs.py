@@ -312,7 +312,8 @@ def gradients(problem: Problem, schedule: Any, dialect: Cuda, streams: int = 1) 
         for i in of_tile:
             for k, c in dialect.parallel(outputs, row):
                 if within + c < problem.width:
-                    # Not by a name: TileLang 0.1.15 keeps what a name outside of loops reads apart from all else.
+                    # Bound to a name outside of loops, what is read would be kept in memory of its own all through
+                    # the kernel (TileLang 0.1.15).
                     p.dphi[split, k, places.column(i * row + c)] = (
                         smem_sums[k, i * row + c] + smem_sums[outputs + k, i * row + c]
                     )
